@@ -1,0 +1,58 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+OUT ?= runs/gpu
+BIN := $(VENV)/bin
+ENV := env -u PYTHONPATH
+
+.PHONY: help demo test lint bench gpu docs mutants clean
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tilework needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(ENV) $(BIN)/python -m pip install --quiet --upgrade pip
+
+# One stamp for each extra; installing again is needed only when the requirements change.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(ENV) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-bench ## train a small language model, with Tilework and with plain torch
+	$(ENV) $(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.installed-test ## the whole suite that needs no GPU
+	$(ENV) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(ENV) $(BIN)/python -m pytest -n $(JOBS) -m 'not untyped' \
+		--jaxtyping-packages=tilework,beartype.beartype tests $(ARGS)
+
+lint: $(VENV)/.installed-lint ## ruff format, ruff check, mypy
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-bench ## measure; ARGS='linear_cross_entropy --out results.jsonl'
+	$(ENV) $(BIN)/tilework bench $(ARGS)
+
+gpu: ## check every kernel on this machine's GPU, then measure; needs no network and no install
+	mkdir -p '$(OUT)'
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} timeout 240 $(PYTHON) -m pytest tests -m gpu -q \
+		| tee '$(OUT)/checks.txt'
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} timeout 240 $(PYTHON) -m tilework.bench bench \
+		--device cuda --out '$(OUT)/results.jsonl' | tee '$(OUT)/results.txt'
+
+docs: $(VENV)/.installed-docs ## build the documentation site in build/docs
+	$(ENV) $(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+
+mutants: $(VENV)/.installed-mutants ## mutation testing; FILE=src/tilework/..., TESTS=tests/...
+	$(ENV) BIN=$(abspath $(BIN)) tests/mutants.sh $(FILE) $(TESTS)
+
+clean: ## remove what was built, and the virtual environment
+	rm -rf build runs $(VENV)

@@ -1,0 +1,100 @@
+"""Argument checks. Each message names the function, the argument, what came and what is accepted.
+
+A check that reads values runs on plain CPU tensors only: elsewhere it would synchronize.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def describe(value: object) -> str:
+    """What came, in the words of an error message."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    return repr(value)
+
+
+def bad_value(function: str, argument: str, accepted: str, value: object) -> ValueError:
+    """The error for a wrong value or shape."""
+    return ValueError(f"{function}: {argument} must be {accepted}, got {describe(value)}")
+
+
+def bad_type(function: str, argument: str, accepted: str, value: object) -> TypeError:
+    """The error for a wrong type or dtype."""
+    return TypeError(f"{function}: {argument} must be {accepted}, got {describe(value)}")
+
+
+def one_of(function: str, argument: str, value: object, accepted: Iterable[object]) -> None:
+    """Refuse a value that is not among the accepted ones."""
+    accepted = tuple(accepted)
+    if value not in accepted:
+        raise bad_value(function, argument, "one of " + ", ".join(map(repr, accepted)), value)
+
+
+def number(function: str, argument: str, value: object) -> float:
+    """Refuse what is not a real number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise bad_type(function, argument, "a number", value)
+    return value
+
+
+def at_least(function: str, argument: str, value: object, minimum: float) -> None:
+    """Refuse a number below the minimum, infinite or nan."""
+    if not minimum <= number(function, argument, value) < math.inf:
+        raise bad_value(function, argument, f"a finite number of at least {minimum}", value)
+
+
+def positive(function: str, argument: str, value: object) -> None:
+    """Refuse a number that is not above zero, infinite or nan."""
+    if not 0 < number(function, argument, value) < math.inf:
+        raise bad_value(function, argument, "a finite number above 0", value)
+
+
+def fraction(function: str, argument: str, value: object) -> None:
+    """Refuse a number outside [0, 1]."""
+    if not 0 <= number(function, argument, value) <= 1:
+        raise bad_value(function, argument, "a number from 0 to 1", value)
+
+
+def floating(function: str, argument: str, value: object) -> None:
+    """Refuse what is not a tensor of a real floating dtype."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise bad_type(function, argument, "a floating-point tensor", value)
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Whether reading values is free: a plain CPU tensor, neither traced nor batched."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def integer(function: str, argument: str, value: object) -> None:
+    """Refuse what is not an int."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise bad_type(function, argument, "an int", value)
+
+
+def shape(function: str, argument: str, value: Tensor, expected: Sequence[int]) -> None:
+    """Refuse a tensor of another shape."""
+    if tuple(value.shape) != tuple(expected):
+        raise bad_value(function, argument, f"of shape {tuple(expected)}", value)
+
+
+def same_device(function: str, **tensors: Tensor | None) -> None:
+    """Refuse tensors that do not lie on the device of the first one."""
+    (first, tensor), *others = [(name, t) for name, t in tensors.items() if t is not None]
+    for name, other in others:
+        if other.device != tensor.device:
+            raise ValueError(
+                f"{function}: {name} must lie on the device of {first}, {tensor.device}, "
+                f"got {other.device}"
+            )

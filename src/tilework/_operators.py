@@ -1,0 +1,157 @@
+"""How an operator enters ``tilework::`` so that every transform of PyTorch composes with it.
+
+An operator is defined by its kernel, its fake kernel and a plain PyTorch reference of the same
+signature. ``torch.compile`` sees one node. A missing rule is taken from the reference.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilework import _checks
+
+_library: Any = torch.library.Library("tilework", "DEF")  # type: ignore[no-untyped-call]
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def computation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and accumulators: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What one implementation of a primitive supports. ``tilework doctor`` prints the table."""
+
+    name: str
+    devices: tuple[str, ...]  # () stands for every device
+    dtypes: tuple[torch.dtype, ...]
+    memory: str
+    backward: str
+    deterministic: bool
+    needs: str | None = None  # a package
+    checked_on: str = ""  # where its numbers were compared with float64
+
+
+TABLES: dict[str, tuple[Implementation, ...]] = {}
+"""The implementations of each accelerated primitive, the preferred one first."""
+
+
+def check_name(function: str, table: Sequence[Implementation], name: str | None) -> None:
+    """Refuse the name of an implementation that does not exist."""
+    if name is not None:
+        _checks.one_of(function, "implementation", name, [entry.name for entry in table])
+
+
+def missing(entry: Implementation) -> str | None:
+    """Why an implementation cannot run here at all, if it cannot."""
+    if entry.needs is not None and importlib.util.find_spec(entry.needs) is None:
+        return f"the package {entry.needs} is not installed"
+    return None
+
+
+def refusal(entry: Implementation, tensor: Tensor) -> str | None:
+    """Why an implementation does not take tensors like this one, if it does not."""
+    device = tensor.device.type
+    if tensor.dtype not in entry.dtypes:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in entry.dtypes)
+        return f"it takes {accepted}, not {_checks.describe(tensor)}"
+    if entry.devices and device not in entry.devices and not _interpreted(entry):
+        return f"it runs on {', '.join(entry.devices)}, not on {device}"
+    return missing(entry)
+
+
+def _interpreted(entry: Implementation) -> bool:
+    return entry.needs == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(function: str, table: Sequence[Implementation], name: str | None, tensor: Tensor) -> str:
+    """The named implementation, which must take the tensor; or the first that is made for it."""
+    check_name(function, table, name)
+    if name is None:
+        device = tensor.device.type
+        return next(
+            entry.name
+            for entry in table
+            if (not entry.devices or device in entry.devices) and not refusal(entry, tensor)
+        )
+    reason = refusal(next(entry for entry in table if entry.name == name), tensor)
+    if reason is not None:
+        raise ValueError(f"{function}: implementation={name!r} cannot be used: {reason}")
+    return name
+
+
+def only_reference() -> bool:
+    """Whether the code runs under a transform for which operators have no rule.
+
+    These are forward-mode differentiation, and ``torch.func`` inside of ``torch.compile``.
+    """
+    return torch.autograd.forward_ad._current_level >= 0 or (
+        torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    )
+
+
+def define(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Register ``tilework::<schema>`` and return the callable that differentiates and batches.
+
+    ``setup_context`` and ``backward`` are those of :class:`torch.autograd.Function`. Batched calls
+    run the kernel once per element of the batch.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+
+    def without_autocast(*args: Any) -> Any:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args)
+
+    _library.impl(name, without_autocast, "CompositeExplicitAutograd")
+    operator = getattr(torch.ops.tilework, name).default
+
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        results = []
+        for index in range(info.batch_size):
+            element = [
+                arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
+                for arg, dim in zip(args, in_dims, strict=True)
+            ]
+            results.append(apply(*element))
+        if not results:
+            raise ValueError(f"tilework::{name}: vmap over an empty dimension")
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    function: Any = type(
+        name,
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(operator),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+            "vmap": staticmethod(vmap),
+        },
+    )
+
+    def apply(*args: Any) -> Any:
+        return operator(*args) if torch.compiler.is_compiling() else function.apply(*args)
+
+    torch.library.register_fake(f"tilework::{name}", fake, lib=_library)
+    torch.library.register_autograd(
+        f"tilework::{name}", backward, setup_context=setup_context, lib=_library
+    )
+    torch.library.register_vmap(f"tilework::{name}", vmap, lib=_library)
+    return apply

@@ -1,0 +1,3 @@
+"""Adapters to other frameworks; the only place that knows their classes. Empty so far."""
+
+__all__: list[str] = []

@@ -1,0 +1,9 @@
+"""Losses: linear cross-entropy first; classification, preference and others follow."""
+
+from tilework.losses.linear_cross_entropy import (
+    LinearCrossEntropy,
+    LinearCrossEntropyLoss,
+    linear_cross_entropy,
+)
+
+__all__ = ["LinearCrossEntropy", "LinearCrossEntropyLoss", "linear_cross_entropy"]

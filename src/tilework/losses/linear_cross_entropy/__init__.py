@@ -1,0 +1,602 @@
+"""Cross-entropy of a linear layer's output without the logits in memory."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from tilework import _checks, _operators
+from tilework._operators import Implementation, computation_dtype
+from tilework.catalog import implements
+from tilework.losses.linear_cross_entropy import reference, tiled
+
+__all__ = ["LinearCrossEntropy", "LinearCrossEntropyLoss", "linear_cross_entropy"]
+
+_NAME = "linear_cross_entropy"
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+IMPLEMENTATIONS = _operators.TABLES["losses.linear_cross_entropy"] = (
+    Implementation(
+        "triton",
+        devices=("cuda",),
+        dtypes=(torch.float16, torch.bfloat16, torch.float32),
+        memory="gradients and 64 MiB of logit gradients",
+        backward="first order; higher orders and forward mode by the reference",
+        deterministic=True,
+        needs="triton",
+        checked_on="Triton's interpreter",
+    ),
+    Implementation(
+        "tiled",
+        devices=(),
+        dtypes=_FLOATING,
+        memory="gradients and three tiles of 2048 x 2048 logits",
+        backward="first order; higher orders and forward mode by the reference",
+        deterministic=True,
+        checked_on="CPU",
+    ),
+    Implementation(
+        "reference",
+        devices=(),
+        dtypes=_FLOATING,
+        memory="the logits, three times in training",
+        backward="every order and mode",
+        deterministic=True,
+        checked_on="CPU",
+    ),
+)
+_PAPER = implements(
+    "Cut Your Losses in Large-Vocabulary Language Models", year=2024, arxiv="2411.09009"
+)
+
+
+@_PAPER
+def linear_cross_entropy(
+    input: Float[Tensor, "*tokens features"],
+    linear_weight: Float[Tensor, "classes features"],
+    target: Int64[Tensor, "*tokens"],
+    *,
+    linear_bias: Float[Tensor, " classes"] | None = None,
+    weight: Float[Tensor, " classes"] | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: Float[Tensor, "*tokens"] | None = None,
+    shift: int = 0,
+    implementation: str | None = None,
+) -> Float[Tensor, "..."]:
+    r"""Cross-entropy of ``F.linear(input, linear_weight, linear_bias)`` without storing it.
+
+    With the row :math:`h_i` of ``input``, :math:`W` = ``linear_weight``, :math:`b` =
+    ``linear_bias``, :math:`y_i` = ``target``, :math:`w` = ``weight``, :math:`s` =
+    ``label_smoothing``, :math:`\zeta` = ``z_loss``, :math:`\tau` = ``token_weight``, :math:`c` =
+    ``softcap`` and :math:`V` classes:
+
+    .. math::
+
+        z_i &= W h_i + b, \quad\text{or } c \tanh((W h_i + b) / c), \qquad
+        \mathrm{lse}_i = \log \sum_v e^{z_{iv}} \\
+        \ell_i &= (1 - s)\, w_{y_i} (\mathrm{lse}_i - z_{i y_i})
+            + \frac{s}{V} \sum_v w_v (\mathrm{lse}_i - z_{iv}) \\
+        L_i &= \tau_i (\ell_i + \zeta\, \mathrm{lse}_i^2)
+
+    ``"mean"`` is :math:`\sum_i L_i / \sum_i \tau_i w_{y_i}` over the kept positions, those with
+    :math:`y_i \ne` ``ignore_index``. Without ``softcap``, ``z_loss``, ``token_weight`` and
+    ``shift`` this is ``F.cross_entropy`` of the logits. Products accumulate in float32 or better,
+    everything after them is computed in float32 (float64 for float64). Deterministic.
+
+    Args:
+        input: Hidden states, shape ``(N, D)`` or ``(B, T, D)``, any strides.
+        linear_weight: The head's weight, shape ``(V, D)``, of ``input``'s dtype.
+        target: Class indices, int64 of shape ``(N)`` or ``(B, T)``.
+        linear_bias: The head's bias, shape ``(V)``, of ``input``'s dtype.
+        weight: Class weights, shape ``(V)``, any floating dtype; a constant.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        ignore_index: Targets of this value count neither in the loss nor in its mean.
+        label_smoothing: The part of the target that is spread evenly over the classes, 0 to 1.
+        softcap: Bound of the logits, above 0.
+        z_loss: Coefficient of the squared log-sum-exp, at least 0. Class weights do not scale it.
+        token_weight: A weight for each position, of ``target``'s shape, any floating dtype; a
+            constant. Not read at ignored positions.
+        shift: With ``k`` above 0, position ``t`` predicts ``target[:, t + k]``; needs 3-D input.
+        implementation: ``"triton"`` (CUDA), ``"tiled"`` (any device) or ``"reference"`` (stores
+            the logits). None picks the first of these that takes the arguments.
+
+    Returns:
+        A scalar, or for ``"none"`` the shape of the shifted target with zeros at ignored
+        positions; float32 for half-precision input, otherwise of its dtype. ``"mean"`` over
+        nothing is nan.
+
+    Raises:
+        ValueError: A shape, option or implementation is not one of those above, or ``weight`` or
+            ``token_weight`` requires a gradient.
+        TypeError: ``target`` is not int64, or the floating dtypes differ outside autocast.
+        IndexError: A kept target lies outside ``[0, V)``, on the CPU. Where reading it would
+            synchronize (CUDA, ``torch.compile``, ``vmap``) its loss and gradients are nan.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import linear_cross_entropy
+        >>> hidden = torch.randn(4, 8, requires_grad=True)
+        >>> head = torch.randn(100, 8, requires_grad=True)
+        >>> target = torch.tensor([3, 99, -100, 0])
+        >>> loss = linear_cross_entropy(hidden, head, target, z_loss=1e-4)
+        >>> loss.backward()
+        >>> hidden.grad[2].abs().sum()
+        tensor(0.)
+
+    Deviations:
+        No tile of the gradient is filtered out: the published kernel skips tiles by
+        ``softmax - onehot`` alone, which loses most of the gradient of a z-loss. Nothing is
+        accumulated with atomics. ``torch.nn.functional.linear_cross_entropy`` returns half
+        precision for half input and takes ``options``, unbatched input, probability targets and
+        K-dimensional weights, which are refused here.
+
+    Reference:
+        Erik Wijmans, Brody Huval, Alexander Hertzberg, Vladlen Koltun, Philipp Krähenbühl. Cut
+        Your Losses in Large-Vocabulary Language Models. 2024. arXiv:2411.09009. The z-loss is that
+        of Mitchell Wortsman et al., Small-scale proxies for large-scale Transformer training
+        instabilities. 2023. arXiv:2309.14322.
+    """
+    _check_options(reduction, ignore_index, label_smoothing, softcap, z_loss, shift)
+    input, linear_weight, linear_bias = _cast_under_autocast(input, linear_weight, linear_bias)
+    _check_tensors(input, linear_weight, target, linear_bias, weight, token_weight, shift)
+    implementation = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, input)
+
+    shape = (*target.shape[:-1], target.shape[-1] - shift)
+    if shift:
+        # Positions without a target are ignored, so that the input needs no copy.
+        target = F.pad(target[:, shift:], (0, shift), value=ignore_index)
+        if token_weight is not None:
+            token_weight = F.pad(token_weight[:, shift:], (0, shift))
+    padded_shape = target.shape
+    target = target.reshape(-1)
+    kept = target != ignore_index
+    inside = (target >= 0) & (target < len(linear_weight))
+    if _checks.holds_values(target) and not bool((inside | ~kept).all()):
+        raise IndexError(
+            f"{_NAME}: target must lie in [0, {len(linear_weight)}) or be ignore_index="
+            f"{ignore_index}, got {int(target[kept & ~inside][0])}"
+        )
+
+    dtype = computation_dtype(input.dtype)
+    # Outside the classes, a kept target makes its own position nan, in value and gradient.
+    position_weight = kept.to(dtype).where(inside | ~kept, torch.nan)
+    if token_weight is not None:
+        token_weight = token_weight.reshape(-1)
+        kept = kept & (token_weight != 0)
+        position_weight = (position_weight * token_weight).where(kept, 0).to(dtype)
+    class_weight = None if weight is None else weight.to(dtype)
+    target_weight = position_weight
+    if class_weight is not None:
+        target_weight = position_weight * class_weight[target.where(inside, 0)]
+    spread_weight = None
+    if label_smoothing:
+        spread_weight = linear_weight.new_ones(len(linear_weight), dtype=dtype)
+        spread_weight = spread_weight if class_weight is None else class_weight
+
+    maximum, log_sum, target_gap, class_gap = _logit_stats(
+        input.reshape(-1, input.shape[-1]),
+        linear_weight,
+        target.where(kept, ignore_index),
+        linear_bias,
+        spread_weight,
+        softcap,
+        ignore_index,
+        implementation,
+    )
+    loss = (1 - label_smoothing) * target_weight * (target_gap + log_sum)
+    if spread_weight is not None:
+        spread = class_gap + spread_weight.sum() * log_sum
+        loss = loss + label_smoothing / len(linear_weight) * position_weight * spread
+    if z_loss:
+        loss = loss + z_loss * position_weight * (maximum + log_sum).square()
+    if reduction == "none":
+        return loss.reshape(padded_shape)[..., : shape[-1]]
+    total = loss.sum()
+    return total if reduction == "sum" else total / target_weight.sum()
+
+
+@_PAPER
+class LinearCrossEntropy(nn.Module):
+    """:func:`linear_cross_entropy` for a head that another module owns, such as a tied embedding.
+
+    Args:
+        weight: Class weights, shape ``(V)``; a buffer, absent from the ``state_dict`` when None.
+        reduction: As in the function, like every option below.
+        ignore_index: Targets of this value do not count.
+        label_smoothing: The part of the target that is spread evenly over the classes.
+        softcap: Bound of the logits.
+        z_loss: Coefficient of the squared log-sum-exp.
+        shift: Position ``t`` predicts ``target[:, t + shift]``.
+        implementation: ``"triton"``, ``"tiled"``, ``"reference"``, or None for the best one.
+
+    Raises:
+        ValueError: An option is out of range.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import LinearCrossEntropy
+        >>> embedding = torch.nn.Embedding(100, 8)
+        >>> criterion = LinearCrossEntropy(shift=1)
+        >>> tokens = torch.randint(100, (2, 5))
+        >>> criterion(embedding(tokens), embedding.weight, tokens).shape
+        torch.Size([])
+
+    Reference:
+        As :func:`linear_cross_entropy`.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        shift: int = 0,
+        implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_options(reduction, ignore_index, label_smoothing, softcap, z_loss, shift)
+        _operators.check_name(_NAME, IMPLEMENTATIONS, implementation)
+        self.register_buffer("weight", weight)
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.softcap = softcap
+        self.z_loss = z_loss
+        self.shift = shift
+        self.implementation = implementation
+
+    def forward(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        *,
+        linear_bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss; shapes as in :func:`linear_cross_entropy`."""
+        return linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
+            token_weight=token_weight,
+            shift=self.shift,
+            implementation=self.implementation,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options that are not the defaults of the function."""
+        return ", ".join(
+            f"{name}={value!r}"
+            for name in (
+                "reduction",
+                "ignore_index",
+                "label_smoothing",
+                "softcap",
+                "z_loss",
+                "shift",
+                "implementation",
+            )
+            if (value := getattr(self, name)) != _DEFAULTS[name]
+        )
+
+
+@_PAPER
+class LinearCrossEntropyLoss(LinearCrossEntropy):
+    """A linear head and its :func:`linear_cross_entropy`, in place of torch's layer of this name.
+
+    The ``state_dict`` and the initialization are those of ``torch.nn.LinearCrossEntropyLoss``.
+
+    Args:
+        in_features: Width ``D`` of the hidden states.
+        num_classes: Number ``V`` of classes.
+        bias: Whether the head has a bias.
+        device: Device of the head's parameters.
+        dtype: Their dtype.
+        reduction: As in the function, like every option below.
+        weight: Class weights, shape ``(V)``; a buffer, absent from the ``state_dict`` when None.
+        ignore_index: Targets of this value do not count.
+        label_smoothing: The part of the target that is spread evenly over the classes.
+        softcap: Bound of the logits.
+        z_loss: Coefficient of the squared log-sum-exp.
+        shift: Position ``t`` predicts ``target[:, t + shift]``.
+        implementation: ``"triton"``, ``"tiled"``, ``"reference"``, or None for the best one.
+
+    Raises:
+        ValueError: An option is out of range.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import LinearCrossEntropyLoss
+        >>> criterion = LinearCrossEntropyLoss(8, 100)
+        >>> criterion(torch.randn(4, 8), torch.tensor([1, 2, 3, 4])).shape
+        torch.Size([])
+
+    Deviations:
+        torch's ``out_features`` (K-dimensional losses) and ``options`` are not offered.
+
+    Reference:
+        As :func:`linear_cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        shift: int = 0,
+        implementation: str | None = None,
+    ) -> None:
+        super().__init__(
+            weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            z_loss=z_loss,
+            shift=shift,
+            implementation=implementation,
+        )
+        self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss; shapes as in :func:`linear_cross_entropy`."""
+        return super().forward(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            token_weight=token_weight,
+        )
+
+
+_DEFAULTS = {
+    "reduction": "mean",
+    "ignore_index": -100,
+    "label_smoothing": 0.0,
+    "softcap": None,
+    "z_loss": 0.0,
+    "shift": 0,
+    "implementation": None,
+}
+
+
+def _check_options(
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+    shift: int,
+) -> None:
+    _checks.one_of(_NAME, "reduction", reduction, _checks.REDUCTIONS)
+    _checks.integer(_NAME, "ignore_index", ignore_index)
+    _checks.fraction(_NAME, "label_smoothing", label_smoothing)
+    if softcap is not None:
+        _checks.positive(_NAME, "softcap", softcap)
+    _checks.at_least(_NAME, "z_loss", z_loss, 0)
+    _checks.integer(_NAME, "shift", shift)
+    _checks.at_least(_NAME, "shift", shift, 0)
+
+
+def _check_tensors(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    shift: int,
+) -> None:
+    _checks.floating(_NAME, "input", input)
+    _checks.floating(_NAME, "linear_weight", linear_weight)
+    if linear_weight.dtype != input.dtype:
+        raise _checks.bad_type(_NAME, "linear_weight", f"of input's {input.dtype}", linear_weight)
+    if input.dim() not in (2, 3) or input.shape[-1] == 0:
+        raise _checks.bad_value(_NAME, "input", "of shape (N, D) or (B, T, D), D >= 1", input)
+    tokens, features = tuple(input.shape[:-1]), input.shape[-1]
+    if linear_weight.dim() != 2 or linear_weight.shape[1] != features or not len(linear_weight):
+        expected = f"of shape (V, {features}), as input has {features} features, V >= 1"
+        raise _checks.bad_value(_NAME, "linear_weight", expected, linear_weight)
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        raise _checks.bad_type(_NAME, "target", f"int64 of shape {tokens}", target)
+    _checks.shape(_NAME, "target", target, tokens)
+    if linear_bias is not None:
+        _checks.floating(_NAME, "linear_bias", linear_bias)
+        if linear_bias.dtype != input.dtype:
+            raise _checks.bad_type(_NAME, "linear_bias", f"of input's {input.dtype}", linear_bias)
+        _checks.shape(_NAME, "linear_bias", linear_bias, linear_weight.shape[:1])
+    for name, constant, shape in (
+        ("weight", weight, linear_weight.shape[:1]),
+        ("token_weight", token_weight, tokens),
+    ):
+        if constant is None:
+            continue
+        _checks.floating(_NAME, name, constant)
+        _checks.shape(_NAME, name, constant, shape)
+        if constant.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{_NAME}: {name} must not require a gradient: it is a constant here")
+    if shift and (input.dim() != 3 or shift >= input.shape[1]):
+        raise ValueError(
+            f"{_NAME}: shift above 0 must come with input of shape (B, T, D) and be below T, got "
+            f"shift={shift} and input {_checks.describe(input)}"
+        )
+    _checks.same_device(
+        _NAME,
+        input=input,
+        linear_weight=linear_weight,
+        target=target,
+        linear_bias=linear_bias,
+        weight=weight,
+        token_weight=token_weight,
+    )
+
+
+def _cast_under_autocast(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as autocast casts the arguments of ``F.linear``: float64 and other types stay."""
+    device = input.device.type if isinstance(input, Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return input, linear_weight, linear_bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Any) -> Any:
+        eligible = isinstance(tensor, Tensor) and tensor.dtype in (*_operators.HALF, torch.float32)
+        return tensor.to(dtype) if eligible else tensor
+
+    return cast(input), cast(linear_weight), cast(linear_bias)
+
+
+def _kernels(implementation: str) -> Any:
+    """The module of an implementation; that of Triton is imported on its first use."""
+    if implementation == "triton":
+        from tilework.losses.linear_cross_entropy import triton
+
+        return triton
+    return tiled
+
+
+def _logit_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *arguments, implementation = args
+    if implementation == "reference" or _operators.only_reference():
+        return reference.linear_logit_stats(*arguments)
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor] = _operator(*args)
+    return statistics
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *arguments, implementation = args
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(implementation).forward(*arguments)
+    return statistics
+
+
+def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    dtype = computation_dtype(input.dtype)
+    return tuple(input.new_empty(len(input), dtype=dtype) for _ in range(4))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.softcap, ctx.ignore_index, ctx.implementation = inputs
+    shift, log_sum, _, _ = output
+    ctx.mark_non_differentiable(shift)
+    ctx.save_for_backward(*tensors, shift, log_sum)
+
+
+def _differentiate(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    input_grad, weight_grad, _target, bias_grad = ctx.needs_input_grad[:4]
+    needed = [input_grad, weight_grad, bias_grad]
+    results = _operator_backward(
+        *grads,
+        *ctx.saved_tensors,
+        ctx.softcap,
+        ctx.ignore_index,
+        needed,
+        ctx.implementation,
+    )
+    grad_input, grad_weight, grad_bias = (
+        result if need else None for result, need in zip(results, needed, strict=True)
+    )
+    return grad_input, grad_weight, None, grad_bias, None, None, None, None
+
+
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, implementation = args
+    results: tuple[Tensor, Tensor, Tensor] = _kernels(implementation).backward(*arguments)
+    return results
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    input, linear_weight = args[3:5]
+    needed = args[12]
+    sizes = input.shape, linear_weight.shape, linear_weight.shape[:1]
+    grad_input, grad_weight, grad_bias = (
+        input.new_empty(size if need else 0) for size, need in zip(sizes, needed, strict=True)
+    )
+    return grad_input, grad_weight, grad_bias
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _shift, _log_sum, ctx.softcap, ctx.ignore_index, ctx.needed, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The second derivative is that of the reference's first."""
+    *upstream, input, linear_weight, target, linear_bias, class_weight = ctx.saved_tensors
+    heads = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
+    needed = [need for need, _ in zip(ctx.needed, heads, strict=False)]
+
+    def statistics(input: Tensor, linear_weight: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
+        return reference.linear_logit_stats(
+            input,
+            linear_weight,
+            target,
+            bias[0] if bias else None,
+            class_weight,
+            ctx.softcap,
+            ctx.ignore_index,
+        )[1:]
+
+    def first_derivative(*arguments: Tensor) -> tuple[Tensor, ...]:
+        _, pull = torch.func.vjp(statistics, *arguments[3:])
+        return tuple(
+            result for result, need in zip(pull(arguments[:3]), needed, strict=True) if need
+        )
+
+    _, pull = torch.func.vjp(first_derivative, *upstream, *heads)
+    results = pull(tuple(grad for grad, need in zip(grads, ctx.needed, strict=True) if need))
+    grad_upstream, grad_heads = results[:3], list(results[3:])
+    grad_bias = grad_heads[2] if linear_bias is not None else None
+    return *grad_upstream, *grad_heads[:2], None, grad_bias, *[None] * 7
+
+
+_operator = _operators.define(
+    "linear_logit_stats(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
+    "Tensor? class_weight, float? softcap, int ignore_index, str implementation) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_save,
+    backward=_differentiate,
+)
+_operator_backward = _operators.define(
+    "linear_logit_stats_backward(Tensor grad_log_sum, Tensor grad_target_gap, "
+    "Tensor grad_class_gap, Tensor input, Tensor linear_weight, Tensor target, "
+    "Tensor? linear_bias, Tensor? class_weight, Tensor shift, Tensor log_sum, float? softcap, "
+    "int ignore_index, bool[3] needed, str implementation) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    setup_context=_save_backward,
+    backward=_differentiate_backward,
+)

@@ -1,0 +1,3 @@
+"""Quantization: grids, rounding algorithms, layers, calibration. Empty so far."""
+
+__all__: list[str] = []
