@@ -5,6 +5,7 @@ A check that reads values runs on plain CPU tensors only: elsewhere it would syn
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -36,14 +37,14 @@ def one_of(function: str, argument: str, value: object, accepted: Iterable[objec
         raise bad_value(function, argument, "one of " + ", ".join(map(repr, accepted)), value)
 
 
-def number(function: str, argument: str, value: object) -> float:
+def number(function: str, argument: str, value: object) -> int | float:
     """Refuse what is not a real number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise bad_type(function, argument, "a number", value)
     return value
 
 
-def at_least(function: str, argument: str, value: object, minimum: float) -> None:
+def at_least(function: str, argument: str, value: object, minimum: int | float) -> None:
     """Refuse a number below the minimum, infinite or nan."""
     if not minimum <= number(function, argument, value) < math.inf:
         raise bad_value(function, argument, f"a finite number of at least {minimum}", value)
@@ -98,3 +99,14 @@ def same_device(function: str, **tensors: Tensor | None) -> None:
                 f"{function}: {name} must lie on the device of {first}, {tensor.device}, "
                 f"got {other.device}"
             )
+
+
+def sizes(function: str, argument: str, value: object) -> tuple[int, ...]:
+    """A size or a non-empty sequence of sizes as a tuple; refuse anything else."""
+    result = tuple(value) if isinstance(value, Sequence) else (value,)
+    accepted = "an int or a non-empty sequence of ints, each at least 0"
+    if not all(isinstance(size, Integral | torch.SymInt) for size in result):
+        raise bad_type(function, argument, accepted, value)
+    if not result or any(size < 0 for size in result):
+        raise bad_value(function, argument, accepted, value)
+    return result

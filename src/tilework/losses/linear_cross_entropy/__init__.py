@@ -179,7 +179,7 @@ def linear_cross_entropy(
         spread_weight = linear_weight.new_ones(len(linear_weight), dtype=dtype)
         spread_weight = spread_weight if class_weight is None else class_weight
 
-    maximum, log_sum, target_gap, class_gap = _logit_stats(
+    maximum, total, target_gap, class_gap = _logit_stats(
         input.reshape(-1, input.shape[-1]),
         linear_weight,
         target.where(kept, ignore_index),
@@ -189,6 +189,7 @@ def linear_cross_entropy(
         ignore_index,
         implementation,
     )
+    log_sum = total.log()
     loss = (1 - label_smoothing) * target_weight * (target_gap + log_sum)
     if spread_weight is not None:
         spread = class_gap + spread_weight.sum() * log_sum
@@ -197,8 +198,8 @@ def linear_cross_entropy(
         loss = loss + z_loss * position_weight * (maximum + log_sum).square()
     if reduction == "none":
         return loss.reshape(padded_shape)[..., : shape[-1]]
-    total = loss.sum()
-    return total if reduction == "sum" else total / target_weight.sum()
+    summed = loss.sum()
+    return summed if reduction == "sum" else summed / target_weight.sum()
 
 
 @_PAPER
@@ -508,9 +509,9 @@ def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.softcap, ctx.ignore_index, ctx.implementation = inputs
-    shift, log_sum, _, _ = output
+    shift = output[0]
     ctx.mark_non_differentiable(shift)
-    ctx.save_for_backward(*tensors, shift, log_sum)
+    ctx.save_for_backward(*tensors, shift)
 
 
 def _differentiate(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -538,7 +539,7 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     input, linear_weight = args[3:5]
-    needed = args[12]
+    needed = args[11]
     sizes = input.shape, linear_weight.shape, linear_weight.shape[:1]
     grad_input, grad_weight, grad_bias = (
         input.new_empty(size if need else 0) for size, need in zip(sizes, needed, strict=True)
@@ -547,7 +548,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _shift, _log_sum, ctx.softcap, ctx.ignore_index, ctx.needed, _ = inputs
+    *tensors, _shift, ctx.softcap, ctx.ignore_index, ctx.needed, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -578,7 +579,7 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     results = pull(tuple(grad for grad, need in zip(grads, ctx.needed, strict=True) if need))
     grad_upstream, grad_heads = results[:3], list(results[3:])
     grad_bias = grad_heads[2] if linear_bias is not None else None
-    return *grad_upstream, *grad_heads[:2], None, grad_bias, *[None] * 7
+    return *grad_upstream, *grad_heads[:2], None, grad_bias, *[None] * 6
 
 
 _operator = _operators.define(
@@ -591,9 +592,9 @@ _operator = _operators.define(
     backward=_differentiate,
 )
 _operator_backward = _operators.define(
-    "linear_logit_stats_backward(Tensor grad_log_sum, Tensor grad_target_gap, "
+    "linear_logit_stats_backward(Tensor grad_total, Tensor grad_target_gap, "
     "Tensor grad_class_gap, Tensor input, Tensor linear_weight, Tensor target, "
-    "Tensor? linear_bias, Tensor? class_weight, Tensor shift, Tensor log_sum, float? softcap, "
+    "Tensor? linear_bias, Tensor? class_weight, Tensor shift, float? softcap, "
     "int ignore_index, bool[3] needed, str implementation) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

@@ -15,9 +15,9 @@ def linear_logit_stats(
     softcap: float | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return shift, log-sum, target gap and class gap of each row; zeros in ignored rows.
+    """Return shift, total, target gap and class gap of each row; 0, 1, 0, 0 in ignored rows.
 
-    With the logits ``z`` and the constant ``shift = max z``: ``log_sum = log sum exp(z - shift)``,
+    With the logits ``z`` and the constant ``shift = max z``: ``total = sum exp(z - shift)``,
     ``target_gap = shift - z[target]`` (nan for a target outside the classes), and
     ``class_gap = sum(class_weight * (shift - z))``, zero without ``class_weight``.
     """
@@ -31,11 +31,13 @@ def linear_logit_stats(
 
     shift = logits.detach().amax(-1)
     gap = shift[:, None] - logits
-    log_sum = gap.neg().exp().sum(-1).log()
+    total = gap.neg().exp().sum(-1)
     inside = (target >= 0) & (target < logits.shape[-1])
     target_gap = gap.gather(-1, target.where(inside, 0)[:, None])[:, 0].where(inside, float("nan"))
-    class_gap = log_sum * 0 if class_weight is None else gap @ class_weight
-    shift, log_sum, target_gap, class_gap = (
-        statistic.where(kept, 0) for statistic in (shift, log_sum, target_gap, class_gap)
+    class_gap = total * 0 if class_weight is None else gap @ class_weight
+    return (
+        shift.where(kept, 0),
+        total.where(kept, 1),
+        target_gap.where(kept, 0),
+        class_gap.where(kept, 0),
     )
-    return shift, log_sum, target_gap, class_gap

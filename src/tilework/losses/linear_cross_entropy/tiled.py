@@ -28,7 +28,7 @@ def forward(
     head = _Head(hidden, linear_weight, linear_bias, softcap)
     statistics = hidden.new_zeros(4, len(hidden), dtype=head.dtype)
     for tokens in _slices(len(hidden), TOKENS):
-        shift, sum_exp, target_gap, class_gap = statistics[:, tokens]
+        shift, total, target_gap, class_gap = statistics[:, tokens]
         peak = torch.full_like(shift, -torch.inf)
         target_logit = torch.full_like(shift, torch.nan)
         weight_seen = shift.new_zeros(())
@@ -46,19 +46,17 @@ def forward(
             if class_weight is not None:
                 class_gap += (new_shift - shift) * weight_seen - logits @ class_weight[classes]
                 weight_seen = weight_seen + class_weight[classes].sum()
-            sum_exp.mul_((old_peak - new_shift).exp_()).add_(logits.exp_().sum(1))
+            total.mul_((old_peak - new_shift).exp_()).add_(logits.exp_().sum(1))
             shift.copy_(new_shift)
         torch.sub(shift, target_logit, out=target_gap)
-    statistics[1].log_()
-    statistics = _spread(statistics, rows, len(input), dim=1).masked_fill_(
-        target == ignore_index, 0
-    )
-    shift, log_sum, target_gap, class_gap = statistics.unbind()
-    return shift.clone(), log_sum.clone(), target_gap.clone(), class_gap.clone()
+    ignored = target == ignore_index
+    statistics = _spread(statistics, rows, len(input), dim=1).masked_fill_(ignored, 0)
+    shift, total, target_gap, class_gap = statistics.unbind()
+    return shift.clone(), total.masked_fill(ignored, 1), target_gap.clone(), class_gap.clone()
 
 
 def backward(
-    grad_log_sum: Tensor,
+    grad_total: Tensor,
     grad_target_gap: Tensor,
     grad_class_gap: Tensor,
     input: Tensor,
@@ -67,14 +65,13 @@ def backward(
     linear_bias: Tensor | None,
     class_weight: Tensor | None,
     shift: Tensor,
-    log_sum: Tensor,
     softcap: float | None,
     ignore_index: int,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; an empty tensor for each that is not needed."""
     rows, hidden, kept_target = _kept(input, target, ignore_index)
-    vectors = torch.stack((shift, log_sum, grad_log_sum, grad_target_gap, grad_class_gap))
+    vectors = torch.stack((shift, grad_total, grad_target_gap, grad_class_gap))
     vectors.masked_fill_(target == ignore_index, 0)
     if rows is not None:
         vectors = vectors.index_select(1, rows)
@@ -91,11 +88,10 @@ def backward(
             (classes.stop - classes.start, hidden.shape[1]) if needed[1] else 0, dtype=head.dtype
         )
         for tokens in _slices(len(hidden), TOKENS):
-            row_shift, row_log_sum, grad_sum, grad_target, grad_class = vectors[:, tokens]
+            row_shift, grad_sum, grad_target, grad_class = vectors[:, tokens]
             logits = head.logits(tokens, classes)
             slope = None if softcap is None else 1 - (logits / softcap).square_()
-            grad = logits.sub_(row_shift[:, None]).exp_()
-            grad.mul_((grad_sum * row_log_sum.neg().exp_())[:, None])
+            grad = logits.sub_(row_shift[:, None]).exp_().mul_(grad_sum[:, None])
             column = kept_target[tokens] - classes.start
             inside = (column >= 0) & (column < grad.shape[1])
             grad.scatter_add_(

@@ -1,0 +1,529 @@
+"""The statistics of a linear head's logits on the GPU: kernels, block sizes and launchers.
+
+Forward: a program takes a block of tokens and a share of the classes and keeps running statistics;
+a second kernel merges the shares. Backward: a kernel writes the gradient of a panel of logits, and
+the library's matrix products turn it into gradients. There are no locks and no atomics, and the
+order of every sum depends on the number of classes alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tilework import _triton
+from tilework._operators import HALF
+from tilework._triton import Config
+
+# Classes per share at least, and shares at most: statistics of a share are 12 bytes per token.
+SHARE = 2048
+MAX_SHARES = 64
+# A panel of logit gradients: 64 MiB in half precision.
+PANEL_TOKENS = 8192
+PANEL_CLASSES = 4096
+
+SMALL = Config(64, 64, 32, num_warps=8, num_stages=2)
+FORWARD = {
+    "sm_80": Config(128, 128, 32, num_warps=8, num_stages=3),
+    "sm_90": Config(128, 128, 64, num_warps=8, num_stages=3),
+    "sm_100": Config(128, 128, 64, num_warps=8, num_stages=3),
+    "gfx942": Config(128, 128, 32, num_warps=8, num_stages=2),
+    "interpreter": Config(16, 32, 16, num_warps=1, num_stages=1),
+}
+BACKWARD = dict(FORWARD)
+
+
+def choose_config(table: dict[str, Config], arch: str, dtype: torch.dtype) -> Config:
+    """The entry of an architecture; small blocks for float32 and where there is no entry."""
+    if dtype == torch.float32 and arch != "interpreter":
+        return SMALL
+    return table.get(arch, SMALL)
+
+
+@triton.jit
+def _logits(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    num_rows,
+    num_columns,
+    num_features,
+    input_stride_row,
+    input_stride_feature,
+    weight_stride_row,
+    weight_stride_feature,
+    bias_stride,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+):
+    """The tile of logits, in float32, whose first row and column the pointers are at.
+
+    Rows and columns past the end repeat the last ones. Offsets within a tile fit 32 bits, which
+    the launcher sees to; the pointers move in 64 bits.
+    """
+    last_row = tl.minimum(num_rows, BLOCK_ROWS).to(tl.int32) - 1
+    last_column = tl.minimum(num_columns, BLOCK_COLUMNS).to(tl.int32) - 1
+    rows = tl.minimum(tl.arange(0, BLOCK_ROWS), last_row)
+    columns = tl.minimum(tl.arange(0, BLOCK_COLUMNS), last_column)
+    inner = tl.arange(0, BLOCK_INNER)
+    input_offsets = rows[:, None] * input_stride_row + inner[None, :] * input_stride_feature
+    weight_offsets = columns[None, :] * weight_stride_row + inner[:, None] * weight_stride_feature
+    logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for start in range(0, num_features, BLOCK_INNER):
+        left = inner < num_features - start
+        hidden = tl.load(input_ptr + input_offsets, mask=left[None, :], other=0.0)
+        weight = tl.load(weight_ptr + weight_offsets, mask=left[:, None], other=0.0)
+        logits = _triton.dot(hidden, weight, logits, PRECISION, INTERPRETED)
+        input_ptr += BLOCK_INNER * input_stride_feature
+        weight_ptr += BLOCK_INNER * weight_stride_feature
+    if HAS_BIAS:
+        logits += tl.load(bias_ptr + columns * bias_stride).to(tl.float32)[None, :]
+    if HAS_SOFTCAP:
+        logits = softcap * _triton.tanh(logits / softcap)
+    return logits
+
+
+@triton.jit
+def forward_kernel(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    target_ptr,
+    class_weight_ptr,
+    peak_ptr,
+    sum_ptr,
+    gap_ptr,
+    target_logit_ptr,
+    num_tokens,
+    num_classes,
+    num_features,
+    input_stride_row,
+    input_stride_feature,
+    weight_stride_row,
+    weight_stride_feature,
+    bias_stride,
+    softcap,
+    ignore_index,
+    share,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+):
+    """Statistics of one share of the classes, for one block of tokens."""
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    share_index = tl.program_id(1).to(tl.int64)
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    inside = rows < num_tokens
+    target = tl.load(target_ptr + rows, mask=inside, other=ignore_index)
+    kept = inside & (target != ignore_index)
+    if tl.max(kept.to(tl.int32), 0) == 0:
+        return
+
+    peak = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    base = tl.zeros((BLOCK_ROWS,), tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    gap = tl.zeros((BLOCK_ROWS,), tl.float32)
+    weight_seen = 0.0
+    first_column = share_index * share
+    end = tl.minimum(first_column + share, num_classes)
+    while first_column < end:
+        columns_end = first_column + BLOCK_COLUMNS
+        columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+        column_mask = columns < end
+        logits = _logits(
+            input_ptr + first_row * input_stride_row,
+            weight_ptr + first_column * weight_stride_row,
+            bias_ptr + first_column * bias_stride if HAS_BIAS else bias_ptr,
+            num_tokens - first_row,
+            end - first_column,
+            num_features,
+            input_stride_row,
+            input_stride_feature,
+            weight_stride_row,
+            weight_stride_feature,
+            bias_stride,
+            softcap,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            PRECISION,
+            INTERPRETED,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            BLOCK_INNER,
+        )
+        found = kept & (target >= first_column) & (target < tl.minimum(columns_end, end))
+        place = tl.where(found, target - first_column, -1).to(tl.int32)
+        is_target = tl.arange(0, BLOCK_COLUMNS)[None, :] == place[:, None]
+        target_logit = tl.sum(tl.where(is_target, logits, 0.0), 1)
+        tl.store(target_logit_ptr + rows, target_logit, mask=found)
+
+        # Columns past the end repeat a logit, so they leave the peak as it is.
+        new_peak = tl.maximum(peak, tl.max(logits, 1))
+        # A row of -inf alone has no finite peak to subtract.
+        new_base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        logits -= new_base[:, None]
+        if HAS_CLASS_WEIGHT:
+            weights = tl.load(class_weight_ptr + columns, mask=column_mask, other=0.0)
+            weighted = tl.where(column_mask[None, :], logits * weights[None, :], 0.0)
+            gap += (new_base - base) * weight_seen - tl.sum(weighted, 1)
+            weight_seen += tl.sum(weights, 0)
+        exponentials = tl.where(column_mask[None, :], tl.exp(logits), 0.0)
+        total = total * tl.exp(peak - new_base) + tl.sum(exponentials, 1)
+        peak = new_peak
+        base = new_base
+        first_column = columns_end
+    offsets = share_index * num_tokens + rows
+    tl.store(peak_ptr + offsets, peak, mask=kept)
+    tl.store(sum_ptr + offsets, total, mask=kept)
+    if HAS_CLASS_WEIGHT:
+        tl.store(gap_ptr + offsets, gap, mask=kept)
+
+
+@triton.jit
+def merge_kernel(
+    target_ptr,
+    peak_ptr,
+    sum_ptr,
+    gap_ptr,
+    share_weight_ptr,
+    target_logit_ptr,
+    shift_ptr,
+    total_ptr,
+    target_gap_ptr,
+    class_gap_ptr,
+    num_tokens,
+    num_shares,
+    ignore_index,
+    HAS_CLASS_WEIGHT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Merge the shares, in their order."""
+    rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    inside = rows < num_tokens
+    target = tl.load(target_ptr + rows, mask=inside, other=ignore_index)
+    kept = inside & (target != ignore_index)
+
+    peak = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    offsets = rows
+    for _ in range(num_shares):
+        peak = tl.maximum(peak, tl.load(peak_ptr + offsets, mask=kept, other=float("-inf")))
+        offsets += num_tokens
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    gap = tl.zeros((BLOCK_ROWS,), tl.float32)
+    offsets = rows
+    for share in range(num_shares):
+        share_peak = tl.load(peak_ptr + offsets, mask=kept, other=float("-inf"))
+        share_sum = tl.load(sum_ptr + offsets, mask=kept, other=0.0)
+        total += share_sum * tl.exp(share_peak - base)
+        if HAS_CLASS_WEIGHT:
+            share_base = tl.where(share_peak == float("-inf"), 0.0, share_peak)
+            share_gap = tl.load(gap_ptr + offsets, mask=kept, other=0.0)
+            gap += share_gap + (base - share_base) * tl.load(share_weight_ptr + share)
+        offsets += num_tokens
+    target_logit = tl.load(target_logit_ptr + rows, mask=kept, other=0.0)
+    tl.store(shift_ptr + rows, tl.where(kept, base, 0.0), mask=inside)
+    tl.store(total_ptr + rows, tl.where(kept, total, 1.0), mask=inside)
+    tl.store(target_gap_ptr + rows, tl.where(kept, base - target_logit, 0.0), mask=inside)
+    tl.store(class_gap_ptr + rows, tl.where(kept, gap, 0.0), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    target_ptr,
+    class_weight_ptr,
+    shift_ptr,
+    grad_total_ptr,
+    grad_target_gap_ptr,
+    grad_class_gap_ptr,
+    panel_ptr,
+    column_sum_ptr,
+    num_tokens,
+    first_class,
+    num_classes,
+    num_features,
+    input_stride_row,
+    input_stride_feature,
+    weight_stride_row,
+    weight_stride_feature,
+    bias_stride,
+    softcap,
+    ignore_index,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr,
+    NEED_COLUMN_SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """The gradient of a panel of logits: ``num_tokens`` rows, ``num_classes`` from ``first_class``.
+
+    The token arguments start at the panel's first token. Programs walk in groups of ``GROUP``
+    blocks of rows, so that they share blocks of the weight in the cache.
+    """
+    program = tl.program_id(0)
+    row_blocks = tl.cdiv(num_tokens, BLOCK_ROWS)
+    column_blocks = tl.cdiv(num_classes, BLOCK_COLUMNS)
+    group = program // (GROUP * column_blocks)
+    group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
+    place = program % (GROUP * column_blocks)
+    row_block = group * GROUP + place % group_rows
+    column_block = place // group_rows
+
+    first_row = row_block.to(tl.int64) * BLOCK_ROWS
+    first_column = column_block.to(tl.int64) * BLOCK_COLUMNS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    panel_columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = rows < num_tokens
+    column_mask = panel_columns < num_classes
+    target = tl.load(target_ptr + rows, mask=row_mask, other=ignore_index)
+    kept = row_mask & (target != ignore_index)
+    logits = _logits(
+        input_ptr + first_row * input_stride_row,
+        weight_ptr + (first_class + first_column) * weight_stride_row,
+        bias_ptr + (first_class + first_column) * bias_stride if HAS_BIAS else bias_ptr,
+        num_tokens - first_row,
+        num_classes - first_column,
+        num_features,
+        input_stride_row,
+        input_stride_feature,
+        weight_stride_row,
+        weight_stride_feature,
+        bias_stride,
+        softcap,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        PRECISION,
+        INTERPRETED,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_INNER,
+    )
+    shift = tl.load(shift_ptr + rows, mask=kept, other=0.0)
+    grad_total = tl.load(grad_total_ptr + rows, mask=kept, other=0.0)
+    grad_target_gap = tl.load(grad_target_gap_ptr + rows, mask=kept, other=0.0)
+    grad = tl.exp(logits - shift[:, None]) * grad_total[:, None]
+    place = target - first_class - first_column
+    place = tl.where((place >= 0) & (place < BLOCK_COLUMNS), place, -1).to(tl.int32)
+    is_target = tl.arange(0, BLOCK_COLUMNS)[None, :] == place[:, None]
+    grad -= tl.where(is_target, grad_target_gap[:, None], 0.0)
+    if HAS_CLASS_WEIGHT:
+        weights = tl.load(
+            class_weight_ptr + first_class + panel_columns, mask=column_mask, other=0.0
+        )
+        grad_class_gap = tl.load(grad_class_gap_ptr + rows, mask=kept, other=0.0)
+        grad -= grad_class_gap[:, None] * weights[None, :]
+    if HAS_SOFTCAP:
+        grad *= 1 - logits * (logits / softcap / softcap)
+    grad = tl.where(kept[:, None] & column_mask[None, :], grad, 0.0)
+    if NEED_COLUMN_SUM:
+        offsets = row_block.to(tl.int64) * num_classes + panel_columns
+        tl.store(column_sum_ptr + offsets, tl.sum(grad, 0), mask=column_mask)
+    offsets = tl.arange(0, BLOCK_ROWS)[:, None] * num_classes + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    tl.store(
+        panel_ptr + first_row * num_classes + first_column + offsets,
+        grad.to(panel_ptr.dtype.element_ty),
+        mask=row_mask[:, None] & column_mask[None, :],
+    )
+
+
+def forward(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    class_weight: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``reference.linear_logit_stats``."""
+    input, linear_weight = _short_strides(input), _short_strides(linear_weight)
+    num_tokens, num_features = input.shape
+    num_classes = len(linear_weight)
+    shift, total, target_gap, class_gap = (
+        input.new_empty(num_tokens, dtype=torch.float32) for _ in range(4)
+    )
+    if num_tokens == 0:
+        return shift, total, target_gap, class_gap
+    share = max(SHARE, triton.cdiv(num_classes, MAX_SHARES))
+    num_shares = triton.cdiv(num_classes, share)
+    config = choose_config(FORWARD, _triton.architecture(input.device), input.dtype)
+    target = target.contiguous()
+    peak, share_total, gap = input.new_empty(3, num_shares, num_tokens, dtype=torch.float32)
+    target_logit = torch.full_like(shift, torch.nan)
+    share_weight = None
+    if class_weight is not None:
+        class_weight = class_weight.contiguous()
+        padding = num_shares * share - num_classes
+        padded = torch.nn.functional.pad(class_weight, (0, padding))
+        share_weight = padded.view(num_shares, share).sum(1)
+    forward_kernel[(triton.cdiv(num_tokens, config.block_rows), num_shares)](
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        peak,
+        share_total,
+        gap,
+        target_logit,
+        num_tokens,
+        num_classes,
+        num_features,
+        *input.stride(),
+        *linear_weight.stride(),
+        0 if linear_bias is None else linear_bias.stride(0),
+        softcap or 0.0,
+        ignore_index,
+        share,
+        HAS_BIAS=linear_bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_CLASS_WEIGHT=class_weight is not None,
+        PRECISION=_precision(),
+        INTERPRETED=_triton.INTERPRETED,
+        **config.arguments(),
+    )
+    merge_kernel[(triton.cdiv(num_tokens, 128),)](
+        target,
+        peak,
+        share_total,
+        gap,
+        share_weight,
+        target_logit,
+        shift,
+        total,
+        target_gap,
+        class_gap,
+        num_tokens,
+        num_shares,
+        ignore_index,
+        HAS_CLASS_WEIGHT=class_weight is not None,
+        BLOCK_ROWS=128,
+    )
+    return shift, total, target_gap, class_gap
+
+
+def backward(
+    grad_total: Tensor,
+    grad_target_gap: Tensor,
+    grad_class_gap: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    class_weight: Tensor | None,
+    shift: Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias; an empty tensor for each that is not needed."""
+    input, linear_weight = _short_strides(input), _short_strides(linear_weight)
+    num_tokens, num_features = input.shape
+    num_classes = len(linear_weight)
+    config = choose_config(BACKWARD, _triton.architecture(input.device), input.dtype)
+    # Ignored rows have no gradient, and their hidden states are never read.
+    hidden = input.masked_fill((target == ignore_index)[:, None], 0) if needed[1] else input
+    tokens = max(1, min(num_tokens, PANEL_TOKENS))
+    classes = min(num_classes, PANEL_CLASSES)
+    buffer = input.new_empty(tokens * classes)
+    column_sums = torch.empty(
+        triton.cdiv(tokens, config.block_rows) * classes if needed[2] else 0,
+        dtype=torch.float32,
+        device=input.device,
+    )
+    target, class_weight = target.contiguous(), _contiguous(class_weight)
+    upstream = [grad.contiguous() for grad in (grad_total, grad_target_gap, grad_class_gap)]
+
+    grad_input = input.new_zeros(input.shape if needed[0] else 0, dtype=torch.float32)
+    grad_weight = input.new_empty(linear_weight.shape if needed[1] else 0)
+    grad_bias = input.new_zeros(num_classes if needed[2] else 0, dtype=torch.float32)
+    for first_class in range(0, num_classes, classes):
+        panel_classes = slice(first_class, min(first_class + classes, num_classes))
+        width = panel_classes.stop - panel_classes.start
+        weight_tile = input.new_zeros(
+            (width, num_features) if needed[1] else 0, dtype=torch.float32
+        )
+        for first_token in range(0, num_tokens, tokens):
+            panel_tokens = slice(first_token, min(first_token + tokens, num_tokens))
+            height = panel_tokens.stop - panel_tokens.start
+            panel = buffer[: height * width].view(height, width)
+            row_blocks = triton.cdiv(height, config.block_rows)
+            backward_kernel[(row_blocks * triton.cdiv(width, config.block_columns),)](
+                input[panel_tokens],
+                linear_weight,
+                linear_bias,
+                target[panel_tokens],
+                class_weight,
+                shift[panel_tokens],
+                *(grad[panel_tokens] for grad in upstream),
+                panel,
+                column_sums,
+                height,
+                first_class,
+                width,
+                num_features,
+                *input.stride(),
+                *linear_weight.stride(),
+                0 if linear_bias is None else linear_bias.stride(0),
+                softcap or 0.0,
+                ignore_index,
+                HAS_BIAS=linear_bias is not None,
+                HAS_SOFTCAP=softcap is not None,
+                HAS_CLASS_WEIGHT=class_weight is not None,
+                NEED_COLUMN_SUM=needed[2],
+                PRECISION=_precision(),
+                INTERPRETED=_triton.INTERPRETED,
+                GROUP=8,
+                **config.arguments(),
+            )
+            if needed[0]:
+                _accumulate(grad_input[panel_tokens], panel, linear_weight[panel_classes])
+            if needed[1]:
+                _accumulate(weight_tile, panel.T, hidden[panel_tokens])
+            if needed[2]:
+                partials = column_sums[: row_blocks * width].view(row_blocks, width)
+                grad_bias[panel_classes] += partials.sum(0)
+        if needed[1]:
+            grad_weight[panel_classes] = weight_tile
+    return grad_input.to(input.dtype), grad_weight, grad_bias.to(input.dtype)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product to a float32 total without rounding it to half precision in between."""
+    if left.dtype in HALF and left.device.type == "cuda":
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
+
+
+def _short_strides(matrix: Tensor) -> Tensor:
+    """The matrix, copied if an offset within a tile of 256 x 256 would not fit 32 bits."""
+    return matrix.contiguous() if 256 * sum(matrix.stride()) >= 2**31 else matrix
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _precision() -> str:
+    """How float32 products are computed: as the user told torch."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

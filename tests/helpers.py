@@ -1,0 +1,60 @@
+"""What the tests share: the error rule, dtypes and devices."""
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def assert_exact(actual: Tensor, composition: Tensor, truth: Tensor) -> None:
+    """Hold a result to the error rule of the project.
+
+    Its error against the float64 ``truth`` is at most twice that of torch's own ``composition`` in
+    the same dtype, plus one rounding unit of the output, both in the mean square. The largest
+    element, which is a matter of luck, may have twice that. nan and infinities stand where the
+    truth has them. A float64 result, which the truth does not exceed in precision, is held to a
+    float32 composition scaled by the rounding units, and two units more for the truth's own error.
+    """
+    assert truth.dtype == torch.float64
+    scale, units = 1.0, 1
+    if actual.dtype == torch.float64:
+        assert composition.dtype == torch.float32, "compose in float32 for a float64 result"
+        scale, units = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps, 3
+    assert actual.shape == truth.shape == composition.shape
+    unit = units * torch.finfo(actual.dtype).eps
+    actual, composition, truth = (t.detach().cpu().double() for t in (actual, composition, truth))
+    regular = truth.isfinite()
+    torch.testing.assert_close(actual[~regular], truth[~regular], rtol=0, atol=0, equal_nan=True)
+    if not regular.any():
+        return
+    for norm, slack in ((2, 1), (torch.inf, 2)):
+        error, allowed, size = (
+            float(torch.linalg.vector_norm(t[regular], norm))
+            for t in (actual - truth, composition - truth, truth)
+        )
+        limit = slack * (2 * scale * allowed + unit * size)
+        assert error <= limit, f"error {error:.3g} in norm {norm}, at most {limit:.3g} allowed"
+
+
+def clones(
+    tensors: Iterable[Tensor | None], dtype: torch.dtype | None = None
+) -> list[Tensor | None]:
+    """Leaves with the same values and ``requires_grad``, in another dtype if one is given."""
+    return [
+        None
+        if tensor is None
+        else tensor.detach()
+        .to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+        .clone()
+        .requires_grad_(tensor.requires_grad)
+        for tensor in tensors
+    ]

@@ -1,0 +1,18 @@
+from types import ModuleType
+
+import pytest
+
+from tilework.losses.linear_cross_entropy import tiled
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make small problems take several tiles, shares and panels."""
+    from tilework.losses.linear_cross_entropy import triton
+
+    def patch(module: ModuleType, **values: int) -> None:
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+
+    patch(tiled, TOKENS=16, TILE=16 * 24)
+    patch(triton, SHARE=48, MAX_SHARES=3, PANEL_TOKENS=32, PANEL_CLASSES=64)
