@@ -4,11 +4,12 @@ An operator is defined by its kernel, its fake kernel and a plain PyTorch refere
 signature. ``torch.compile`` sees one node. A missing rule is taken from the reference.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tilework import _checks
 
 _library: Any = torch.library.Library("tilework", "DEF")  # type: ignore[no-untyped-call]
 
+T = TypeVar("T")
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -97,6 +99,20 @@ def only_reference() -> bool:
     )
 
 
+def without_autocast(function: Callable[..., T]) -> Callable[..., T]:
+    """Keep autocast from lowering the products inside; the first argument is a tensor."""
+
+    @functools.wraps(function)
+    def run(input: Tensor, *args: Any) -> T:
+        device = input.device.type
+        if not torch.is_autocast_enabled(device):
+            return function(input, *args)
+        with torch.autocast(device, enabled=False):
+            return function(input, *args)
+
+    return run
+
+
 def define(
     schema: str,
     kernel: Callable[..., Any],
@@ -113,14 +129,7 @@ def define(
     name = schema.partition("(")[0]
     _library.define(schema)
 
-    def without_autocast(*args: Any) -> Any:
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if not torch.is_autocast_enabled(device):
-            return kernel(*args)
-        with torch.autocast(device, enabled=False):
-            return kernel(*args)
-
-    _library.impl(name, without_autocast, "CompositeExplicitAutograd")
+    _library.impl(name, without_autocast(kernel), "CompositeExplicitAutograd")
     operator = getattr(torch.ops.tilework, name).default
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:

@@ -69,6 +69,18 @@ class Problem:
         }
         return Problem(input, linear_weight, self.target, linear_bias, options)
 
+    def on(self, device: str) -> "Problem":
+        """The same problem on another device."""
+        moved = [
+            None if tensor is None else tensor.detach().to(device).requires_grad_()
+            for tensor in (self.input, self.linear_weight, self.linear_bias)
+        ]
+        options = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.options.items()
+        }
+        return Problem(moved[0], moved[1], self.target.to(device), moved[2], options)  # type: ignore[arg-type]
+
     def solve(self, function: Any, upstream: Tensor | None = None) -> list[Tensor]:
         """The loss and its gradients."""
         loss = function(

@@ -156,10 +156,10 @@ def linear_cross_entropy(
     padded_shape = target.shape
     target = target.reshape(-1)
     kept = target != ignore_index
-    inside = (target >= 0) & (target < len(linear_weight))
+    inside = (target >= 0) & (target < linear_weight.shape[0])
     if _checks.holds_values(target) and not bool((inside | ~kept).all()):
         raise IndexError(
-            f"{_NAME}: target must lie in [0, {len(linear_weight)}) or be ignore_index="
+            f"{_NAME}: target must lie in [0, {linear_weight.shape[0]}) or be ignore_index="
             f"{ignore_index}, got {int(target[kept & ~inside][0])}"
         )
 
@@ -176,7 +176,7 @@ def linear_cross_entropy(
         target_weight = position_weight * class_weight[target.where(inside, 0)]
     spread_weight = None
     if label_smoothing:
-        spread_weight = linear_weight.new_ones(len(linear_weight), dtype=dtype)
+        spread_weight = linear_weight.new_ones(linear_weight.shape[0], dtype=dtype)
         spread_weight = spread_weight if class_weight is None else class_weight
 
     maximum, total, target_gap, class_gap = _logit_stats(
@@ -193,7 +193,7 @@ def linear_cross_entropy(
     loss = (1 - label_smoothing) * target_weight * (target_gap + log_sum)
     if spread_weight is not None:
         spread = class_gap + spread_weight.sum() * log_sum
-        loss = loss + label_smoothing / len(linear_weight) * position_weight * spread
+        loss = loss + label_smoothing / linear_weight.shape[0] * position_weight * spread
     if z_loss:
         loss = loss + z_loss * position_weight * (maximum + log_sum).square()
     if reduction == "none":
@@ -426,7 +426,7 @@ def _check_tensors(
     if input.dim() not in (2, 3) or input.shape[-1] == 0:
         raise _checks.bad_value(_NAME, "input", "of shape (N, D) or (B, T, D), D >= 1", input)
     tokens, features = tuple(input.shape[:-1]), input.shape[-1]
-    if linear_weight.dim() != 2 or linear_weight.shape[1] != features or not len(linear_weight):
+    if linear_weight.dim() != 2 or linear_weight.shape[1] != features or not linear_weight.shape[0]:
         expected = f"of shape (V, {features}), as input has {features} features, V >= 1"
         raise _checks.bad_value(_NAME, "linear_weight", expected, linear_weight)
     if not isinstance(target, Tensor) or target.dtype != torch.int64:
@@ -504,7 +504,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, ...]:
     dtype = computation_dtype(input.dtype)
-    return tuple(input.new_empty(len(input), dtype=dtype) for _ in range(4))
+    return tuple(input.new_empty(input.shape[0], dtype=dtype) for _ in range(4))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -3,9 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilework._operators import computation_dtype
+from tilework._operators import computation_dtype, without_autocast
 
 
+@without_autocast
 def linear_logit_stats(
     input: Tensor,
     linear_weight: Tensor,

@@ -1,0 +1,262 @@
+"""What the public names accept, refuse and hold."""
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tilework.losses import LinearCrossEntropy, LinearCrossEntropyLoss, linear_cross_entropy
+
+from helpers import clones
+from losses.linear_cross_entropy.problem import IMPLEMENTATIONS, Problem, composed
+
+HIDDEN, HEAD, TARGET = torch.randn(4, 7), torch.randn(9, 7), torch.tensor([0, 8, 3, -100])
+BATCH = torch.randn(2, 3, 7)
+
+BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
+    ("input must be a floating-point tensor", TypeError, {"input": HIDDEN.long()}),
+    ("input must be a floating-point tensor", TypeError, {"input": [1.0]}),
+    ("input must be of shape (N, D) or (B, T, D)", ValueError, {"input": HIDDEN[0]}),
+    ("input must be of shape (N, D) or (B, T, D)", ValueError, {"input": BATCH[None]}),
+    ("input must be of shape", ValueError, {"input": HIDDEN[:, :0], "linear_weight": HEAD[:, :0]}),
+    ("linear_weight must be a floating-point tensor", TypeError, {"linear_weight": HEAD.int()}),
+    ("linear_weight must be of input's torch.float32", TypeError, {"linear_weight": HEAD.half()}),
+    ("linear_weight must be of shape (V, 7)", ValueError, {"linear_weight": HEAD[:, :6]}),
+    ("linear_weight must be of shape (V, 7)", ValueError, {"linear_weight": HEAD[None]}),
+    ("linear_weight must be of shape (V, 7)", ValueError, {"linear_weight": HEAD[:0]}),
+    ("target must be int64 of shape (4,)", TypeError, {"target": TARGET.int()}),
+    ("target must be int64 of shape (4,)", TypeError, {"target": torch.rand(4, 9)}),
+    ("target must be of shape (4,)", ValueError, {"target": TARGET[:3]}),
+    ("target must be of shape (2, 3)", ValueError, {"input": BATCH, "target": TARGET}),
+    ("linear_bias must be of shape (9,)", ValueError, {"linear_bias": torch.rand(7)}),
+    ("linear_bias must be of input's", TypeError, {"linear_bias": torch.rand(9).double()}),
+    ("weight must be of shape (9,)", ValueError, {"weight": torch.rand(4)}),
+    ("weight must be a floating-point tensor", TypeError, {"weight": torch.ones(9).long()}),
+    ("weight must not require a gradient", ValueError, {"weight": torch.rand(9).requires_grad_()}),
+    ("token_weight must be of shape (4,)", ValueError, {"token_weight": torch.rand(9)}),
+    (
+        "token_weight must not require a gradient",
+        ValueError,
+        {"token_weight": torch.rand(4).requires_grad_()},
+    ),
+    ("reduction must be one of 'mean', 'sum', 'none', got 'avg'", ValueError, {"reduction": "avg"}),
+    ("ignore_index must be an int", TypeError, {"ignore_index": 1.5}),
+    ("ignore_index must be an int", TypeError, {"ignore_index": None}),
+    ("label_smoothing must be a number from 0 to 1", ValueError, {"label_smoothing": 1.1}),
+    ("label_smoothing must be a number from 0 to 1", ValueError, {"label_smoothing": -0.1}),
+    ("label_smoothing must be a number", TypeError, {"label_smoothing": "0.1"}),
+    ("softcap must be a finite number above 0", ValueError, {"softcap": 0.0}),
+    ("softcap must be a finite number above 0", ValueError, {"softcap": float("inf")}),
+    ("z_loss must be a finite number of at least 0", ValueError, {"z_loss": -1e-4}),
+    ("z_loss must be a finite number of at least 0", ValueError, {"z_loss": float("nan")}),
+    ("shift must be a finite number of at least 0", ValueError, {"shift": -1}),
+    ("shift must be an int", TypeError, {"shift": 1.0}),
+    ("shift above 0 must come with input of shape (B, T, D)", ValueError, {"shift": 1}),
+    (
+        "be below T, got shift=3",
+        ValueError,
+        {"input": BATCH, "target": torch.zeros(2, 3, dtype=torch.int64), "shift": 3},
+    ),
+    (
+        "implementation must be one of 'triton', 'tiled', 'reference', got 'cuda'",
+        ValueError,
+        {"implementation": "cuda"},
+    ),
+    (
+        "target must lie in [0, 9) or be ignore_index=-100, got 9",
+        IndexError,
+        {"target": TARGET + 1},
+    ),
+    ("target must lie in [0, 9)", IndexError, {"target": TARGET - 1, "ignore_index": -101}),
+    ("got -100", IndexError, {"ignore_index": 3}),
+    (
+        "linear_weight must lie on the device of input, cpu, got meta",
+        ValueError,
+        {"linear_weight": HEAD.to("meta")},
+    ),
+]
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(("message", "error", "change"), BAD)
+def test_bad_input(message: str, error: type[Exception], change: dict[str, Any]) -> None:
+    arguments = {"input": HIDDEN, "linear_weight": HEAD, "target": TARGET, **change}
+    with pytest.raises(error, match="linear_cross_entropy: .*" + re.escape(message)):
+        linear_cross_entropy(**arguments)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"reduction": "avg"},
+        {"label_smoothing": 2},
+        {"softcap": -1.0},
+        {"z_loss": -1.0},
+        {"shift": -1},
+        {"implementation": "cuda"},
+        {"ignore_index": "x"},
+    ],
+)
+def test_modules_refuse_options_at_construction(option: dict[str, Any]) -> None:
+    (name,) = option
+    for build in (LinearCrossEntropy, lambda **kw: LinearCrossEntropyLoss(3, 4, **kw)):
+        with pytest.raises((ValueError, TypeError), match=name):
+            build(**option)
+
+
+@pytest.mark.untyped
+def test_misspelt_and_positional_options() -> None:
+    with pytest.raises(TypeError, match="label_smooth"):
+        linear_cross_entropy(HIDDEN, HEAD, TARGET, label_smooth=0.1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="positional"):
+        linear_cross_entropy(HIDDEN, HEAD, TARGET, torch.rand(9))  # type: ignore[misc]
+
+
+@pytest.mark.untyped
+def test_triton_where_it_cannot_run() -> None:
+    with pytest.raises(ValueError, match=r"'triton' cannot be used: it takes float16.*float64"):
+        linear_cross_entropy(HIDDEN.double(), HEAD.double(), TARGET, implementation="triton")
+    code = """if True:
+        import sys, torch
+        {hide}
+        from tilework.losses import linear_cross_entropy
+        hidden, head, target = torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1])
+        print(linear_cross_entropy(hidden, head, target).item())
+        try:
+            linear_cross_entropy(hidden, head, target, implementation="triton")
+        except ValueError as error:
+            print(error)
+    """
+    absent = "sys.modules['triton'] = None"
+    for hide, reason in (("", "it runs on cuda, not on cpu"), (absent, "it runs on cuda")):
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        output = subprocess.run(
+            [sys.executable, "-c", code.format(hide=hide)],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        assert f"implementation='triton' cannot be used: {reason}" in output
+
+
+def test_default_is_tiled_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilework.losses.linear_cross_entropy import tiled
+
+    calls = []
+    forward = tiled.forward
+    monkeypatch.setattr(tiled, "forward", lambda *args: calls.append(1) or forward(*args))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        linear_cross_entropy(HIDDEN.to(dtype), HEAD.to(dtype), TARGET)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_modules_equal_the_function(implementation: str) -> None:
+    options: dict[str, Any] = {
+        "reduction": "none",
+        "label_smoothing": 0.1,
+        "softcap": 5.0,
+        "z_loss": 0.1,
+        "shift": 1,
+        "ignore_index": 2,
+        "implementation": implementation,
+    }
+    weight, token_weight, target = torch.rand(9), torch.rand(2, 3), torch.randint(9, (2, 3))
+    owner = LinearCrossEntropyLoss(7, 9, bias=True, weight=weight, **options)
+    expected = linear_cross_entropy(
+        BATCH,
+        owner.linear.weight,
+        target,
+        linear_bias=owner.linear.bias,
+        weight=weight,
+        token_weight=token_weight,
+        **options,
+    )
+    assert torch.equal(owner(BATCH, target, token_weight=token_weight), expected)
+    guest = LinearCrossEntropy(weight, **options)
+    actual = guest(
+        BATCH,
+        owner.linear.weight,
+        target,
+        linear_bias=owner.linear.bias,
+        token_weight=token_weight,
+    )
+    assert torch.equal(actual, expected)
+    assert set(guest.state_dict()) == {"weight"}
+    assert not LinearCrossEntropy().state_dict()
+    assert "softcap=5.0" in repr(guest)
+    assert "reduction" not in repr(LinearCrossEntropy())
+    assert torch.equal(
+        pickle.loads(pickle.dumps(owner))(BATCH, target, token_weight=token_weight), expected
+    )
+
+
+@pytest.mark.skipif(
+    not hasattr(nn, "LinearCrossEntropyLoss"), reason="torch has this layer since 2.13"
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_takes_the_place_of_torchs_layer(bias: bool) -> None:
+    weight = torch.rand(9)
+    options: dict[str, Any] = {"bias": bias, "weight": weight, "label_smoothing": 0.1}
+    torch.manual_seed(1)
+    theirs = nn.LinearCrossEntropyLoss(7, 9, **options, ignore_index=-100)
+    torch.manual_seed(1)
+    ours = LinearCrossEntropyLoss(7, 9, **options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(HIDDEN, TARGET), theirs(HIDDEN, TARGET))
+
+
+def test_zero_token_weight_counts_for_nothing() -> None:
+    problem = Problem.random(tokens=6, ignored=0.0, bias=True)
+    assert problem.linear_bias is not None
+    with torch.no_grad():
+        problem.linear_bias[problem.target[2]] = -torch.inf  # an infinite loss
+    token_weight = torch.tensor([1.0, 2.0, 0.0, -1.0, 3.0, 0.5])
+    problem.options = {"token_weight": token_weight}
+    keep = [0, 1, 3, 4, 5]
+    rest = Problem(*clones((problem.input, problem.linear_weight)), problem.target[keep])  # type: ignore
+    rest.linear_bias = problem.linear_bias
+    rest.input = problem.input.detach()[keep].requires_grad_()
+    rest.options = {"token_weight": token_weight[keep]}
+    for actual, expected in zip(
+        problem.solve(linear_cross_entropy), rest.solve(composed), strict=True
+    ):
+        actual = actual[keep] if actual.shape == problem.input.shape else actual
+        torch.testing.assert_close(actual, expected)
+
+
+def test_memory_stays_within_the_promise() -> None:
+    code = """if True:
+        import resource, sys, torch
+        from tilework.losses import linear_cross_entropy
+        torch.manual_seed(0)
+        train = sys.argv[1] == "train"
+        def call(tokens, classes):
+            hidden = torch.randn(tokens, 256, requires_grad=train)
+            head = torch.randn(classes, 256, requires_grad=train)
+            target = torch.randint(classes, (tokens,))
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            loss = linear_cross_entropy(hidden, head, target)
+            if train:
+                loss.backward()
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        call(64, 2000)
+        print(call(2048, 64000) / 1024)
+    """
+    for mode, limit in (("train", 256), ("infer", 150)):
+        output = subprocess.run(
+            [sys.executable, "-c", code, mode], check=True, capture_output=True, text=True
+        ).stdout
+        assert float(output) < limit

@@ -1,0 +1,74 @@
+"""The kernels as compilers for GPUs see them, and on a GPU where there is one."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tilework.losses import linear_cross_entropy
+
+import ahead_of_time
+from helpers import assert_exact, dtype_name
+from losses.linear_cross_entropy.problem import Problem, composed
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict[str, Any]]:
+    return ahead_of_time.compiled(Path(__file__).with_name("launches.py"))
+
+
+@pytest.mark.untyped
+def test_every_kernel_compiles_for_every_architecture(reports: list[dict[str, Any]]) -> None:
+    seen = {(report["arch"], report["kernel"]) for report in reports}
+    kernels = {"forward_kernel", "merge_kernel", "backward_kernel"}
+    assert seen == {(arch, kernel) for arch in ahead_of_time.SHARED_MEMORY for kernel in kernels}
+    for report in reports:
+        assert report["spilled"] == 0, report
+        assert report["shared"] <= ahead_of_time.SHARED_MEMORY[report["arch"]], report
+        if report["kernel"] != "merge_kernel" and "float32" not in report["launch"]:
+            assert report["matrix"] > 0, report
+
+
+def test_offsets_within_a_tile_fit_32_bits() -> None:
+    from tilework.losses.linear_cross_entropy import triton
+
+    for stride in (2**23, 2**40):
+        long = torch.empty_strided((3, 4), (stride, 1), device="meta")
+        assert triton._short_strides(long).stride() == (4, 1)
+    usual = torch.empty(1000, 2**14, device="meta")
+    assert triton._short_strides(usual) is usual
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=dtype_name)
+@pytest.mark.parametrize("every_option", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "features", "classes"),
+    [(1, 1, 1), (100, 63, 1000), (333, 512, 5000), (1024, 768, 50304), (9000, 64, 5001)],
+)
+def test_on_a_gpu(
+    tokens: int, features: int, classes: int, every_option: bool, dtype: torch.dtype
+) -> None:
+    options: dict[str, Any] = (
+        {"label_smoothing": 0.1, "softcap": 20.0, "z_loss": 1e-3} if every_option else {}
+    )
+    problem = Problem.random(
+        tokens,
+        features,
+        classes,
+        dtype,
+        bias=every_option,
+        weight=every_option,
+        token_weight=every_option,
+        scale=features**-0.5,
+        **options,
+    ).on("cuda")
+    actual = problem.solve(partial(linear_cross_entropy, implementation="triton"))
+    again = problem.solve(partial(linear_cross_entropy, implementation="triton"))
+    composition = problem.to(dtype).solve(composed)
+    truth = problem.to(torch.float64).solve(composed)
+    for result, second, *others in zip(actual, again, composition, truth, strict=True):
+        assert torch.equal(result, second)
+        assert_exact(result, *others)
