@@ -570,12 +570,12 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
         )[1:]
 
     def first_derivative(*arguments: Tensor) -> tuple[Tensor, ...]:
-        _, pull = torch.func.vjp(statistics, *arguments[3:])
+        pull = torch.func.vjp(statistics, *arguments[3:])[1]
         return tuple(
             result for result, need in zip(pull(arguments[:3]), needed, strict=True) if need
         )
 
-    _, pull = torch.func.vjp(first_derivative, *upstream, *heads)
+    pull = torch.func.vjp(first_derivative, *upstream, *heads)[1]
     results = pull(tuple(grad for grad, need in zip(grads, ctx.needed, strict=True) if need))
     grad_upstream, grad_heads = results[:3], list(results[3:])
     grad_bias = grad_heads[2] if linear_bias is not None else None

@@ -1,0 +1,82 @@
+"""The catalogue, and what every public name must have."""
+
+import doctest
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import tilework
+from tilework import catalog
+
+ENTRIES = catalog.entries()
+TESTS = Path(__file__).parent
+
+
+def public_names() -> set[str]:
+    return {
+        f"tilework.{family}.{name}"
+        for family in tilework.FAMILIES
+        for name in importlib.import_module(f"tilework.{family}").__all__
+    }
+
+
+def test_every_public_name_has_one_entry() -> None:
+    names = [entry.name for entry in ENTRIES]
+    assert len(set(names)) == len(names)
+    assert set(names) == public_names()
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_every_entry_is_complete(entry: catalog.Entry) -> None:
+    assert getattr(getattr(tilework, entry.family), entry.object.__name__) is entry.object
+    assert (entry.paper is None) != (entry.reason is None)
+    assert entry.summary.endswith(".")
+    documentation = inspect.getdoc(entry.object)
+    assert documentation is not None
+    assert doctest.DocTestParser().get_examples(documentation), "no example"
+    sections = ["Args:", "Returns:", "Raises:", "Example:", "Deviations:", "Reference:"]
+    places = [documentation.find(f"\n{section}") for section in sections]
+    found = [place for place in places if place >= 0]
+    assert found == sorted(found), "sections out of order"
+    required = {"Args:", "Raises:", "Example:", "Reference:"}
+    if inspect.isfunction(entry.object):
+        required |= {"Returns:"}
+    missing = [s for s, place in zip(sections, places, strict=True) if place < 0 and s in required]
+    assert not missing, f"no section {missing}"
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_every_entry_has_a_test_file(entry: catalog.Entry) -> None:
+    module = entry.object.__module__.rpartition(".")[2]
+    family = TESTS / entry.family
+    files = [family / f"test_{module}.py", *(family / module).glob("test_*.py")]
+    assert any(entry.object.__name__ in file.read_text() for file in files if file.exists()), (
+        f"no test of {entry.name} in {family}"
+    )
+
+
+def test_find() -> None:
+    entry = catalog.find("linear_cross_entropy")
+    assert entry is catalog.find("losses.linear_cross_entropy")
+    assert entry is catalog.find("tilework.losses.linear_cross_entropy")
+    assert entry.paper is not None
+    assert entry.paper.url == "https://arxiv.org/abs/2411.09009"
+    with pytest.raises(KeyError, match="cross_entropy"):
+        catalog.find("cross_entropy")
+
+
+def test_decorators_return_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry: list[catalog.Entry] = []
+    monkeypatch.setattr(catalog, "_registry", registry)
+
+    def function() -> None:
+        """Do nothing."""
+
+    assert catalog.implements("A title", year=2000)(function) is function
+    assert catalog.without_paper("a helper")(function) is function
+    first, second = registry
+    assert first.paper == catalog.Paper("A title", 2000)
+    assert first.paper.url is None
+    assert (second.paper, second.reason) == (None, "a helper")
