@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +39,12 @@ class Implementation:
     deterministic: bool
     needs: str | None = None  # a package
     checked_on: str = ""  # where its numbers were compared with float64
+    installed: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Once, as a look for a package takes longer than a call of a small operator.
+        found = self.needs is None or importlib.util.find_spec(self.needs) is not None
+        object.__setattr__(self, "installed", found)
 
 
 TABLES: dict[str, tuple[Implementation, ...]] = {}
@@ -53,9 +59,7 @@ def check_name(function: str, table: Sequence[Implementation], name: str | None)
 
 def missing(entry: Implementation) -> str | None:
     """Why an implementation cannot run here at all, if it cannot."""
-    if entry.needs is not None and importlib.util.find_spec(entry.needs) is None:
-        return f"the package {entry.needs} is not installed"
-    return None
+    return None if entry.installed else f"the package {entry.needs} is not installed"
 
 
 def refusal(entry: Implementation, tensor: Tensor) -> str | None:
@@ -156,7 +160,11 @@ def define(
     )
 
     def apply(*args: Any) -> Any:
-        return operator(*args) if torch.compiler.is_compiling() else function.apply(*args)
+        # Autograd formulas of operators do not compose with torch.func, those of functions do.
+        transformed = torch._C._are_functorch_transforms_active()
+        if transformed and not torch.compiler.is_compiling():
+            return function.apply(*args)
+        return operator(*args)
 
     torch.library.register_fake(f"tilework::{name}", fake, lib=_library)
     torch.library.register_autograd(
