@@ -1,6 +1,9 @@
 import os
 from collections.abc import Iterator
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores; read when torch is imported
+
 import pytest
 import torch
 

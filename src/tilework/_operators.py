@@ -82,11 +82,11 @@ def choose(function: str, table: Sequence[Implementation], name: str | None, ten
     check_name(function, table, name)
     if name is None:
         device = tensor.device.type
-        return next(
-            entry.name
-            for entry in table
-            if (not entry.devices or device in entry.devices) and not refusal(entry, tensor)
-        )
+        for entry in table:
+            if device in (entry.devices or (device,)) and not refusal(entry, tensor):
+                return entry.name
+        reasons = "; ".join(f"{entry.name}: {refusal(entry, tensor)}" for entry in table)
+        raise TypeError(f"{function}: no implementation takes these tensors ({reasons})")
     reason = refusal(next(entry for entry in table if entry.name == name), tensor)
     if reason is not None:
         raise ValueError(f"{function}: implementation={name!r} cannot be used: {reason}")

@@ -1,4 +1,4 @@
-"""Losses: linear cross-entropy first; classification, preference and others follow."""
+"""Losses."""
 
 from tilework.losses.linear_cross_entropy import (
     LinearCrossEntropy,

@@ -69,6 +69,11 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
         {"implementation": "cuda"},
     ),
     (
+        "no implementation takes these tensors (triton: it takes float16, bfloat16, float32, not",
+        TypeError,
+        {"input": HIDDEN.to(torch.float8_e4m3fn), "linear_weight": HEAD.to(torch.float8_e4m3fn)},
+    ),
+    (
         "target must lie in [0, 9) or be ignore_index=-100, got 9",
         IndexError,
         {"target": TARGET + 1},

@@ -1,0 +1,98 @@
+"""The documentation site; its lists of names are read from the package when it is built."""
+
+import importlib
+import inspect
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from sphinx.application import Sphinx
+from sphinx.util.rst import escape
+
+import tilework
+from tilework import _operators, catalog
+from tilework._operators import Implementation
+
+project = "Tilework"
+version = release = tilework.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+myst_enable_extensions = ["dollarmath"]
+
+autodoc_default_options = {
+    "members": True,
+    "exclude-members": "extra_repr",
+    "show-inheritance": True,
+}
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 80
+napoleon_numpy_docstring = False
+napoleon_custom_sections = ["Deviations", "Reference"]
+
+html_theme = "furo"
+html_title = f"Tilework {release}"
+html_copy_source = False
+html_show_copyright = False
+
+TEMPLATES = ("catalogue", "implementations")
+
+
+def write_api_pages(app: Sphinx) -> None:
+    """Write ``api/<family>.md`` for each family that has public names."""
+    folder = Path(app.srcdir) / "api"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for family in tilework.FAMILIES:
+        module = importlib.import_module(f"tilework.{family}")
+        directives = [f".. automodule:: tilework.{family}\n   :no-members:"]
+        for name in sorted(module.__all__, key=str.lower):  # a function before its module
+            kind = "class" if inspect.isclass(getattr(module, name)) else "function"
+            directives.append(f".. auto{kind}:: {name}")
+        if module.__all__:
+            body = "\n\n".join(directives)
+            page = f"# tilework.{family}\n\n```{{eval-rst}}\n{body}\n```\n"
+            (folder / f"{family}.md").write_text(page)
+
+
+def rows(table: tuple[Implementation, ...]) -> list[list[str]]:
+    """What the implementations of a primitive support, with a column for each of them."""
+    describe: dict[str, Callable[[Implementation], str]] = {
+        "": lambda one: f"``{one.name}``",
+        "Devices": lambda one: ", ".join(one.devices) or "any",
+        "Dtypes": lambda one: ", ".join(str(dtype).split(".")[1] for dtype in one.dtypes),
+        "Memory": lambda one: escape(one.memory),
+        "Backward": lambda one: escape(one.backward),
+        "Deterministic": lambda one: "yes" if one.deterministic else "no",
+        "Needs": lambda one: escape(one.needs or "nothing else"),
+        "Checked on": lambda one: escape(one.checked_on or "nothing yet"),
+    }
+    return [[title, *map(cell, table)] for title, cell in describe.items()]
+
+
+def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Render the pages that are Jinja templates, anew in each build."""
+    if docname not in TEMPLATES:
+        return
+    app.env.note_reread()
+    context = {
+        "families": {
+            family: list(members)
+            for family, members in itertools.groupby(catalog.entries(), lambda one: one.family)
+        },
+        "tables": {name: rows(table) for name, table in _operators.TABLES.items()},
+        "escape": escape,
+    }
+    source[0] = app.builder.templates.render_string(source[0], context)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("builder-inited", write_api_pages)
+    app.connect("source-read", fill_in)

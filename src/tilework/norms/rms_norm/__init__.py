@@ -1,0 +1,214 @@
+"""Root mean square layer normalization, with a fused residual."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tilework import _checks, _operators
+from tilework._operators import Implementation, computation_dtype
+from tilework.catalog import implements
+from tilework.norms.rms_norm import native, reference
+
+__all__ = ["RMSNorm", "rms_norm"]
+
+_NAME = "rms_norm"
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+IMPLEMENTATIONS = _operators.TABLES["norms.rms_norm"] = (
+    Implementation(
+        "torch",
+        devices=(),
+        dtypes=_FLOATING,
+        memory="on CUDA one number per row; on the CPU as the reference",
+        backward="every order; forward mode by the reference",
+        deterministic=True,
+        checked_on="CPU",
+    ),
+    Implementation(
+        "reference",
+        devices=(),
+        dtypes=_FLOATING,
+        memory="two tensors of input's shape in the computation dtype",
+        backward="every order and mode",
+        deterministic=True,
+        checked_on="CPU",
+    ),
+)
+_PAPER = implements("Root Mean Square Layer Normalization", year=2019, arxiv="1910.07467")
+
+
+@_PAPER
+def rms_norm(
+    input: Float[Tensor, "*shape"],
+    normalized_shape: int | Sequence[int],
+    weight: Float[Tensor, "..."] | None = None,
+    eps: float | None = None,
+    *,
+    residual: Float[Tensor, "*shape"] | None = None,
+    weight_offset: float = 0.0,
+    implementation: str | None = None,
+) -> Float[Tensor, "*shape"] | tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    r"""Divide by the root mean square over the trailing dimensions, of a residual sum if given.
+
+    With :math:`s` = ``input`` or ``input + residual``, :math:`g` = ``weight``, :math:`o` =
+    ``weight_offset`` and the :math:`n` elements that ``normalized_shape`` spans:
+
+    .. math::
+
+        y_i = \frac{s_i}{\sqrt{\frac{1}{n} \sum_j s_j^2 + \epsilon}}\, (g_i + o)
+
+    Without ``weight``, the last factor is 1. Everything, the residual sum too, is computed in
+    float32 (float64 for float64 input) and rounded once at the end.
+
+    Args:
+        input: Any shape that ends in ``normalized_shape``, any strides.
+        normalized_shape: The trailing dimensions to normalize over, an int for the last one.
+        weight: Gain, of shape ``normalized_shape`` and any floating dtype.
+        eps: Added to the mean square, at least 0. None is the machine epsilon of the dtype of the
+            computation: 1.1920929e-07, or 2.220446e-16 for float64.
+        residual: Added to ``input`` first; of its shape, any floating dtype.
+        weight_offset: Added to ``weight``; 1.0 for weights that are stored around zero.
+        implementation: ``"torch"`` (its own kernel) or ``"reference"``. None picks the first.
+
+    Returns:
+        The normalized tensor, of ``input``'s shape and dtype. With ``residual`` the pair of it and
+        the sum, rounded to ``input``'s dtype; the first is computed from the unrounded sum.
+
+    Raises:
+        ValueError: A shape, option or implementation is not one of those above, or
+            ``weight_offset`` is given without ``weight``.
+        TypeError: A tensor is not of a real floating dtype.
+
+    Example:
+        >>> import torch
+        >>> from tilework.norms import rms_norm
+        >>> rms_norm(torch.tensor([[3.0, 4.0]]), 2, eps=0.0).square().mean()
+        tensor(1.)
+        >>> hidden, branch = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+        >>> output, hidden = rms_norm(branch, 8, torch.ones(8), residual=hidden)
+
+    Deviations:
+        The authors' code adds epsilon to the root mean square; here it is under the root, as in
+        torch and in language models. Code in the style of LLaMA rounds to half precision before
+        the gain; here, as in torch, once and after it. Under autocast the result keeps ``input``'s
+        dtype, where torch's on CUDA is float32.
+
+    Reference:
+        Biao Zhang, Rico Sennrich. Root Mean Square Layer Normalization. 2019. arXiv:1910.07467.
+    """
+    normalized_shape = _checks.sizes(_NAME, "normalized_shape", normalized_shape)
+    _check_options(eps, weight_offset, weight is not None)
+    _check_tensors(input, normalized_shape, weight, residual)
+    implementation = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, input)
+    if eps is None:
+        eps = torch.finfo(computation_dtype(input.dtype)).eps
+    by_reference = implementation == "reference" or _operators.only_reference()
+    kernel = reference.rms_norm if by_reference else native.rms_norm
+    output, total = kernel(input, normalized_shape, weight, eps, residual, weight_offset)
+    return output if residual is None else (output, total)
+
+
+@_PAPER
+class RMSNorm(nn.Module):
+    """:func:`rms_norm` with its weight, in place of ``torch.nn.RMSNorm``.
+
+    Args:
+        normalized_shape: The trailing dimensions to normalize over, an int for the last one.
+        eps: Added to the mean square; None is the machine epsilon of the computation.
+        elementwise_affine: Whether there is a parameter ``weight`` of shape ``normalized_shape``.
+        device: Device of the weight.
+        dtype: Its dtype.
+        weight_offset: Added to the weight, which starts at ``1 - weight_offset``.
+
+    Raises:
+        ValueError: A size or option is out of range.
+
+    Example:
+        >>> import torch
+        >>> from tilework.norms import RMSNorm
+        >>> norm = RMSNorm(8)
+        >>> norm(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+        >>> output, total = norm(torch.randn(2, 5, 8), residual=torch.randn(2, 5, 8))
+
+    Reference:
+        As :func:`rms_norm`.
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weight_offset: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.normalized_shape = _checks.sizes(_NAME, "normalized_shape", normalized_shape)
+        _check_options(eps, weight_offset, elementwise_affine)
+        self.eps = eps
+        self.elementwise_affine = elementwise_affine
+        self.weight_offset = weight_offset
+        weight = None
+        if elementwise_affine:
+            weight = nn.Parameter(torch.empty(self.normalized_shape, device=device, dtype=dtype))
+        self.register_parameter("weight", weight)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the gain to 1."""
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 1 - self.weight_offset)
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the normalized tensor, with ``residual`` the pair of it and the sum."""
+        return rms_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            residual=residual,
+            weight_offset=self.weight_offset,
+        )
+
+    def extra_repr(self) -> str:
+        """Return what torch's layer shows, and the offset if there is one."""
+        offset = f", weight_offset={self.weight_offset}" if self.weight_offset else ""
+        return (
+            f"{self.normalized_shape}, eps={self.eps}, "
+            f"elementwise_affine={self.elementwise_affine}{offset}"
+        )
+
+
+def _check_options(eps: float | None, weight_offset: float, has_weight: bool) -> None:
+    if eps is not None:
+        _checks.at_least(_NAME, "eps", eps, 0)
+    if _checks.number(_NAME, "weight_offset", weight_offset) and not has_weight:
+        raise _checks.bad_value(_NAME, "weight_offset", "0 without a weight", weight_offset)
+
+
+def _check_tensors(
+    input: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    _checks.floating(_NAME, "input", input)
+    if tuple(input.shape[-len(normalized_shape) :]) != normalized_shape:
+        accepted = f"the trailing dimensions of input's {tuple(input.shape)}"
+        raise _checks.bad_value(_NAME, "normalized_shape", accepted, normalized_shape)
+    if weight is not None:
+        _checks.floating(_NAME, "weight", weight)
+        _checks.shape(_NAME, "weight", weight, normalized_shape)
+    if residual is not None:
+        _checks.floating(_NAME, "residual", residual)
+        _checks.shape(_NAME, "residual", residual, input.shape)
+    _checks.same_device(_NAME, input=input, weight=weight, residual=residual)
