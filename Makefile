@@ -26,7 +26,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 demo: $(VENV)/.installed-bench ## train a small language model, with Tilework and with plain torch
-	$(ENV) $(BIN)/python examples/demo.py $(ARGS)
+	$(ENV) $(BIN)/python examples/demo $(ARGS)
 
 test: $(VENV)/.installed-test ## the whole suite that needs no GPU
 	$(ENV) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)

@@ -1,0 +1,261 @@
+"""The commands of ``tilework``. Bad input ends with status 2, a regression with 1."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+import tilework
+from tilework import catalog
+from tilework.bench import browse, doctor, report, results, runner, suites
+from tilework.bench.suites import Candidate, Suite
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+QUICK_SECONDS = 2.0
+
+app = typer.Typer(
+    help="Tilework: which papers it implements, what this machine can run, and how fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _console() -> Console:
+    console = Console()
+    # A file or a pipe has no width of its own, and a table must not be cut there.
+    return console if console.is_terminal else Console(width=160, soft_wrap=True)
+
+
+def _refuse(argument: str, message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint=argument)
+
+
+@app.command("list")
+def list_(
+    family: Annotated[str | None, typer.Argument(help="One family, such as losses.")] = None,
+) -> None:
+    """List the public names with the papers that they implement."""
+    if family not in (None, *tilework.FAMILIES):
+        raise _refuse("FAMILY", f"must be one of {', '.join(tilework.FAMILIES)}, got {family!r}")
+    entries = [entry for entry in catalog.entries() if family in (None, entry.family)]
+    _console().print(browse.names(entries))
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A public name: losses.f, or f where it is unique.")],
+) -> None:
+    """Show the signature, docstring, paper and implementations of a public name."""
+    try:
+        entry = catalog.find(name)
+    except KeyError as error:
+        matches = browse.close_matches(name)
+        hint = f"; did you mean {' or '.join(matches)}?" if matches else "; see `tilework list`"
+        raise _refuse("NAME", f"{error.args[0]}{hint}") from None
+    _console().print(browse.describe(entry))
+
+
+@app.command("doctor")
+def doctor_() -> None:
+    """Tell what this machine has, what each operator uses on it, and why nothing faster."""
+    _console().print(doctor.report())
+
+
+@app.command()
+def bench(
+    suite: Annotated[list[str] | None, typer.Argument(help="Suites; all of them if none.")] = None,
+    list_suites: Annotated[bool, typer.Option("--list", help="List the suites and stop.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, little time.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda where there is one.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="In place of each case's own; repeatable.")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Only peers whose name contains this; 'none' for none; repeatable."),
+    ] = None,
+    filter_: Annotated[
+        str, typer.Option("--filter", help="Only cases whose name contains this.")
+    ] = "",
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="Time for the timing of one case.")
+    ] = None,
+    memory: Annotated[bool, typer.Option(help="Measure the peak memory.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="Append the rows to this JSON lines file.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Earlier results; status 1 if something is slower now.")
+    ] = None,
+) -> None:
+    """Measure the suites: each candidate is checked against float64, then timed in turn."""
+    chosen_suites = _suites(suite)
+    where = _device(device)
+    if list_suites:
+        _console().print(report.suites_table(chosen_suites, where.type))
+        return
+    _check_dtypes(dtype)
+    candidates = _candidates(chosen_suites, against)
+    old = _read(compare, "--compare") if compare is not None else []
+    settings = runner.Settings(where, memory=memory)
+    if quick or seconds is not None:
+        settings = dataclasses.replace(
+            settings, seconds=QUICK_SECONDS if seconds is None else seconds
+        )
+    jobs = runner.plan(
+        chosen_suites, where, dtypes=tuple(dtype or ()), quick=quick, pattern=filter_
+    )
+    if not jobs:
+        raise _refuse("--filter", f"no case matches {filter_!r}; see `tilework bench --list`")
+
+    console, rows = _console(), list[results.Row]()
+    with _log(out) as log:
+        try:
+            for row in _measure(console, jobs, settings, candidates):
+                rows.append(row)
+                if log is not None:
+                    log.write(row)
+        except KeyboardInterrupt:
+            console.print(f"Interrupted after {len(rows)} rows" + (f", in {out}" if out else ""))
+            raise typer.Exit(130) from None
+    if out is not None:
+        console.print(f"{len(rows)} rows in {out}")
+    if compare is not None:
+        _report_regressions(console, old, rows)
+
+
+@app.command()
+def plot(
+    file: Annotated[Path, typer.Argument(metavar="RESULTS", help="What `bench --out` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="A folder; by default that of RESULTS.")] = None,
+) -> None:
+    """Plot time and memory, by size and against the peers, as PNG and SVG."""
+    rows = _read(file, "RESULTS")
+    try:
+        from tilework.bench import plot as plots
+    except ImportError as error:
+        typer.echo(
+            f"tilework plot needs matplotlib: pip install 'tilework[bench]' ({error})", err=True
+        )
+        raise typer.Exit(2) from None
+    folder = file.parent if out is None else out
+    try:
+        paths = plots.save(rows, folder, file.stem)
+    except OSError as error:
+        raise _refuse("--out", f"cannot be written: {error}") from None
+    if not paths:
+        raise _refuse("RESULTS", f"{file} holds no row that was measured, so nothing to plot")
+    for path in paths:
+        typer.echo(str(path))
+
+
+def _measure(
+    console: Console, jobs: list[runner.Job], settings: runner.Settings, candidates: set[str]
+) -> Iterator[results.Row]:
+    """Yield the rows of all jobs, with a table after each job and a bar with the time left."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        speed_estimate_period=600,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("", total=len(jobs))
+        for position, job in enumerate(jobs):
+
+            def advance(what: str, part: float, position: int = position) -> None:
+                progress.update(task, description=what, completed=position + part)
+
+            rows = []
+            for row in runner.measure(job, settings, lambda one: one.name in candidates, advance):
+                rows.append(row)
+                yield row
+            console.print(report.table(rows, job.suite.composition))
+
+
+def _suites(names: list[str] | None) -> list[Suite]:
+    found = suites.discover()
+    unknown = [name for name in names or () if name not in found]
+    if unknown:
+        raise _refuse("SUITE", f"must be among {', '.join(found)}, got {', '.join(unknown)}")
+    return [found[name] for name in dict.fromkeys(names or found)]
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = [device for one in doctor.devices() for device in (one.type, str(one))]
+    if name not in here:
+        accepted = ", ".join(dict.fromkeys(here))
+        raise _refuse("--device", f"must be one of {accepted} on this machine, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _check_dtypes(names: list[str] | None) -> None:
+    for name in names or ():
+        if name not in DTYPES:
+            raise _refuse("--dtype", f"must be one of {', '.join(DTYPES)}, got {name!r}")
+
+
+def _candidates(chosen: list[Suite], against: list[str] | None) -> set[str]:
+    """The names of our own candidates, and of the peers that ``--against`` asks for."""
+    candidates = [candidate for suite in chosen for candidate in suite.candidates]
+    peers = [candidate.name for candidate in candidates if candidate.peer]
+    parts = [part for part in against or () if part != "none"]
+    for part in parts:
+        if not any(part in peer for peer in peers):
+            accepted = ", ".join(dict.fromkeys(peers))
+            raise _refuse("--against", f"must be none or a part of {accepted}, got {part!r}")
+
+    def wanted(candidate: Candidate) -> bool:
+        if not candidate.peer or against is None:
+            return True
+        return any(part in candidate.name for part in parts)
+
+    return {candidate.name for candidate in candidates if wanted(candidate)}
+
+
+def _read(path: Path, argument: str) -> list[results.Row]:
+    try:
+        return results.read(path)
+    except ValueError as error:
+        raise _refuse(argument, str(error)) from None
+
+
+@contextlib.contextmanager
+def _log(path: Path | None) -> Iterator[results.Log | None]:
+    if path is None:
+        yield None
+        return
+    try:
+        log = results.Log(path)
+    except OSError as error:
+        raise _refuse("--out", f"cannot be written: {error}") from None
+    with contextlib.closing(log):
+        yield log
+
+
+def _report_regressions(console: Console, old: list[results.Row], rows: list[results.Row]) -> None:
+    worse, unmatched = results.regressions(old, rows)
+    if unmatched:
+        console.print(
+            f"{unmatched} rows have no counterpart on this device in the earlier results."
+        )
+    for line in worse:
+        console.print(f"regression: {line}")
+    if worse:
+        raise typer.Exit(1)
+    console.print("No regression beyond the measured spread.")

@@ -1,0 +1,202 @@
+"""``tilework doctor``: what is here, what each operator uses here, and why nothing faster."""
+
+import contextlib
+import importlib.util
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+import tilework
+from tilework import _operators, catalog
+from tilework._operators import Implementation
+from tilework.bench import results, suites
+
+# What the optional packages that no suite names are for.
+OPTIONAL = {
+    "matplotlib": "tilework plot",
+    "transformers": "tilework.integrations",
+    "nvidia-cutlass-dsl": "torch's own fast RMSNorm on sm_90 and sm_100",
+}
+_NOT_A_GPU = ("", "CPU", "Triton's interpreter")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that keeps this machine from its best, and what to do about it."""
+
+    what: str
+    hint: str
+
+
+def devices() -> list[torch.device]:
+    """The devices of this machine."""
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [torch.device("cpu"), *gpus]
+
+
+def report() -> Group:
+    """The whole report."""
+    problems = find_problems()
+    parts: list[RenderableType] = [environment()]
+    for operator in _operators.TABLES:
+        parts += ["", implementations(operator)]
+    parts += ["", packages(), ""]
+    if not problems:
+        parts.append(Text("No problems found.", style="green"))
+    for problem in problems:
+        parts.append(Text.assemble((problem.what, "yellow"), f"\n    {problem.hint}"))
+    return Group(*parts)
+
+
+def environment() -> Table:
+    """The versions, and the devices with their architectures."""
+    table = Table(title="environment", title_justify="left", show_header=False)
+    table.add_row("Python", f"{platform.python_version()}, {platform.platform()}")
+    table.add_row("Tilework", f"{tilework.__version__}, commit {results.commit() or 'unknown'}")
+    built = torch.version.cuda or torch.version.hip
+    table.add_row("torch", f"{torch.__version__}, {f'for {built}' if built else 'CPU only'}")
+    table.add_row("Triton", results.version("triton") or "not installed")
+    for device in devices():
+        table.add_row(str(device), f"{results.device_name(device)}, {_architecture(device)}")
+    return table
+
+
+def _architecture(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        name = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+        return f"{name or f'sm_{properties.major}{properties.minor}'}, {memory}"
+    half = "" if torch.cpu._is_avx512_bf16_supported() else "no "
+    return (
+        f"{torch.backends.cpu.get_cpu_capability()}, {half}bfloat16 products, "
+        f"{torch.get_num_threads()} threads"
+    )
+
+
+def implementations(operator: str) -> Table:
+    """The table of an operator's implementations, the preferred one first."""
+    result = Table(title=operator, title_justify="left")
+    for column in ("implementation", "here", "default on", "checked on", "memory", "deterministic"):
+        result.add_column(column, overflow="fold")
+    for entry in _operators.TABLES[operator]:
+        reason = unusable(entry)
+        result.add_row(
+            entry.name,
+            Text("yes", "green") if reason is None else Text(f"no: {reason}", "yellow"),
+            ", ".join(str(device) for device in devices() if _is_default(operator, entry, device)),
+            Text(checked_on(entry), "yellow" if never_on_gpu(entry) else ""),
+            entry.memory,
+            "yes" if entry.deterministic else "no",
+        )
+    return result
+
+
+def unusable(entry: Implementation) -> str | None:
+    """Why an implementation cannot be used on this machine, if it cannot."""
+    here = {device.type for device in devices()}
+    if entry.devices and not here & set(entry.devices):
+        return f"it runs on {', '.join(entry.devices)}, this machine has {', '.join(sorted(here))}"
+    return _operators.missing(entry)
+
+
+def never_on_gpu(entry: Implementation) -> bool:
+    """Whether an implementation made for GPUs alone has not been verified on one."""
+    return bool(entry.devices) and "cpu" not in entry.devices and entry.checked_on in _NOT_A_GPU
+
+
+def checked_on(entry: Implementation) -> str:
+    """Where the numbers were compared with float64, and where not yet."""
+    if never_on_gpu(entry):
+        return ", ".join(part for part in (entry.checked_on, "not yet on a GPU") if part)
+    return entry.checked_on or "nothing yet"
+
+
+def _is_default(operator: str, entry: Implementation, device: torch.device) -> bool:
+    table = _operators.TABLES[operator]
+    names = set()
+    for dtype in _DTYPES:
+        with contextlib.suppress(TypeError):  # no implementation takes this dtype
+            tensor = torch.empty(0, dtype=dtype, device=device)
+            names.add(_operators.choose(operator, table, None, tensor))
+    return entry.name in names
+
+
+def peers() -> dict[str, str]:
+    """The module of each distribution that a suite compares with."""
+    return {
+        candidate.distribution: candidate.package
+        for suite in suites.discover().values()
+        for candidate in suite.candidates
+        if candidate.distribution is not None and candidate.package is not None
+    }
+
+
+def packages() -> Table:
+    """The optional packages: what they are for, and the version found."""
+    uses = OPTIONAL | dict.fromkeys(peers(), "a peer of tilework bench")
+    table = Table("package", "for", "version", title="optional packages", title_justify="left")
+    for name, use in uses.items():
+        found = results.version(name)
+        missing = Text(f"missing: pip install {name}", style="dim")
+        table.add_row(name, use, missing if found is None else found)
+    return table
+
+
+def find_problems() -> list[Problem]:
+    """What is wrong here, each with a hint. Imports all families."""
+    problems = []
+    try:
+        catalog.entries()
+    except Exception as error:
+        problems.append(
+            Problem(
+                f"a family cannot be imported: {error}", "Install Tilework again, or report it."
+            )
+        )
+    if importlib.util.find_spec("triton") is None:
+        problems.append(
+            Problem(
+                "Triton is not installed: no kernel can run.",
+                "On Linux, pip install the Triton release that goes with this torch.",
+            )
+        )
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        problems.append(
+            Problem(
+                "No GPU can be used: everything runs on the CPU.",
+                "Check the driver (nvidia-smi)."
+                if built
+                else "With a GPU in the machine, install a torch that is built for it.",
+            )
+        )
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        problems.append(
+            Problem(
+                "TRITON_INTERPRET=1: kernels run in Triton's interpreter, at a crawl.",
+                "Unset it unless you test kernels without a GPU.",
+            )
+        )
+    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+        problems.append(
+            Problem(
+                "No C++ compiler: torch.compile fails on the CPU, and its peers with it.",
+                "Install g++ or clang, or set CXX.",
+            )
+        )
+    if not torch.cpu._is_avx512_bf16_supported():
+        problems.append(
+            Problem(
+                "This CPU does not multiply bfloat16: half precision is slower than float32.",
+                "Use float32 on this CPU.",
+            )
+        )
+    return problems

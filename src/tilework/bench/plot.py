@@ -1,0 +1,200 @@
+"""``tilework plot``: figures from rows alone, so that any machine's results can be drawn."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from tilework.bench import report
+from tilework.bench.results import OK, Row
+
+FORMATS = ("png", "svg")
+FEWEST_POINTS = 3  # of a series over one size
+OURS = ("#0b6e4f", "#4fb286", "#a3d9c0")
+PEERS = ("#d1495b", "#edae49", "#00798c", "#7b5ea7", "#8d6a4f", "#5f6b7a", "#c06c9a", "#9aa84f")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What an axis shows."""
+
+    label: str
+    unit: str
+    value: Callable[[Row], float | None]
+    text: Callable[[float], str]
+
+
+TIME = Quantity("time", "s", lambda row: row.median, report.duration)
+MEMORY = Quantity(
+    "peak extra memory",
+    "MB",
+    lambda row: None if row.peak_bytes is None else row.peak_bytes / 1e6,
+    lambda megabytes: report.size(round(megabytes * 1e6)),
+)
+QUANTITIES = (TIME, MEMORY)
+
+
+def save(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
+    """Draw all figures that the rows allow, and return the files written.
+
+    Bars for the largest case of each kind of work, a series where one size takes at least three
+    values while the others stay.
+    """
+    measured = [row for row in rows if row.status == OK and row.median is not None]
+    figures: dict[str, Figure] = {}
+    groups = _group(measured, lambda row: (row.suite, row.kind, row.device_name))
+    for number, group in enumerate(groups):
+        first = group[0]
+        name = f"{stem}-{first.suite}-{first.kind}"
+        if len({row.device_name for row in measured}) > 1:
+            name += f"-{number}"
+        largest = max(group, key=lambda row: row.flops or 0).case
+        figures[f"{name}-bars"] = bars([row for row in group if row.case == largest])
+        for size, points in series(group):
+            figures[f"{name}-by-{size}"] = lines(points, size)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        safe = re.sub(r"[^\w.-]+", "-", name)
+        for suffix in FORMATS:
+            path = folder / f"{safe}.{suffix}"
+            figure.savefig(path, dpi=130)
+            paths.append(path)
+    return paths
+
+
+def series(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """The sizes over which there is a series, each with the rows of its longest one."""
+    found = []
+    for size in rows[0].sizes:
+        others = _group(rows, partial(_sizes_without, size))
+        longest = max(others, key=lambda group: len({row.sizes[size] for row in group}))
+        if len({row.sizes[size] for row in longest}) >= FEWEST_POINTS:
+            found.append((size, longest))
+    return found
+
+
+def _sizes_without(size: str, row: Row) -> object:
+    return tuple(value for name, value in row.sizes.items() if name != size)
+
+
+def bars(rows: Sequence[Row]) -> Figure:
+    """One bar for each candidate: a row of panels for each dtype, a column for each quantity."""
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    most = max(sum(row.dtype == dtype for row in rows) for dtype in dtypes)
+    figure = Figure(figsize=(10, 0.9 + len(dtypes) * (0.75 + 0.33 * most)), layout="constrained")
+    figure.suptitle(_title(rows[0], rows[0].case))
+    panels = figure.subplots(len(dtypes), len(QUANTITIES), squeeze=False)
+    colors = _colors(rows)
+    for dtype, line in zip(dtypes, panels, strict=True):
+        members = sorted(
+            (row for row in rows if row.dtype == dtype), key=lambda row: -(row.median or 0)
+        )
+        for quantity, axes in zip(QUANTITIES, line, strict=True):
+            _draw_bars(axes, members, quantity, colors)
+            axes.set_title(f"{quantity.label}, {dtype}", fontsize=10, loc="left")
+        line[1].set_yticklabels([])
+    return figure
+
+
+def _draw_bars(axes: Axes, rows: Sequence[Row], quantity: Quantity, colors: dict[str, str]) -> None:
+    values = [quantity.value(row) or 0.0 for row in rows]
+    names = [row.candidate for row in rows]
+    axes.barh(names, values, color=[colors[name] for name in names], height=0.7)
+    if quantity is TIME:
+        spread = [
+            [value - (row.q1 or value) for row, value in zip(rows, values, strict=True)],
+            [(row.q3 or value) - value for row, value in zip(rows, values, strict=True)],
+        ]
+        axes.errorbar(values, names, xerr=spread, fmt="none", ecolor="#333333", elinewidth=1)
+    for row, value in zip(rows, values, strict=True):
+        label = "not measured" if quantity.value(row) is None else quantity.text(value)
+        end = max(value, row.q3 or 0) if quantity is TIME else value
+        axes.annotate(
+            label,
+            (end, row.candidate),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    axes.set_xlim(0, max(values, default=0) * 1.25 or 1)
+    axes.set_xlabel(quantity.unit)
+    for name in axes.get_yticklabels():
+        name.set_fontweight("bold" if name.get_text().startswith("tilework") else "normal")
+    _quiet(axes)
+
+
+def lines(rows: Sequence[Row], size: str) -> Figure:
+    """Each candidate over one size, both axes logarithmic."""
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    figure = Figure(figsize=(10, 0.9 + 3.4 * len(dtypes)), layout="constrained")
+    fixed = " ".join(f"{name}={value}" for name, value in rows[0].sizes.items() if name != size)
+    figure.suptitle(_title(rows[0], f"{rows[0].kind} {fixed}"))
+    panels = figure.subplots(len(dtypes), len(QUANTITIES), squeeze=False)
+    colors = _colors(rows)
+    for dtype, line in zip(dtypes, panels, strict=True):
+        for quantity, axes in zip(QUANTITIES, line, strict=True):
+            for name, color in colors.items():
+                points = sorted(
+                    (row.sizes[size], value)
+                    for row in rows
+                    if (row.dtype, row.candidate) == (dtype, name)
+                    and (value := quantity.value(row)) is not None
+                )
+                ours = name.startswith("tilework")
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True),
+                        color=color,
+                        label=name,
+                        marker="o",
+                        markersize=5 if ours else 4,
+                        linewidth=2.4 if ours else 1.3,
+                        zorder=3 if ours else 2,
+                    )
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            ticks = sorted({row.sizes[size] for row in rows})
+            axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+            axes.minorticks_off()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.set_xlabel(size)
+            axes.set_ylabel(quantity.unit)
+            axes.set_title(f"{quantity.label}, {dtype}", fontsize=10, loc="left")
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+            _quiet(axes)
+    handles = {str(line.get_label()): line for axes in panels.flat for line in axes.get_lines()}
+    figure.legend(handles=handles.values(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _title(row: Row, what: str) -> str:
+    threads = f", {row.threads} threads" if row.threads else ""
+    return f"{row.suite}: {what}\n{row.device_name}{threads}, torch {row.versions.get('torch')}"
+
+
+def _colors(rows: Sequence[Row]) -> dict[str, str]:
+    colors: dict[str, str] = {}
+    for peer, palette in ((False, OURS), (True, PEERS)):
+        names = dict.fromkeys(row.candidate for row in rows if row.peer == peer)
+        colors |= {name: palette[index % len(palette)] for index, name in enumerate(names)}
+    return colors
+
+
+def _quiet(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
+
+
+def _group(rows: Sequence[Row], key: Callable[[Row], object]) -> list[list[Row]]:
+    groups: dict[object, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.values())

@@ -1,0 +1,232 @@
+"""Runs the cases of the suites: check against float64, time in turn, measure memory, make rows."""
+
+import datetime
+import gc
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from tilework.bench import accuracy, memory, results, timing
+from tilework.bench.results import FAILED, MISSING, REFUSED, Row
+from tilework.bench.suites import Candidate, Case, Inputs, Results, Step, Suite, Unavailable
+
+Progress = Callable[[str, float], None]
+
+# How the work of a case divides, for the display of the time left.
+CHECKING, TIMING, MEMORY = 0.3, 0.5, 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case in one dtype."""
+
+    suite: Suite
+    case: Case
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """The job in one line."""
+        return f"{self.suite.name} {self.case.name} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure."""
+
+    device: torch.device
+    seconds: float = 10.0  # of timing, for each case
+    rounds: tuple[int, int] = (5, 50)
+    memory: bool = True
+
+
+@dataclass
+class _Entry:
+    """A candidate on its way through a case."""
+
+    candidate: Candidate
+    row: Row
+    step: Step | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def drop(self, status: str, reason: str) -> None:
+        self.step = None
+        self.row.status, self.row.reason = status, reason
+
+
+def plan(
+    suites: Iterable[Suite],
+    device: torch.device,
+    *,
+    dtypes: tuple[str, ...] = (),
+    quick: bool = False,
+    pattern: str = "",
+) -> list[Job]:
+    """The jobs: the cases of the suites whose name contains the pattern, in each dtype.
+
+    Args:
+        suites: What to run.
+        device: Chooses the cases.
+        dtypes: In place of each case's own.
+        quick: Take the quick cases instead of the full ones.
+        pattern: A part of the case's name.
+    """
+    return [
+        Job(suite, case, dtype)
+        for suite in suites
+        for case in suite.cases(device.type)
+        if case.quick == quick and pattern in case.name
+        for dtype in dtypes or case.dtypes
+    ]
+
+
+def measure(
+    job: Job,
+    settings: Settings,
+    chosen: Callable[[Candidate], bool] = lambda candidate: True,
+    progress: Progress = lambda what, fraction: None,
+) -> Iterator[Row]:
+    """Measure one job and yield a row for each candidate that was chosen.
+
+    Args:
+        job: What to measure.
+        settings: How.
+        chosen: Which candidates take part. The composition is always run, as the yardstick.
+        progress: Is told what is done now, and which part of the job is done.
+    """
+    suite, case, device = job.suite, job.case, settings.device
+    dtype = getattr(torch, job.dtype)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # compiled code of earlier cases counts towards its limit
+    progress(f"{job.name}: truth", 0.0)
+    inputs = suite.inputs(case, dtype, device)
+    truth = suite.truth(case, inputs)
+
+    candidates = [one for one in suite.candidates if not one.dtypes or job.dtype in one.dtypes]
+    # The yardstick first; the table keeps the suite's order.
+    entries = {one.name: _Entry(one, _row(job, one, device)) for one in candidates}
+    composition = entries[suite.composition]
+    others = [one for one in entries.values() if one is not composition and chosen(one.candidate)]
+    for number, entry in enumerate([composition, *others]):
+        progress(f"{job.name}: checking {entry.candidate.name}", CHECKING * number / len(entries))
+        _check(entry, job, inputs, truth, composition)
+    del truth
+    entries = {name: entry for name, entry in entries.items() if chosen(entry.candidate)}
+
+    ready = {name: entry.step for name, entry in entries.items() if entry.step is not None}
+    limits = timing.limits(dtype, device) if ready else {}
+    timed = timing.alternate(
+        {name: step.run for name, step in ready.items()}
+        | {name: run for name, (_, run) in limits.items()},
+        device,
+        seconds=settings.seconds,
+        rounds=settings.rounds,
+        progress=lambda part: progress(f"{job.name}: timing", CHECKING + TIMING * part),
+    )
+    rates = {name: work / min(timed.pop(name).samples) for name, (work, _) in limits.items()}
+    for name, times in timed.items():
+        if times.error is not None:
+            entries[name].drop(FAILED, _describe(times.error))
+        else:
+            _record_time(entries[name].row, times.samples, rates)
+
+    for number, entry in enumerate(entries.values()):
+        done = CHECKING + TIMING + MEMORY * number / len(entries)
+        progress(f"{job.name}: memory of {entry.candidate.name}", done)
+        if settings.memory and entry.step is not None:
+            _record_memory(entry, job, device)
+        yield entry.row
+    progress(job.name, 1.0)
+
+
+def _row(job: Job, candidate: Candidate, device: torch.device) -> Row:
+    return Row(
+        suite=job.suite.name,
+        case=job.case.name,
+        kind=job.case.kind,
+        sizes=dict(job.case.sizes),
+        dtype=job.dtype,
+        device=device.type,
+        device_name=results.device_name(device),
+        candidate=candidate.name,
+        peer=candidate.peer,
+        flops=job.suite.flops(job.case),
+        traffic_bytes=job.suite.traffic(job.case, getattr(torch, job.dtype)),
+        versions=results.versions()
+        | (
+            {candidate.distribution: results.version(candidate.distribution)}
+            if candidate.distribution
+            else {}
+        ),
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+        commit=results.commit(),
+        timestamp=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _check(entry: _Entry, job: Job, inputs: Inputs, truth: Results, composition: _Entry) -> None:
+    """Run the candidate once, and keep its step if the numbers are right."""
+    dtype, row = getattr(torch, job.dtype), entry.row
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            step = entry.candidate.bind(job.case, inputs)
+            found = step.run()
+            errors = accuracy.errors(found, truth)
+        except Unavailable as reason:
+            return entry.drop(MISSING, str(reason))
+        except ImportError as error:
+            return entry.drop(MISSING, _describe(error))
+        except Exception as error:
+            return entry.drop(FAILED, _describe(error))
+        finally:
+            row.notes = sorted({str(one.message).strip().partition("\n")[0] for one in caught})
+    row.kernel, row.default, row.extra = step.kernel, step.default, dict(step.facts)
+    entry.errors = errors
+    row.errors = dict(errors)
+    if entry is composition:
+        row.allowed = accuracy.composition_limits(found, dtype)
+    else:
+        yardstick = composition.errors if composition.step is not None else {}
+        rule = accuracy.PEER if entry.candidate.peer else accuracy.OURS
+        row.allowed = accuracy.limits(found, yardstick, dtype, rule)
+    objection = accuracy.objection(errors, row.allowed)
+    if objection is not None:
+        return entry.drop(REFUSED, objection)
+    entry.step = step
+
+
+def _record_time(row: Row, samples: list[float], rates: dict[str, float]) -> None:
+    quartiles = timing.Quartiles.of(samples)
+    row.q1, row.median, row.q3 = quartiles.q1, quartiles.median, quartiles.q3
+    row.runs = len(samples)
+    row.limits = rates
+    assert row.flops is not None
+    assert row.traffic_bytes is not None
+    least = max(
+        row.flops / rates["matmul_flops_per_second"],
+        row.traffic_bytes / rates["copy_bytes_per_second"],
+    )
+    row.fraction_of_limit = least / row.median
+
+
+def _record_memory(entry: _Entry, job: Job, device: torch.device) -> None:
+    assert entry.step is not None
+    try:
+        if device.type == "cuda":
+            entry.row.peak_bytes = memory.on_gpu(entry.step.run, device)
+        else:
+            entry.row.peak_bytes = memory.in_fresh_process(
+                job.suite, job.case, job.dtype, entry.candidate.name
+            )
+    except memory.Unmeasured as reason:
+        entry.row.notes.append(f"memory: {reason}")
+
+
+def _describe(error: Exception) -> str:
+    gc.collect()  # the traceback held the tensors of a failed run
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,227 @@
+"""Cross-entropy of a linear head, forward and backward, against everything else that computes it.
+
+Sizes: ``N`` tokens, ``D`` features, ``V`` classes. Logits have a standard deviation of 1 and
+targets are uniform, as at the start of training, where no gradient is negligible.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilework.bench.suites import (
+    Candidate,
+    Case,
+    Inputs,
+    Results,
+    Step,
+    Suite,
+    Unavailable,
+    implementations,
+    loss_and_gradients,
+)
+from tilework.losses import linear_cross_entropy
+
+FORWARD, TRAINING = "forward", "forward+backward"
+HALF = ("bfloat16", "float16")
+TRUTH_ROWS = 256
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def cases(device: str) -> list[Case]:
+    """A language model's head, then fewer classes for a series, then a small head for --quick."""
+    head, small = {"N": 2048, "D": 768, "V": 50304}, {"N": 256, "D": 192, "V": 4096}
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    series = [2**11, 2**13, 2**15]
+    if device != "cpu":
+        head, small = {"N": 8192, "D": 4096, "V": 128256}, {"N": 1024, "D": 1024, "V": 16384}
+        dtypes, series = ("bfloat16",), [2**13, 2**15]
+    return [
+        *(Case(kind, head, dtypes) for kind in (TRAINING, FORWARD)),
+        *(Case(TRAINING, head | {"V": classes}, dtypes) for classes in series),
+        Case(TRAINING, small, dtypes, quick=True),
+    ]
+
+
+def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Hidden states, a head's weight, and targets."""
+    tokens, features, classes = case.sizes.values()
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(rows: int, scale: float) -> Tensor:
+        values = torch.randn(rows, features, device=device, generator=generator) * scale
+        return values.to(dtype).requires_grad_(case.kind == TRAINING)
+
+    return {
+        "input": normal(tokens, 1.0),
+        "weight": normal(classes, features**-0.5),
+        "target": torch.randint(classes, (tokens,), device=device, generator=generator),
+    }
+
+
+def truth(case: Case, inputs: Inputs) -> Results:
+    """The closed form in float64, a few rows at a time; no autograd."""
+    weight = inputs["weight"].detach().double()
+    total = weight.new_zeros(())
+    grad_input: list[Tensor] = []
+    grad_weight = torch.zeros_like(weight)
+    for start in range(0, case.sizes["N"], TRUTH_ROWS):
+        rows = slice(start, start + TRUTH_ROWS)
+        hidden, target = inputs["input"].detach()[rows].double(), inputs["target"][rows]
+        logits = hidden @ weight.T
+        log_sum = logits.logsumexp(1, keepdim=True)
+        row = torch.arange(len(target), device=target.device)
+        total += (log_sum[:, 0] - logits[row, target]).sum()
+        if case.kind == TRAINING:
+            grad = logits.sub_(log_sum).exp_()
+            grad[row, target] -= 1
+            grad_input.append(grad @ weight)
+            grad_weight.addmm_(grad.T, hidden)
+    tokens = case.sizes["N"]
+    results = {"loss": total / tokens}
+    if case.kind == TRAINING:
+        results |= {
+            "grad input": torch.cat(grad_input) / tokens,
+            "grad weight": grad_weight / tokens,
+        }
+    return results
+
+
+def flops(case: Case) -> int:
+    """One matrix product forward, two backward."""
+    tokens, features, classes = case.sizes.values()
+    return (6 if case.kind == TRAINING else 2) * tokens * features * classes
+
+
+def traffic(case: Case, dtype: torch.dtype) -> int:
+    """Read the hidden states, the weight and the targets; write the two gradients."""
+    tokens, features, classes = case.sizes.values()
+    matrices = (tokens + classes) * features * dtype.itemsize
+    return (2 if case.kind == TRAINING else 1) * matrices + 8 * tokens
+
+
+def _step(loss: Loss, inputs: Inputs, kernel: str) -> Step:
+    input, weight, target = (inputs[name] for name in ("input", "weight", "target"))
+    return Step(loss_and_gradients(lambda: loss(input, weight, target), inputs), kernel)
+
+
+def _plain(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(input, weight), target)
+
+
+def _upcast(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(input, weight).float(), target)
+
+
+def _ours(case: Case, inputs: Inputs, implementation: str) -> Callable[[], Results]:
+    def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return linear_cross_entropy(input, weight, target, implementation=implementation)
+
+    return _step(loss, inputs, "").run
+
+
+def _torch_eager(case: Case, inputs: Inputs) -> Step:
+    return _step(_plain, inputs, "F.cross_entropy(F.linear)")
+
+
+def _torch_upcast(case: Case, inputs: Inputs) -> Step:
+    return _step(_upcast, inputs, "F.cross_entropy(F.linear.float())")
+
+
+def _torch_compile(case: Case, inputs: Inputs) -> Step:
+    compiled = torch.compile(_upcast, dynamic=False)
+    return _step(compiled, inputs, "inductor of F.cross_entropy(F.linear.float())")
+
+
+def _torch_fused(chunked: bool) -> Callable[[Case, Inputs], Step]:
+    def build(case: Case, inputs: Inputs) -> Step:
+        function = getattr(F, "linear_cross_entropy", None)
+        if function is None:
+            raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
+        options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+
+        def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+            value: Tensor = function(input, weight, target, options=options)
+            return value
+
+        return _step(
+            loss, inputs, f"F.linear_cross_entropy {'chunked' if chunked else 'reference'}"
+        )
+
+    return build
+
+
+def _cut_cross_entropy(implementation: str) -> Callable[[Case, Inputs], Step]:
+    def build(case: Case, inputs: Inputs) -> Step:
+        import cut_cross_entropy
+
+        def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+            value: Tensor = cut_cross_entropy.linear_cross_entropy(
+                input, weight, target, impl=implementation
+            )
+            return value
+
+        return _step(loss, inputs, f"cut_cross_entropy impl={implementation}")
+
+    return build
+
+
+def _liger(case: Case, inputs: Inputs) -> Step:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    function = LigerFusedLinearCrossEntropyLoss()
+    return _step(
+        lambda input, weight, target: function(weight, input, target),
+        inputs,
+        "LigerFusedLinearCrossEntropyLoss",
+    )
+
+
+def _quack(case: Case, inputs: Inputs) -> Step:
+    function: Loss = import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    return _step(function, inputs, "quack chunked_linear_cross_entropy")
+
+
+def _cce(name: str, implementation: str, devices: tuple[str, ...] = ()) -> Candidate:
+    return Candidate(
+        name,
+        _cut_cross_entropy(implementation),
+        package="cut_cross_entropy",
+        distribution="cut-cross-entropy",
+        devices=devices,
+    )
+
+
+SUITE = Suite(
+    module=__name__,
+    about="cross-entropy of a linear head without the logits in memory",
+    cases=cases,
+    inputs=inputs,
+    candidates=(
+        *implementations("losses.linear_cross_entropy", _ours),
+        Candidate("torch eager", _torch_eager),
+        Candidate("torch eager (float32 logits)", _torch_upcast, dtypes=HALF),
+        Candidate("torch compile", _torch_compile),
+        Candidate("torch fused", _torch_fused(chunked=False)),
+        Candidate("torch fused (chunked)", _torch_fused(chunked=True)),
+        _cce("cut-cross-entropy", "cce", devices=("cuda",)),
+        _cce("cut-cross-entropy (compiled)", "torch_compile"),
+        Candidate(
+            "liger-kernel",
+            _liger,
+            package="liger_kernel",
+            distribution="liger-kernel",
+            devices=("cuda",),
+        ),
+        Candidate(
+            "quack", _quack, package="quack", distribution="quack-kernels", devices=("cuda",)
+        ),
+    ),
+    composition="torch eager",
+    truth=truth,
+    flops=flops,
+    traffic=traffic,
+)

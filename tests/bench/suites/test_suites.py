@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from tilework import _operators
+from tilework.bench import suites
+from tilework.bench.suites import Case
+
+
+def test_suites_are_discovered_by_file() -> None:
+    found = suites.discover()
+    assert "linear_cross_entropy" in found
+    assert all(suite.name == name for name, suite in found.items())
+
+
+@pytest.mark.parametrize("suite", suites.discover().values(), ids=lambda suite: suite.name)
+def test_every_suite_is_complete(suite: suites.Suite) -> None:
+    names = [candidate.name for candidate in suite.candidates]
+    assert len(set(names)) == len(names)
+    assert suite.composition in names
+    for device in ("cpu", "cuda"):
+        cases = suite.cases(device)
+        assert len({case.name for case in cases}) == len(cases)
+        assert {case.quick for case in cases} == {True, False}
+        for case in cases:
+            assert suite.flops(case) > 0
+            assert suite.traffic(case, torch.bfloat16) < suite.traffic(case, torch.float32)
+    for candidate in suite.candidates:
+        assert (candidate.package is None) == (candidate.distribution is None)
+
+
+def test_implementations_say_which_is_the_default_and_why_one_cannot_run() -> None:
+    table = _operators.TABLES["losses.linear_cross_entropy"]
+    inputs = {"target": torch.zeros(1, dtype=torch.int64), "input": torch.zeros(1)}
+    candidates = suites.implementations("losses.linear_cross_entropy", lambda *_: dict)
+    assert [one.name for one in candidates] == [f"tilework {entry.name}" for entry in table]
+    by_name = {one.name: one for one in candidates}
+    assert not any(one.peer for one in candidates)
+    assert by_name["tilework tiled"].bind(Case("", {}), inputs).default
+    assert not by_name["tilework reference"].bind(Case("", {}), inputs).default
+    with pytest.raises(suites.Unavailable, match="it runs on cuda, not on cpu"):
+        by_name["tilework triton"].bind(Case("", {}), inputs)
+    with pytest.raises(suites.Unavailable, match=r"it takes .* not float8_e4m3fn"):
+        by_name["tilework tiled"].bind(
+            Case("", {}), {"input": torch.zeros(1).to(torch.float8_e4m3fn)}
+        )
+
+
+def test_gradients_are_those_of_the_inputs_that_require_one() -> None:
+    inputs = {"a": torch.tensor(3.0, requires_grad=True), "b": torch.tensor(2.0)}
+    results = suites.loss_and_gradients(lambda: inputs["a"] ** 2 * inputs["b"], inputs)()
+    assert {name: float(value) for name, value in results.items()} == {"loss": 18, "grad a": 12}
+    assert not results["loss"].requires_grad
+
+    without = {"a": torch.tensor(3.0)}
+    assert suites.loss_and_gradients(lambda: without["a"] ** 2, without)() == {"loss": 9}

@@ -1,0 +1,116 @@
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from tilework import _operators, catalog
+from tilework._operators import Implementation
+from tilework.bench import doctor
+
+
+def text(renderable: object) -> str:
+    console = Console(file=io.StringIO(), width=220)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def entry(name: str = "kernel", **options: object) -> Implementation:
+    defaults = {
+        "devices": (),
+        "dtypes": (torch.float32,),
+        "memory": "little",
+        "backward": "first order",
+        "deterministic": True,
+        "checked_on": "CPU",
+    }
+    return Implementation(name, **(defaults | options))
+
+
+@pytest.mark.parametrize(
+    ("devices", "checked", "shown"),
+    [
+        (("cuda",), "Triton's interpreter", "Triton's interpreter, not yet on a GPU"),
+        (("cuda",), "", "not yet on a GPU"),
+        (("cuda",), "NVIDIA H200", "NVIDIA H200"),
+        (("cuda", "cpu"), "CPU", "CPU"),
+        ((), "CPU", "CPU"),
+        ((), "", "nothing yet"),
+    ],
+)
+def test_kernels_that_never_ran_on_a_gpu_say_so(
+    devices: tuple[str, ...], checked: str, shown: str
+) -> None:
+    assert doctor.checked_on(entry(devices=devices, checked_on=checked)) == shown
+
+
+def test_reasons_why_an_implementation_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "devices", lambda: [torch.device("cpu")])
+    assert doctor.unusable(entry()) is None
+    assert doctor.unusable(entry(devices=("cuda",))) == "it runs on cuda, this machine has cpu"
+    assert "no_such_module" in str(doctor.unusable(entry(needs="no_such_module")))
+
+
+def test_the_default_is_the_first_that_takes_some_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = (
+        entry("gpu", devices=("cuda",)),
+        entry("half", dtypes=(torch.bfloat16,)),
+        entry("plain"),
+        entry("last"),
+    )
+    monkeypatch.setitem(_operators.TABLES, "family.thing", table)
+    monkeypatch.setattr(doctor, "devices", lambda: [torch.device("cpu")])
+    lines = [
+        line for line in text(doctor.implementations("family.thing")).splitlines() if "│" in line
+    ]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    assert [(row[0], row[2]) for row in rows] == [
+        ("gpu", ""),
+        ("half", "cpu"),
+        ("plain", "cpu"),
+        ("last", ""),
+    ]
+
+
+def test_the_report_covers_every_operator_and_package() -> None:
+    shown = text(doctor.report())
+    for table in _operators.TABLES:
+        assert table in shown
+    assert torch.__version__ in shown
+    assert "cut-cross-entropy" in shown
+    assert torch.backends.cpu.get_cpu_capability() in shown
+
+
+def problems() -> str:
+    return "\n".join(f"{problem.what} {problem.hint}" for problem in doctor.find_problems())
+
+
+def test_problems_have_hints(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ImportError("no module named nothing")
+
+    monkeypatch.setattr(catalog, "entries", fail)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found = problems()
+    for word in (
+        "no module named nothing",
+        "Triton is not",
+        "No GPU",
+        "INTERPRET",
+        "C++",
+        "bfloat16",
+    ):
+        assert word in found
+
+
+def test_a_healthy_machine_has_no_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/c++")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert problems() == ""

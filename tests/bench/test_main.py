@@ -1,0 +1,71 @@
+import subprocess
+import sys
+
+import pytest
+
+BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocker())
+from importlib import util
+find_spec = util.find_spec
+util.find_spec = lambda name, *rest: None if name in {blocked} else find_spec(name, *rest)
+from tilework.bench.__main__ import main
+sys.argv = ["tilework", *{arguments}]
+main()
+"""
+
+
+def run(blocked: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = BLOCKER.format(blocked=blocked, arguments=arguments)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("blocked", "named"), [(("typer",), "typer"), (("typer", "rich"), "typer and rich")]
+)
+def test_a_missing_command_line_package_is_one_clear_line(
+    blocked: tuple[str, ...], named: str
+) -> None:
+    result = run(blocked, "list")
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"tilework: the command line needs {named}: pip install 'tilework[bench]'\n"
+    )
+    assert result.stdout == ""
+
+
+def test_plot_without_matplotlib_says_what_to_install(tmp_path) -> None:
+    from bench.test_results import ROW
+
+    file = tmp_path / "r.jsonl"
+    file.write_text(ROW.to_json() + "\n")
+    result = run(("matplotlib",), "plot", str(file))
+    assert result.returncode == 2
+    assert "needs matplotlib: pip install 'tilework[bench]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_without_triton_and_optional_packages_doctor_works() -> None:
+    result = run(("triton", "matplotlib", "psutil", "cut_cross_entropy"), "doctor")
+    assert result.returncode == 0
+    assert "the package triton is not installed" in result.stdout.replace("\n", " ") or (
+        "it runs on cuda" in result.stdout
+    )
+    assert "Triton is not installed" in result.stdout
+
+
+def test_the_module_runs_and_the_library_does_not_import_it() -> None:
+    code = "import sys, tilework.losses; sys.exit('tilework.bench' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "tilework.bench", "--help"], capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    for command in ("list", "show", "doctor", "bench", "plot"):
+        assert command in result.stdout

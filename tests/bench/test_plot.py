@@ -1,0 +1,93 @@
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+from bench.test_results import ROW
+from matplotlib.image import imread
+
+from tilework.bench import plot
+from tilework.bench.results import Row
+
+
+def rows(*, sizes: tuple[int, ...] = (64, 128, 256)) -> list[Row]:
+    return [
+        dataclasses.replace(
+            ROW,
+            case=f"work n={n} m=3",
+            sizes={"n": n, "m": 3},
+            dtype=dtype,
+            candidate=candidate,
+            peer=candidate != "tilework s",
+            flops=n,
+            median=n / 100,
+            q1=n / 110,
+            q3=n / 90,
+            peak_bytes=None if candidate == "peer b" else n * 10**6,
+        )
+        for n, dtype, candidate in itertools.product(
+            sizes, ("float32", "bfloat16"), ("tilework s", "peer a", "peer b")
+        )
+    ]
+
+
+def test_bars_and_series_are_saved_in_both_formats(tmp_path: Path) -> None:
+    paths = plot.save(rows(), tmp_path / "new", "r")
+    assert sorted(path.name for path in paths) == [
+        "r-s-work-bars.png",
+        "r-s-work-bars.svg",
+        "r-s-work-by-n.png",
+        "r-s-work-by-n.svg",
+    ]
+    for path in paths:
+        if path.suffix == ".png":
+            image = imread(path)
+            assert image.shape[1] >= 1000
+            assert image.std() > 0.05
+        else:
+            assert "<svg" in path.read_text()
+
+
+def test_bars_show_the_largest_case_sorted_and_ours_in_bold() -> None:
+    shuffled = sorted(rows(sizes=(256,)), key=lambda row: row.candidate)
+    for row in shuffled[:2]:
+        row.median, row.q1, row.q3 = 0.5, 0.4, 0.6
+    figure = plot.bars(shuffled)
+    assert len(figure.axes) == 4
+    names = figure.axes[0].get_yticklabels()
+    assert {name.get_text(): name.get_weight() for name in names}["tilework s"] == "bold"
+    widths = [bar.get_width() for bar in figure.axes[0].patches]
+    assert widths == sorted(widths, reverse=True)
+    labels = [text.get_text().strip() for axes in figure.axes for text in axes.texts]
+    assert "2.56 s" in labels
+    assert "256 MB" in labels
+    assert "not measured" in labels
+
+
+def test_a_series_needs_three_values_of_one_size() -> None:
+    assert [size for size, _ in plot.series(rows())] == ["n"]
+    assert plot.series(rows(sizes=(64, 128))) == []
+
+
+def test_lines_hold_the_measured_points() -> None:
+    figure = plot.lines(rows(), "n")
+    time, memory = figure.axes[:2]
+    line = next(line for line in time.get_lines() if line.get_label() == "tilework s")
+    assert list(zip(*line.get_data(), strict=True)) == [(64, 0.64), (128, 1.28), (256, 2.56)]
+    assert {line.get_label() for line in memory.get_lines()} == {"tilework s", "peer a"}
+
+
+def test_candidates_have_colors_of_their_own() -> None:
+    many = [dataclasses.replace(ROW, candidate=f"peer {n}", peer=True) for n in range(8)]
+    assert len(set(plot._colors([ROW, *many]).values())) == 9
+
+
+@pytest.mark.parametrize("status", ["refused", "missing", "failed"])
+def test_what_was_not_measured_is_not_drawn(tmp_path: Path, status: str) -> None:
+    dropped = [dataclasses.replace(row, status=status) for row in rows()]
+    assert plot.save(dropped, tmp_path, "r") == []
+
+
+def test_results_of_several_devices_go_to_files_of_their_own(tmp_path: Path) -> None:
+    elsewhere = [dataclasses.replace(row, device_name="a slide rule") for row in rows()]
+    assert len(set(plot.save(rows() + elsewhere, tmp_path, "r"))) == 8
