@@ -59,3 +59,9 @@ def test_suites_are_listed_with_cases_and_peers() -> None:
     assert "forward+backward N=2048 D=768 V=50304" in shown
     assert "(--quick)" in shown
     assert "liger-kernel" in shown
+
+
+def test_a_disturbed_measurement_is_marked() -> None:
+    for busy, marked in ((None, False), (0.02, False), (1.2, True)):
+        row = dataclasses.replace(ROW, others_cpus=busy)
+        assert ("not sound: other processes kept" in text(report.table([row], ""))) == marked

@@ -28,6 +28,7 @@ def test_a_right_candidate_is_measured(rows: dict[str, Row]) -> None:
     assert (row.status, row.reason) == (results.OK, None)
     assert row.q1 <= row.median <= row.q3
     assert 2 <= row.runs <= 4
+    assert row.others_cpus is None or row.others_cpus >= 0
     assert 0 < row.errors["square"] <= row.allowed["square"] < 3e-7
     assert (row.default, row.peer, row.kernel) == (True, False, "kernel of tilework square")
     assert row.extra == {"kept": 0.25}

@@ -1,5 +1,7 @@
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +108,27 @@ def test_limits_do_the_work_that_they_claim(dtype: torch.dtype) -> None:
     copied = copy()
     assert 2 * copied.nbytes == traffic
     assert copied.all()
+
+
+def test_cpus_of_others_are_those_that_this_process_did_not_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    second = os.sysconf("SC_CLK_TCK")
+    seconds = {"process_time": 5.0, "perf_counter": 100.0}
+    now = {name: lambda name=name: seconds[name] for name in seconds}
+    monkeypatch.setattr(timing, "time", SimpleNamespace(**now))
+    monkeypatch.setattr(timing, "STAT", tmp_path / "stat")
+
+    def stat(user: int, system: int, idle: int, stolen: int) -> None:
+        fields = (user * second, 0, system * second, idle * second, 9, 0, 0, stolen * second, 7, 7)
+        (tmp_path / "stat").write_text(f"cpu {' '.join(map(str, fields))}\ncpu0 1 2 3\n")
+
+    assert timing.Others().cpus() is None
+    stat(10, 10, 10, 0)
+    others = timing.Others()
+    stat(40, 12, 90, 3)
+    seconds |= {"process_time": 25.0, "perf_counter": 110.0}
+    assert others.cpus() == pytest.approx((35 - 20) / 10)
 
 
 @pytest.mark.gpu

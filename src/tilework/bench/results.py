@@ -47,6 +47,7 @@ class Row:
     q1: float | None = None
     q3: float | None = None
     runs: int = 0
+    others_cpus: float | None = None
     peak_bytes: int | None = None
     flops: int | None = None
     traffic_bytes: int | None = None

@@ -109,8 +109,8 @@ def measure(
     # The yardstick first; the table keeps the suite's order.
     entries = {one.name: _Entry(one, _row(job, one, device)) for one in candidates}
     composition = entries[suite.composition]
-    others = [one for one in entries.values() if one is not composition and chosen(one.candidate)]
-    for number, entry in enumerate([composition, *others]):
+    rest = [one for one in entries.values() if one is not composition and chosen(one.candidate)]
+    for number, entry in enumerate([composition, *rest]):
         progress(f"{job.name}: checking {entry.candidate.name}", CHECKING * number / len(entries))
         _check(entry, job, inputs, truth, composition)
     del truth
@@ -118,6 +118,7 @@ def measure(
 
     ready = {name: entry.step for name, entry in entries.items() if entry.step is not None}
     limits = timing.limits(dtype, device) if ready else {}
+    others = timing.Others()
     timed = timing.alternate(
         {name: step.run for name, step in ready.items()}
         | {name: run for name, (_, run) in limits.items()},
@@ -126,12 +127,14 @@ def measure(
         rounds=settings.rounds,
         progress=lambda part: progress(f"{job.name}: timing", CHECKING + TIMING * part),
     )
+    busy = others.cpus()
     rates = {name: work / min(timed.pop(name).samples) for name, (work, _) in limits.items()}
     for name, times in timed.items():
         if times.error is not None:
             entries[name].drop(FAILED, _describe(times.error))
         else:
             _record_time(entries[name].row, times.samples, rates)
+            entries[name].row.others_cpus = busy
 
     for number, entry in enumerate(entries.values()):
         done = CHECKING + TIMING + MEMORY * number / len(entries)

@@ -1,14 +1,17 @@
 """Time and rates. Candidates take turns, so that a disturbance meets all of them."""
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+STAT = Path("/proc/stat")
 SHORTEST_SAMPLE = 2e-3  # seconds; a shorter call is repeated within one sample
 
 
@@ -93,6 +96,31 @@ def alternate(
         by_rule = min((number + 1) / (fewest + 1), spent / seconds if seconds else 1.0)
         progress(max(by_rule, (number + 1) / (most + 1)))
     return timed
+
+
+class Others:
+    """Counts the CPUs that other processes keep busy, from its making on."""
+
+    def __init__(self) -> None:
+        self._begin = _busy(), time.process_time(), time.perf_counter()
+
+    def cpus(self) -> float | None:
+        """Their average number since then, or None where the system does not tell."""
+        then, own, begin = self._begin
+        now = _busy()
+        if then is None or now is None:
+            return None
+        others = (now - then) - (time.process_time() - own)
+        return max(0.0, others / (time.perf_counter() - begin))
+
+
+def _busy() -> float | None:
+    """Seconds that all CPUs together were busy, or taken away by a hypervisor, since the boot."""
+    if not STAT.exists():
+        return None
+    fields = [int(field) for field in STAT.read_text().split("\n")[0].split()[1:9]]
+    idle = fields[3] + fields[4]
+    return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")
 
 
 def limits(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[int, Callable[[], object]]]:
