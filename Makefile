@@ -38,7 +38,7 @@ lint: $(VENV)/.installed-lint ## ruff format, ruff check, mypy
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-bench ## measure; ARGS='linear_cross_entropy --out results.jsonl'
+bench: $(VENV)/.installed-bench,peers ## measure; ARGS='linear_cross_entropy --out results.jsonl'
 	$(ENV) $(BIN)/tilework bench $(ARGS)
 
 gpu: ## check every kernel on this machine's GPU, then measure; needs no network and no install

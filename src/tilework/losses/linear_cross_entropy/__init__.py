@@ -32,7 +32,7 @@ IMPLEMENTATIONS = _operators.TABLES["losses.linear_cross_entropy"] = (
         "tiled",
         devices=(),
         dtypes=_FLOATING,
-        memory="gradients and three tiles of 2048 x 512 logits",
+        memory="gradients and three tiles of 2048 x 1024 logits",
         backward="first order; higher orders and forward mode by the reference",
         deterministic=True,
         checked_on="CPU",
