@@ -154,7 +154,7 @@ class _Head:
         logits = self._logits[: len(hidden) * len(weight)].view(shape)
         product = self._product[: len(hidden) * len(weight)].view(shape)
         torch.mm(hidden, weight.T, out=product)
-        if product is not logits and self._product is not self._logits:
+        if self._product is not self._logits:
             logits.copy_(product)
         if self._bias is not None:
             logits.add_(self._bias[classes])
