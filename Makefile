@@ -28,9 +28,10 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 demo: $(VENV)/.installed-bench ## train a small language model, with Tilework and with plain torch
 	$(ENV) $(BIN)/python examples/demo $(ARGS)
 
+# The second run checks the annotated shapes; kernels are not Python to a type checker.
 test: $(VENV)/.installed-test ## the whole suite that needs no GPU
 	$(ENV) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
-	$(ENV) $(BIN)/python -m pytest -n $(JOBS) -m 'not untyped' \
+	$(ENV) $(BIN)/python -m pytest -n $(JOBS) -m 'not untyped' -k 'not triton' \
 		--jaxtyping-packages=tilework,beartype.beartype tests $(ARGS)
 
 lint: $(VENV)/.installed-lint ## ruff format, ruff check, mypy

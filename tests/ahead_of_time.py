@@ -119,9 +119,11 @@ def main(path: str) -> None:
     for arch in SHARED_MEMORY:
         for launch in module.LAUNCHES:
 
-            def report(kernel_name: str, kernel: Any, label: str = launch.__name__) -> None:
-                facts = resources(arch, kernel)  # noqa: B023
-                print(json.dumps({"arch": arch, "launch": label, "kernel": kernel_name, **facts}))  # noqa: B023
+            def report(
+                name: str, kernel: Any, arch: str = arch, label: str = launch.__name__
+            ) -> None:
+                facts = resources(arch, kernel)
+                print(json.dumps({"arch": arch, "launch": label, "kernel": name, **facts}))
 
             with compiling(arch, report):
                 launch()
