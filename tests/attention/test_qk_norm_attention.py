@@ -188,7 +188,7 @@ def test_a_query_that_sees_nothing_gives_zeros(dtype, values, backend, device):
         with nullcontext() if backend is None else sdpa_kernel(backend):
             actual, compared, exact = three_ways(leaves, scale, mask=mask)
         assert (actual[0][blind] == 0).all()
-        assert (actual[0][~blind] != 0).all()
+        assert (actual[0][~blind] != 0).any(-1).all()
         assert (actual[1][blind] == 0).all()
         for results in zip(actual, compared, exact, strict=True):
             assert_exact(*results)
