@@ -15,15 +15,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def assert_exact(actual: Tensor, composition: Tensor, truth: Tensor) -> None:
+def assert_exact(
+    actual: Tensor, composition: Tensor, truth: Tensor, dtype: torch.dtype | None = None
+) -> None:
     """Hold a result to the error rule of the project.
 
     Its error against the float64 ``truth`` is at most twice that of torch's own ``composition`` in
     the same dtype, plus one rounding unit of the output, both in the mean square. The largest
     element, which is a matter of luck, may have twice that. The composition's error counts as half
-    a unit at least: a single number can be right by luck. nan and infinities stand where the truth
-    has them. A float64 result, which the truth does not exceed in precision, is held to a
-    float32 composition scaled by the rounding units, which double for the truth's own error.
+    a unit at least, for a single number half a unit of the computation's ``dtype``: it can be right
+    by luck. nan and infinities stand where the truth has them. A float64 result, which the truth
+    does not exceed in precision, is held to a float32 composition scaled by the rounding units,
+    which double for the truth's own error.
     """
     assert truth.dtype == torch.float64
     scale, units = 1.0, 1
@@ -32,6 +35,7 @@ def assert_exact(actual: Tensor, composition: Tensor, truth: Tensor) -> None:
         scale, units = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps, 2
     assert actual.shape == truth.shape == composition.shape
     unit = units * torch.finfo(actual.dtype).eps
+    luck = unit if dtype is None or truth.numel() > 1 else max(unit, torch.finfo(dtype).eps)
     actual, composition, truth = (t.detach().cpu().double() for t in (actual, composition, truth))
     regular = truth.isfinite()
     torch.testing.assert_close(actual[~regular], truth[~regular], rtol=0, atol=0, equal_nan=True)
@@ -42,7 +46,7 @@ def assert_exact(actual: Tensor, composition: Tensor, truth: Tensor) -> None:
             float(torch.linalg.vector_norm(t[regular], norm))
             for t in (actual - truth, composition - truth, truth)
         )
-        limit = slack * (max(2 * scale * allowed, unit * size) + unit * size)
+        limit = slack * (max(2 * scale * allowed, luck * size) + unit * size)
         assert error <= limit, f"error {error:.3g} in norm {norm}, at most {limit:.3g} allowed"
 
 
