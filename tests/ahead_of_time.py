@@ -85,7 +85,7 @@ def resources(arch: str, kernel: Any) -> dict[str, Any]:
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         numbers = {name: int(value) for name, value in re.findall(r"\.(\w+_count): +(\d+)", text)}
-        stack = int(re.search(r"\.private_segment_fixed_size: +(\d+)", text)[1])  # type: ignore
+        stack = int(re.search(r"\.private_segment_fixed_size: +(\d+)", text)[1])  # type: ignore[index]
         return {
             "registers": numbers["vgpr_count"],
             "spilled": stack + numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],

@@ -18,15 +18,26 @@ def _call(dtype: torch.dtype, every_option: bool) -> None:
         torch.randn(classes).to(dtype) if every_option else None,
         torch.rand(classes) if every_option else None,
     )
-    options = (30.0 if every_option else None, -100)
-    triton.forward(*arguments, *options)
-    vectors = torch.randn(4, tokens).unbind()
-    triton.backward(*vectors[:3], *arguments, *vectors[3:], *options, [True, True, every_option])
+    softcap = 30.0 if every_option else None
+    options = (softcap, 0.7 if every_option else 1.0, -100)
+    triton.forward(*arguments, *options, every_option)
+    vectors = list(torch.randn(5, tokens))
+    upstream = [*vectors[:3], vectors[3] if every_option else None]
+    triton.backward(*upstream, *arguments, vectors[4], *options, [True, True, every_option])
+    triton.logit_gradient_(
+        torch.randn(tokens, classes).to(dtype),
+        *arguments[2:],
+        vectors[0],
+        *(vectors[1:3] if every_option else (None, None)),
+        softcap,
+        -100,
+        torch.zeros(classes) if every_option else None,
+    )
 
 
 LAUNCHES = []
 for _dtype in (torch.bfloat16, torch.float16, torch.float32):
     for _every_option in (False, True):
         _launch = partial(_call, _dtype, _every_option)
-        _launch.__name__ = f"{_dtype}{', every option' if _every_option else ''}"  # type: ignore
+        _launch.__name__ = f"{_dtype}{', every option' if _every_option else ''}"  # type: ignore[attr-defined]
         LAUNCHES.append(_launch)

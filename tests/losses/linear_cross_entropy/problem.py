@@ -9,7 +9,7 @@ from torch import Tensor
 
 from helpers import clones
 
-IMPLEMENTATIONS = ("reference", "tiled", "triton")
+IMPLEMENTATIONS = ("reference", "tiled", "chunked", "triton")
 
 
 @dataclass

@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 from tilework.losses import LinearCrossEntropy, LinearCrossEntropyLoss, linear_cross_entropy
 
-from helpers import clones
+from helpers import clones, dtype_name
 from losses.linear_cross_entropy.problem import IMPLEMENTATIONS, Problem, composed
 
 HIDDEN, HEAD, TARGET = torch.randn(4, 7), torch.randn(9, 7), torch.tensor([0, 8, 3, -100])
@@ -64,7 +65,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
         {"input": BATCH, "target": torch.zeros(2, 3, dtype=torch.int64), "shift": 3},
     ),
     (
-        "implementation must be one of 'triton', 'tiled', 'reference', got 'cuda'",
+        "implementation must be one of 'triton', 'tiled', 'chunked', 'reference', got 'cuda'",
         ValueError,
         {"implementation": "cuda"},
     ),
@@ -152,15 +153,46 @@ def test_triton_where_it_cannot_run() -> None:
         assert f"implementation='triton' cannot be used: {reason}" in output
 
 
-def test_default_is_tiled_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tilework.losses.linear_cross_entropy import tiled
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_name)
+def test_default_on_the_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilework.losses.linear_cross_entropy import chunked, schedule, tiled
 
     calls = []
-    forward = tiled.forward
-    monkeypatch.setattr(tiled, "forward", lambda *args: calls.append(1) or forward(*args))
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        linear_cross_entropy(HIDDEN.to(dtype), HEAD.to(dtype), TARGET)
-    assert len(calls) == 3
+    for module, name in ((tiled, "forward"), (chunked, "loss_and_gradients")):
+        function = getattr(module, name)
+        record = partial(lambda name, f, *args: calls.append(name) or f(*args), name, function)
+        monkeypatch.setattr(module, name, record)
+    hidden, head = HIDDEN.to(dtype), HEAD.to(dtype)
+    trained = head.clone().requires_grad_()
+    linear_cross_entropy(hidden, head, TARGET)
+    assert calls == ["forward"]
+    linear_cross_entropy(hidden, trained, TARGET)
+    assert calls[1:] == ["loss_and_gradients"]
+    with torch.no_grad():
+        linear_cross_entropy(hidden, trained, TARGET)
+    linear_cross_entropy(hidden, trained, TARGET, reduction="none")
+    monkeypatch.setattr(schedule, "SMALL", 0)
+    monkeypatch.setattr(chunked, "extra_bytes", lambda *args: 2**30)
+    linear_cross_entropy(hidden, trained, TARGET)
+    assert calls[2:] == ["forward"] * 3
+
+
+def test_costs_of_the_schedules() -> None:
+    from tilework.losses.linear_cross_entropy import schedule
+
+    def shapes(tokens: int, features: int, classes: int, dtype: torch.dtype) -> Any:
+        one = torch.empty((), dtype=dtype)
+        return one.expand(tokens, features), one.expand(classes, features)
+
+    again, chunks = schedule.costs(*shapes(2048, 768, 50304, torch.float32))
+    assert again.operations == 8 * 2048 * 768 * 50304
+    assert chunks.operations == 6 * 2048 * 768 * 50304
+    assert chunks.extra_bytes == 512 * 50304 * 4
+    assert again.extra_bytes < chunks.extra_bytes
+    assert schedule.prefers_chunks(*shapes(2048, 768, 50304, torch.float32))
+    # 256 tokens of float32 logits are small beside a head of 256000 classes and 2304 features.
+    assert schedule.prefers_chunks(*shapes(1024, 2304, 256000, torch.float32))
+    assert not schedule.prefers_chunks(*shapes(4096, 64, 1000000, torch.float32))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

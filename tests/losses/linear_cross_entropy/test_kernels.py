@@ -22,12 +22,13 @@ def reports() -> list[dict[str, Any]]:
 @pytest.mark.untyped
 def test_every_kernel_compiles_for_every_architecture(reports: list[dict[str, Any]]) -> None:
     seen = {(report["arch"], report["kernel"]) for report in reports}
-    kernels = {"forward_kernel", "merge_kernel", "backward_kernel"}
+    products = {"forward_kernel", "backward_kernel"}
+    kernels = products | {"merge_kernel", "logit_gradient_kernel"}
     assert seen == {(arch, kernel) for arch in ahead_of_time.SHARED_MEMORY for kernel in kernels}
     for report in reports:
         assert report["spilled"] == 0, report
         assert report["shared"] <= ahead_of_time.SHARED_MEMORY[report["arch"]], report
-        if report["kernel"] != "merge_kernel" and "float32" not in report["launch"]:
+        if report["kernel"] in products and "float32" not in report["launch"]:
             assert report["matrix"] > 0, report
 
 
@@ -42,6 +43,7 @@ def test_offsets_within_a_tile_fit_32_bits() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "chunked"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=dtype_name)
 @pytest.mark.parametrize("every_option", [False, True])
 @pytest.mark.parametrize(
@@ -49,7 +51,12 @@ def test_offsets_within_a_tile_fit_32_bits() -> None:
     [(1, 1, 1), (100, 63, 1000), (333, 512, 5000), (1024, 768, 50304), (9000, 64, 5001)],
 )
 def test_on_a_gpu(
-    tokens: int, features: int, classes: int, every_option: bool, dtype: torch.dtype
+    tokens: int,
+    features: int,
+    classes: int,
+    every_option: bool,
+    dtype: torch.dtype,
+    implementation: str,
 ) -> None:
     options: dict[str, Any] = (
         {"label_smoothing": 0.1, "softcap": 20.0, "z_loss": 1e-3} if every_option else {}
@@ -65,8 +72,8 @@ def test_on_a_gpu(
         scale=features**-0.5,
         **options,
     ).on("cuda")
-    actual = problem.solve(partial(linear_cross_entropy, implementation="triton"))
-    again = problem.solve(partial(linear_cross_entropy, implementation="triton"))
+    function = partial(linear_cross_entropy, implementation=implementation)
+    actual, again = problem.solve(function), problem.solve(function)
     composition = problem.to(dtype).solve(composed)
     truth = problem.to(torch.float64).solve(composed)
     for result, second, *others in zip(actual, again, composition, truth, strict=True):

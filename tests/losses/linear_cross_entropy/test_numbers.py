@@ -56,7 +56,7 @@ def test_equals_torch(
     check(problem, implementation, upstream)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "tiled"])
+@pytest.mark.parametrize("implementation", ["reference", "tiled", "chunked"])
 @pytest.mark.parametrize(
     ("bias", "weight", "token_weight", "label_smoothing", "softcap", "z_loss"),
     itertools.product([0, 1], [0, 1], [0, 1], [0.0, 0.3, 1.0], [None, 3.0], [0.0, 0.1]),
@@ -245,7 +245,7 @@ def test_ignore_index_may_be_a_class(implementation: str) -> None:
     check(Problem.random(classes=20, ignore_index=3), implementation)
 
 
-@pytest.mark.parametrize("implementation", ["tiled", "triton"])
+@pytest.mark.parametrize("implementation", ["tiled", "chunked", "triton"])
 def test_two_calls_are_bitwise_equal(implementation: str) -> None:
     problem = Problem.random(tokens=70, classes=130, bias=True, label_smoothing=0.1)
     function = partial(linear_cross_entropy, implementation=implementation)
@@ -287,7 +287,7 @@ def test_target_entry_is_formed_before_rounding(implementation: str, dtype: torc
 sizes = st.sampled_from([1, 7, 20, 33])
 
 
-@pytest.mark.parametrize("implementation", ["reference", "tiled"])
+@pytest.mark.parametrize("implementation", ["reference", "tiled", "chunked"])
 @settings(max_examples=25, deadline=None)
 @given(tokens=sizes, classes=sizes, seed=st.integers(0, 2**20), smoothing=st.floats(0, 1))
 def test_properties(
@@ -342,3 +342,36 @@ def test_properties(
     close(
         function(hidden, head, target, linear_bias=bias, weight=weight, token_weight=constant), mean
     )
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_name)
+@pytest.mark.parametrize("every_option", [False, True])
+def test_chunks_with_the_kernel(
+    every_option: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tilework.losses.linear_cross_entropy import operators
+
+    if dtype != torch.float64:
+        monkeypatch.setattr(operators, "_has_kernels", lambda input: True)
+    options = {"label_smoothing": 0.1, "softcap": 4.0, "z_loss": 1e-2} if every_option else {}
+    problem = Problem.random(
+        tokens=75,
+        classes=201,
+        dtype=dtype,
+        bias=every_option,
+        weight=every_option,
+        token_weight=every_option,
+        **options,
+    )
+    check(problem, "chunked", torch.tensor(1.7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_name)
+def test_chunks_without_instructions_for_half_precision(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tilework.losses.linear_cross_entropy import shared
+
+    monkeypatch.setattr(shared, "_BFLOAT16_PRODUCTS", False)
+    for tokens in (20, 75):
+        check(Problem.random(tokens=tokens, features=8, dtype=dtype, bias=True), "chunked")

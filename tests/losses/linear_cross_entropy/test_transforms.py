@@ -14,7 +14,7 @@ from tilework.losses import LinearCrossEntropy, linear_cross_entropy
 from losses.linear_cross_entropy.problem import IMPLEMENTATIONS, Problem, composed
 
 pytestmark = [pytest.mark.usefixtures("small_tiles"), pytest.mark.untyped]
-EXACT = ("reference", "tiled")  # these take float64
+EXACT = ("reference", "tiled", "chunked")  # these take float64
 OPTIONS = {"label_smoothing": 0.1, "softcap": 5.0, "z_loss": 0.1}
 Loss = Callable[..., Tensor]
 
@@ -151,20 +151,56 @@ def test_functional_transforms_compile() -> None:
     torch.testing.assert_close(compiled(*FIRST), gradient(*FIRST))
 
 
+@pytest.mark.parametrize("moments", [False, True])
 @pytest.mark.parametrize("implementation", ["tiled", "triton"])
-def test_operators(implementation: str) -> None:
+def test_operators(implementation: str, moments: bool) -> None:
     problem = Problem.random(tokens=5, features=4, classes=30, bias=True)
     arguments = (*problem.leaves[:2], problem.target, problem.linear_bias, torch.rand(30))
-    options = (3.0, -100)
+    options = (3.0, 0.7, -100)
     torch.library.opcheck(
-        torch.ops.tilework.linear_logit_stats, (*arguments, *options, implementation)
+        torch.ops.tilework.linear_logit_stats, (*arguments, *options, moments, implementation)
     )
-    vectors = [torch.randn(5) for _ in range(4)]
+    vectors = [torch.randn(5) for _ in range(5)]
+    upstream = [*vectors[:3], vectors[3] if moments else None]
     for needed in ([True, True, True], [False, True, False]):
         torch.library.opcheck(
             torch.ops.tilework.linear_logit_stats_backward,
-            (*vectors[:3], *arguments, vectors[3], *options, needed, implementation),
+            (*upstream, *arguments, vectors[4], *options, needed, implementation),
         )
+
+
+def test_operator_of_chunks() -> None:
+    problem = Problem.random(tokens=5, features=4, classes=30, bias=True)
+    for needed in ([True, True, True], [False, True, False]):
+        input, weight, bias = (
+            leaf.detach().requires_grad_(need)
+            for leaf, need in zip(problem.leaves, needed, strict=True)
+        )
+        torch.library.opcheck(
+            torch.ops.tilework.linear_summed_loss,
+            (
+                *(input, weight, problem.target, bias, torch.rand(30)),
+                *(*torch.rand(3, 5), 3.0, -100, needed),
+            ),
+        )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_chunks_are_handed_over_once(reduction: str) -> None:
+    problem = Problem.random(bias=True)
+    function = partial(linear_cross_entropy, implementation="chunked", reduction=reduction)
+    loss = function(
+        problem.input, problem.linear_weight, problem.target, linear_bias=problem.linear_bias
+    )
+    first = torch.autograd.grad(3 * loss, problem.leaves, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(loss, problem.leaves, retain_graph=True)
+    (third,) = torch.autograd.grad(2 * loss, problem.leaves[2:], create_graph=True)
+    assert third.requires_grad
+    for once, copy, again in zip(first, kept, second, strict=True):
+        assert torch.equal(once, copy)
+        torch.testing.assert_close(once, 3 * again)
+    torch.testing.assert_close(third, 2 * second[2])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,52 +1,20 @@
 """Cross-entropy of a linear layer's output without the logits in memory."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from tilework import _checks, _operators
-from tilework._operators import Implementation, computation_dtype
+from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses.linear_cross_entropy import reference, tiled
+from tilework.losses.linear_cross_entropy import head, operators, schedule
+from tilework.losses.linear_cross_entropy.head import IMPLEMENTATIONS
 
 __all__ = ["LinearCrossEntropy", "LinearCrossEntropyLoss", "linear_cross_entropy"]
 
 _NAME = "linear_cross_entropy"
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-IMPLEMENTATIONS = _operators.TABLES["losses.linear_cross_entropy"] = (
-    Implementation(
-        "triton",
-        devices=("cuda",),
-        dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        memory="gradients and 64 MiB of logit gradients",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        needs="triton",
-        checked_on="Triton's interpreter",
-    ),
-    Implementation(
-        "tiled",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="gradients and three tiles of 2048 x 1024 logits",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        checked_on="CPU",
-    ),
-    Implementation(
-        "reference",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="the logits, three times in training",
-        backward="every order and mode",
-        deterministic=True,
-        checked_on="CPU",
-    ),
-)
 _PAPER = implements(
     "Cut Your Losses in Large-Vocabulary Language Models", year=2024, arxiv="2411.09009"
 )
@@ -103,8 +71,10 @@ def linear_cross_entropy(
         token_weight: A weight for each position, of ``target``'s shape, any floating dtype; a
             constant. Not read at ignored positions.
         shift: With ``k`` above 0, position ``t`` predicts ``target[:, t + k]``; needs 3-D input.
-        implementation: ``"triton"`` (CUDA), ``"tiled"`` (any device) or ``"reference"`` (stores
-            the logits). None picks the first of these that takes the arguments.
+        implementation: ``"triton"`` (CUDA) and ``"tiled"`` compute tiles of logits twice;
+            ``"chunked"`` computes chunks of tokens once, and the gradients of a mean or sum in the
+            forward pass; ``"reference"`` stores the logits. None picks by device, and on the CPU
+            ``"chunked"`` where its memory is small beside the gradients.
 
     Returns:
         A scalar, or for ``"none"`` the shape of the shifted target with zeros at ignored
@@ -143,9 +113,9 @@ def linear_cross_entropy(
         instabilities. 2023. arXiv:2309.14322.
     """
     _check_options(reduction, ignore_index, label_smoothing, softcap, z_loss, shift)
-    input, linear_weight, linear_bias = _cast_under_autocast(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias = head.cast_under_autocast(input, linear_weight, linear_bias)
     _check_tensors(input, linear_weight, target, linear_bias, weight, token_weight, shift)
-    implementation = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, input)
+    chosen = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, input)
 
     shape = (*target.shape[:-1], target.shape[-1] - shift)
     if shift:
@@ -154,14 +124,9 @@ def linear_cross_entropy(
         if token_weight is not None:
             token_weight = F.pad(token_weight[:, shift:], (0, shift))
     padded_shape = target.shape
-    target = target.reshape(-1)
+    input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     kept = target != ignore_index
-    inside = (target >= 0) & (target < linear_weight.shape[0])
-    if _checks.holds_values(target) and not bool((inside | ~kept).all()):
-        raise IndexError(
-            f"{_NAME}: target must lie in [0, {linear_weight.shape[0]}) or be ignore_index="
-            f"{ignore_index}, got {int(target[kept & ~inside][0])}"
-        )
+    inside = head.inside(_NAME, target, ignore_index, linear_weight.shape[0])
 
     dtype = computation_dtype(input.dtype)
     # Outside the classes, a kept target makes its own position nan, in value and gradient.
@@ -173,33 +138,44 @@ def linear_cross_entropy(
     class_weight = None if weight is None else weight.to(dtype)
     target_weight = position_weight
     if class_weight is not None:
-        target_weight = position_weight * class_weight[target.where(inside, 0)]
+        target_weight = (position_weight * class_weight[target.where(inside, 0)]).where(kept, 0)
     spread_weight = None
     if label_smoothing:
         spread_weight = linear_weight.new_ones(linear_weight.shape[0], dtype=dtype)
         spread_weight = spread_weight if class_weight is None else class_weight
-
-    maximum, total, target_gap, class_gap = _logit_stats(
-        input.reshape(-1, input.shape[-1]),
+    scales = (
+        (1 - label_smoothing) * target_weight,
+        label_smoothing / linear_weight.shape[0] * position_weight if label_smoothing else None,
+        z_loss * position_weight if z_loss else None,
+    )
+    tensors = (
+        input,
         linear_weight,
         target.where(kept, ignore_index),
         linear_bias,
         spread_weight,
-        softcap,
-        ignore_index,
-        implementation,
     )
-    log_sum = total.log()
-    loss = (1 - label_smoothing) * target_weight * (target_gap + log_sum)
-    if spread_weight is not None:
-        spread = class_gap + spread_weight.sum() * log_sum
-        loss = loss + label_smoothing / linear_weight.shape[0] * position_weight * spread
-    if z_loss:
-        loss = loss + z_loss * position_weight * (maximum + log_sum).square()
+
+    early = reduction != "none" and operators.takes_gradients_early(
+        input, linear_weight, linear_bias
+    )
+    if implementation is None and early and schedule.prefers_chunks(input, linear_weight):
+        chosen = "chunked"
+    if chosen == "chunked" and early:
+        if reduction == "sum":
+            return operators.summed_loss(*tensors, *scales, softcap, ignore_index)
+        total_weight = target_weight.sum()
+        counted = total_weight != 0
+        share = 1 / total_weight.where(counted, 1)
+        shares = (None if scale is None else scale * share for scale in scales)
+        loss = operators.summed_loss(*tensors, *shares, softcap, ignore_index)
+        return loss.where(counted, torch.nan)
+
+    statistics = operators.logit_stats(*tensors, softcap, 1.0, ignore_index, False, chosen)
+    losses = operators.position_losses(statistics, spread_weight, *scales)
     if reduction == "none":
-        return loss.reshape(padded_shape)[..., : shape[-1]]
-    summed = loss.sum()
-    return summed if reduction == "sum" else summed / target_weight.sum()
+        return losses.reshape(padded_shape)[..., : shape[-1]]
+    return losses.sum() if reduction == "sum" else losses.sum() / target_weight.sum()
 
 
 @_PAPER
@@ -419,27 +395,11 @@ def _check_tensors(
     token_weight: Tensor | None,
     shift: int,
 ) -> None:
-    _checks.floating(_NAME, "input", input)
-    _checks.floating(_NAME, "linear_weight", linear_weight)
-    if linear_weight.dtype != input.dtype:
-        raise _checks.bad_type(_NAME, "linear_weight", f"of input's {input.dtype}", linear_weight)
-    if input.dim() not in (2, 3) or input.shape[-1] == 0:
-        raise _checks.bad_value(_NAME, "input", "of shape (N, D) or (B, T, D), D >= 1", input)
-    tokens, features = tuple(input.shape[:-1]), input.shape[-1]
-    if linear_weight.dim() != 2 or linear_weight.shape[1] != features or not linear_weight.shape[0]:
-        expected = f"of shape (V, {features}), as input has {features} features, V >= 1"
-        raise _checks.bad_value(_NAME, "linear_weight", expected, linear_weight)
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        raise _checks.bad_type(_NAME, "target", f"int64 of shape {tokens}", target)
-    _checks.shape(_NAME, "target", target, tokens)
-    if linear_bias is not None:
-        _checks.floating(_NAME, "linear_bias", linear_bias)
-        if linear_bias.dtype != input.dtype:
-            raise _checks.bad_type(_NAME, "linear_bias", f"of input's {input.dtype}", linear_bias)
-        _checks.shape(_NAME, "linear_bias", linear_bias, linear_weight.shape[:1])
+    head.check(_NAME, input, linear_weight, linear_bias)
+    head.check_target(_NAME, target, input)
     for name, constant, shape in (
         ("weight", weight, linear_weight.shape[:1]),
-        ("token_weight", token_weight, tokens),
+        ("token_weight", token_weight, input.shape[:-1]),
     ):
         if constant is None:
             continue
@@ -461,143 +421,3 @@ def _check_tensors(
         weight=weight,
         token_weight=token_weight,
     )
-
-
-def _cast_under_autocast(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast as autocast casts the arguments of ``F.linear``: float64 and other types stay."""
-    device = input.device.type if isinstance(input, Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return input, linear_weight, linear_bias
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(tensor: Any) -> Any:
-        eligible = isinstance(tensor, Tensor) and tensor.dtype in (*_operators.HALF, torch.float32)
-        return tensor.to(dtype) if eligible else tensor
-
-    return cast(input), cast(linear_weight), cast(linear_bias)
-
-
-def _kernels(implementation: str) -> Any:
-    """The module of an implementation; that of Triton is imported on its first use."""
-    if implementation == "triton":
-        from tilework.losses.linear_cross_entropy import triton
-
-        return triton
-    return tiled
-
-
-def _logit_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *arguments, implementation = args
-    if implementation == "reference" or _operators.only_reference():
-        return reference.linear_logit_stats(*arguments)
-    statistics: tuple[Tensor, Tensor, Tensor, Tensor] = _operator(*args)
-    return statistics
-
-
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *arguments, implementation = args
-    statistics: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(implementation).forward(*arguments)
-    return statistics
-
-
-def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    dtype = computation_dtype(input.dtype)
-    return tuple(input.new_empty(input.shape[0], dtype=dtype) for _ in range(4))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.softcap, ctx.ignore_index, ctx.implementation = inputs
-    shift = output[0]
-    ctx.mark_non_differentiable(shift)
-    ctx.save_for_backward(*tensors, shift)
-
-
-def _differentiate(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    input_grad, weight_grad, _target, bias_grad = ctx.needs_input_grad[:4]
-    needed = [input_grad, weight_grad, bias_grad]
-    results = _operator_backward(
-        *grads,
-        *ctx.saved_tensors,
-        ctx.softcap,
-        ctx.ignore_index,
-        needed,
-        ctx.implementation,
-    )
-    grad_input, grad_weight, grad_bias = (
-        result if need else None for result, need in zip(results, needed, strict=True)
-    )
-    return grad_input, grad_weight, None, grad_bias, None, None, None, None
-
-
-def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments, implementation = args
-    results: tuple[Tensor, Tensor, Tensor] = _kernels(implementation).backward(*arguments)
-    return results
-
-
-def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    input, linear_weight = args[3:5]
-    needed = args[11]
-    sizes = input.shape, linear_weight.shape, linear_weight.shape[:1]
-    grad_input, grad_weight, grad_bias = (
-        input.new_empty(size if need else 0) for size, need in zip(sizes, needed, strict=True)
-    )
-    return grad_input, grad_weight, grad_bias
-
-
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _shift, ctx.softcap, ctx.ignore_index, ctx.needed, _ = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """The second derivative is that of the reference's first."""
-    *upstream, input, linear_weight, target, linear_bias, class_weight = ctx.saved_tensors
-    heads = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
-    needed = [need for need, _ in zip(ctx.needed, heads, strict=False)]
-
-    def statistics(input: Tensor, linear_weight: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
-        return reference.linear_logit_stats(
-            input,
-            linear_weight,
-            target,
-            bias[0] if bias else None,
-            class_weight,
-            ctx.softcap,
-            ctx.ignore_index,
-        )[1:]
-
-    def first_derivative(*arguments: Tensor) -> tuple[Tensor, ...]:
-        pull = torch.func.vjp(statistics, *arguments[3:])[1]
-        return tuple(
-            result for result, need in zip(pull(arguments[:3]), needed, strict=True) if need
-        )
-
-    pull = torch.func.vjp(first_derivative, *upstream, *heads)[1]
-    results = pull(tuple(grad for grad, need in zip(grads, ctx.needed, strict=True) if need))
-    grad_upstream, grad_heads = results[:3], list(results[3:])
-    grad_bias = grad_heads[2] if linear_bias is not None else None
-    return *grad_upstream, *grad_heads[:2], None, grad_bias, *[None] * 6
-
-
-_operator = _operators.define(
-    "linear_logit_stats(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
-    "Tensor? class_weight, float? softcap, int ignore_index, str implementation) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    setup_context=_save,
-    backward=_differentiate,
-)
-_operator_backward = _operators.define(
-    "linear_logit_stats_backward(Tensor grad_total, Tensor grad_target_gap, "
-    "Tensor grad_class_gap, Tensor input, Tensor linear_weight, Tensor target, "
-    "Tensor? linear_bias, Tensor? class_weight, Tensor shift, float? softcap, "
-    "int ignore_index, bool[3] needed, str implementation) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    setup_context=_save_backward,
-    backward=_differentiate_backward,
-)

@@ -8,10 +8,27 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tilework._operators import HALF, computation_dtype
+from tilework._operators import computation_dtype
+from tilework.losses.linear_cross_entropy.shared import (
+    Statistics,
+    accumulate,
+    kept_rows,
+    product_dtype,
+    slices,
+    spread,
+)
 
 TOKENS = 2048
 TILE = 2048 * 1024  # logits of a tile: 8 MiB in float32, which stays in a CPU's last cache
+NEGLIGIBLE = -1000.0  # the exponential is 0 in every dtype, and so is its product with the gap
+
+
+def extra_bytes(input: Tensor, linear_weight: Tensor) -> int:
+    """The memory beyond the gradients: three tiles, and the gradients that are added up."""
+    size = computation_dtype(input.dtype).itemsize
+    width = _tile_width(input.shape[0], linear_weight)
+    tile = min(input.shape[0], TOKENS) * width
+    return size * (3 * tile + input.numel() + width * input.shape[1])
 
 
 def forward(
@@ -21,19 +38,28 @@ def forward(
     linear_bias: Tensor | None,
     class_weight: Tensor | None,
     softcap: float | None,
+    temperature: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    moments: bool,
+) -> Statistics:
     """See ``reference.linear_logit_stats``."""
-    rows, hidden, kept_target = _kept(input, target, ignore_index)
-    head = _Head(hidden, linear_weight, linear_bias, softcap)
-    statistics = hidden.new_zeros(4, len(hidden), dtype=head.dtype)
-    for tokens in _slices(len(hidden), TOKENS):
-        shift, total, target_gap, class_gap = statistics[:, tokens]
+    rows, hidden, kept_target = kept_rows(input, target, ignore_index)
+    head = _Head(hidden, linear_weight, linear_bias, softcap, temperature)
+    statistics = hidden.new_zeros(6 if moments else 4, len(hidden), dtype=head.dtype)
+    argmax = torch.zeros_like(kept_target if moments else kept_target[:0])
+    for tokens in slices(len(hidden), TOKENS):
+        shift, total, target_gap, class_gap, *extra = statistics[:, tokens]
         peak = torch.full_like(shift, -torch.inf)
         target_logit = torch.full_like(shift, torch.nan)
         weight_seen = shift.new_zeros(())
+        if moments:
+            moment, top = extra
+            top.fill_(-torch.inf)
         for classes in head.classes():
-            logits = head.logits(tokens, classes)
+            logits = head.outputs(tokens, classes)
+            if moments:
+                _raise_top(top, argmax[tokens], logits, classes.start)
+            head.cap(logits)
             column = kept_target[tokens] - classes.start
             inside = (column >= 0) & (column < logits.shape[1])
             here = logits.gather(1, column.where(inside, 0)[:, None])[:, 0]
@@ -46,19 +72,33 @@ def forward(
             if class_weight is not None:
                 class_gap += (new_shift - shift) * weight_seen - logits @ class_weight[classes]
                 weight_seen = weight_seen + class_weight[classes].sum()
-            total.mul_((old_peak - new_shift).exp_()).add_(logits.exp_().sum(1))
+            decay = (old_peak - new_shift).exp_()
+            if moments:
+                moment.addcmul_(new_shift - shift, total).mul_(decay)
+                gaps = logits.clamp(min=NEGLIGIBLE)
+                moment.sub_(gaps.mul_(logits.exp_()).sum(1))
+            else:
+                logits.exp_()
+            total.mul_(decay).add_(logits.sum(1))
             shift.copy_(new_shift)
         torch.sub(shift, target_logit, out=target_gap)
+    statistics = spread(statistics, rows, len(input), dim=1)
+    argmax = spread(argmax, rows, len(input), dim=0) if moments else argmax
     ignored = target == ignore_index
-    statistics = _spread(statistics, rows, len(input), dim=1).masked_fill_(ignored, 0)
-    shift, total, target_gap, class_gap = statistics.unbind()
-    return shift.clone(), total.masked_fill(ignored, 1), target_gap.clone(), class_gap.clone()
+    statistics.masked_fill_(ignored, 0)
+    statistics[1].masked_fill_(ignored, 1)
+    if moments:
+        argmax.masked_fill_(ignored, 0)
+    shift, total, target_gap, class_gap, *extra = (values.clone() for values in statistics)
+    moment, top = extra if moments else (shift.new_empty(0), shift.new_empty(0))
+    return shift, total, target_gap, class_gap, moment, top, argmax
 
 
 def backward(
     grad_total: Tensor,
     grad_target_gap: Tensor,
     grad_class_gap: Tensor,
+    grad_moment: Tensor | None,
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -66,17 +106,21 @@ def backward(
     class_weight: Tensor | None,
     shift: Tensor,
     softcap: float | None,
+    temperature: float,
     ignore_index: int,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; an empty tensor for each that is not needed."""
-    rows, hidden, kept_target = _kept(input, target, ignore_index)
-    vectors = torch.stack((shift, grad_total, grad_target_gap, grad_class_gap))
+    rows, hidden, kept_target = kept_rows(input, target, ignore_index)
+    upstream = [grad_total, grad_target_gap, grad_class_gap]
+    if grad_moment is not None:
+        upstream.append(grad_moment)
+    vectors = torch.stack((shift, *upstream))
+    vectors[1:].div_(temperature)
     vectors.masked_fill_(target == ignore_index, 0)
     if rows is not None:
         vectors = vectors.index_select(1, rows)
-    head = _Head(hidden, linear_weight, linear_bias, softcap)
-    half = head.product_dtype in HALF
+    head = _Head(hidden, linear_weight, linear_bias, softcap, temperature)
 
     grad_hidden = hidden.new_zeros(hidden.shape if needed[0] else 0, dtype=head.dtype)
     grad_weight = torch.empty_like(
@@ -87,11 +131,17 @@ def backward(
         weight_tile = hidden.new_zeros(
             (classes.stop - classes.start, hidden.shape[1]) if needed[1] else 0, dtype=head.dtype
         )
-        for tokens in _slices(len(hidden), TOKENS):
-            row_shift, grad_sum, grad_target, grad_class = vectors[:, tokens]
-            logits = head.logits(tokens, classes)
-            slope = None if softcap is None else 1 - (logits / softcap).square_()
-            grad = logits.sub_(row_shift[:, None]).exp_().mul_(grad_sum[:, None])
+        for tokens in slices(len(hidden), TOKENS):
+            row_shift, grad_sum, grad_target, grad_class, *extra = vectors[:, tokens]
+            logits = head.outputs(tokens, classes)
+            slope = head.cap(logits, need_slope=True)
+            logits.sub_(row_shift[:, None])
+            if extra:
+                (grad_entry,) = extra
+                entry = logits.clamp(min=NEGLIGIBLE).mul_(-grad_entry[:, None])
+                grad = logits.exp_().mul_(entry.add_((grad_sum - grad_entry)[:, None]))
+            else:
+                grad = logits.exp_().mul_(grad_sum[:, None])
             column = kept_target[tokens] - classes.start
             inside = (column >= 0) & (column < grad.shape[1])
             grad.scatter_add_(
@@ -107,31 +157,49 @@ def backward(
                 continue
             factor = head.factor(grad)
             if needed[0]:
-                _accumulate(grad_hidden[tokens], factor, head.weight(classes), half)
+                accumulate(grad_hidden[tokens], factor, head.weight(classes))
             if needed[1]:
-                _accumulate(weight_tile, factor.T, head.hidden(tokens), half)
+                accumulate(weight_tile, factor.T, head.hidden(tokens))
         if needed[1]:
             grad_weight[classes] = weight_tile
     return (
-        _spread(grad_hidden, rows, len(input), dim=0).to(input.dtype) if needed[0] else grad_hidden,
+        spread(grad_hidden, rows, len(input), dim=0).to(input.dtype) if needed[0] else grad_hidden,
         grad_weight,
         grad_bias.to(linear_weight.dtype),
     )
+
+
+def _raise_top(top: Tensor, argmax: Tensor, values: Tensor, first_class: int) -> None:
+    """Take over the largest values of a tile, in place; the first of equal ones stays."""
+    tile_top, column = values.max(1)
+    higher = (tile_top > top) | (tile_top.isnan() & ~top.isnan())
+    top.copy_(tile_top.where(higher, top))
+    argmax.copy_((column + first_class).where(higher, argmax))
+
+
+def _tile_width(tokens: int, linear_weight: Tensor) -> int:
+    """Few tokens or many features must not make the tiles of the weight large."""
+    classes, features = linear_weight.shape
+    return max(1, min(TILE // max(1, min(tokens, TOKENS)), 4 * TILE // features, classes))
 
 
 class _Head:
     """The head's tiles of logits, in the computation dtype, in one reused buffer."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        temperature: float,
     ) -> None:
-        self._hidden, self._weight, self._bias, self._softcap = hidden, weight, bias, softcap
+        self._hidden, self._weight, self._bias = hidden, weight, bias
+        self._softcap, self._temperature = softcap, temperature
         self.dtype = computation_dtype(hidden.dtype)
-        self.product_dtype = _product_dtype(hidden)
-        tokens = min(len(hidden), TOKENS)
-        # Few tokens or many features must not make the tiles of the weight large.
-        self._width = max(1, min(TILE // max(1, tokens), 4 * TILE // hidden.shape[1], len(weight)))
-        size = tokens * self._width
+        self.product_dtype = product_dtype(hidden)
+        self._width = _tile_width(len(hidden), weight)
+        size = min(len(hidden), TOKENS) * self._width
         self._logits = hidden.new_empty(size, dtype=self.dtype)
         self._product = (
             self._logits
@@ -140,7 +208,7 @@ class _Head:
         )
 
     def classes(self) -> Iterator[slice]:
-        return _slices(len(self._weight), self._width)
+        return slices(len(self._weight), self._width)
 
     def hidden(self, tokens: slice) -> Tensor:
         return self._hidden[tokens].to(self.product_dtype)
@@ -148,7 +216,7 @@ class _Head:
     def weight(self, classes: slice) -> Tensor:
         return self._weight[classes].to(self.product_dtype)
 
-    def logits(self, tokens: slice, classes: slice) -> Tensor:
+    def outputs(self, tokens: slice, classes: slice) -> Tensor:
         hidden, weight = self.hidden(tokens), self.weight(classes)
         shape = len(hidden), len(weight)
         logits = self._logits[: len(hidden) * len(weight)].view(shape)
@@ -158,54 +226,20 @@ class _Head:
             logits.copy_(product)
         if self._bias is not None:
             logits.add_(self._bias[classes])
-        if self._softcap is not None:
-            logits.div_(self._softcap).tanh_().mul_(self._softcap)
         return logits
+
+    def cap(self, outputs: Tensor, need_slope: bool = False) -> Tensor | None:
+        """Make logits of outputs, in place; return the derivative of the softcap."""
+        slope = None
+        if self._softcap is not None:
+            outputs.div_(self._softcap).tanh_()
+            slope = 1 - outputs.square() if need_slope else None
+            outputs.mul_(self._softcap)
+        if self._temperature != 1:
+            outputs.div_(self._temperature)
+        return slope
 
     def factor(self, grad: Tensor) -> Tensor:
         if self._product is self._logits:
             return grad
         return self._product[: grad.numel()].view(grad.shape).copy_(grad)
-
-
-def _product_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of the matrix products: half precision only where the processor multiplies it."""
-    if tensor.device.type != "cpu":
-        return tensor.dtype
-    if tensor.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16
-    return computation_dtype(tensor.dtype)
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor, half: bool) -> None:
-    if half:
-        total.add_(left @ right)
-    else:
-        total.addmm_(left, right)
-
-
-def _slices(length: int, step: int) -> Iterator[slice]:
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
-
-
-def _kept(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The rows that count, with their indices (None for all of them)."""
-    ignored = target == ignore_index
-    if input.device.type != "cpu":
-        # Counting would synchronize, so ignored rows are computed on zeros.
-        rows = torch.arange(len(input), device=input.device)
-        return rows, input.masked_fill(ignored[:, None], 0), target
-    if not ignored.any():
-        return None, input, target
-    rows = ignored.logical_not().nonzero()[:, 0]
-    return rows, input.index_select(0, rows), target.index_select(0, rows)
-
-
-def _spread(values: Tensor, rows: Tensor | None, length: int, dim: int) -> Tensor:
-    """Put values back to their rows along a dimension, zeros elsewhere."""
-    if rows is None:
-        return values
-    shape = list(values.shape)
-    shape[dim] = length
-    return values.new_zeros(shape).index_copy_(dim, rows, values)

@@ -3,7 +3,8 @@
 Forward: a program takes a block of tokens and a share of the classes and keeps running statistics;
 a second kernel merges the shares. Backward: a kernel writes the gradient of a panel of logits, and
 the library's matrix products turn it into gradients. There are no locks and no atomics, and the
-order of every sum depends on the number of classes alone.
+order of every sum depends on the number of classes alone. For the chunked schedule, one kernel
+turns logits into their gradients in place.
 """
 
 import torch
@@ -12,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
-from tilework._operators import HALF
 from tilework._triton import Config
+from tilework.losses.linear_cross_entropy.shared import Statistics, accumulate
 
 # Classes per share at least, and shares at most: statistics of a share are 12 bytes per token.
 SHARE = 2048
@@ -21,6 +22,9 @@ MAX_SHARES = 64
 # A panel of logit gradients: 64 MiB in half precision.
 PANEL_TOKENS = 8192
 PANEL_CLASSES = 4096
+ROW_BLOCK = 4096  # logits that a program turns into gradients at a time
+# The exponential of its negative is 0, and so is its product with that.
+NEGLIGIBLE_GAP = tl.constexpr(1000.0)
 
 SMALL = Config(64, 64, 32, num_warps=8, num_stages=2)
 FORWARD = {
@@ -29,6 +33,11 @@ FORWARD = {
     "sm_100": Config(128, 128, 64, num_warps=8, num_stages=3),
     "gfx942": Config(128, 128, 32, num_warps=8, num_stages=2),
     "interpreter": Config(16, 32, 16, num_warps=1, num_stages=1),
+}
+# Narrower where the registers of the moments would spill.
+FORWARD_MOMENTS = FORWARD | {
+    "sm_80": Config(128, 64, 32, num_warps=8, num_stages=3),
+    "sm_100": Config(128, 64, 64, num_warps=8, num_stages=3),
 }
 BACKWARD = dict(FORWARD)
 
@@ -41,7 +50,7 @@ def choose_config(table: dict[str, Config], arch: str, dtype: torch.dtype) -> Co
 
 
 @triton.jit
-def _logits(
+def _outputs(
     input_ptr,
     weight_ptr,
     bias_ptr,
@@ -53,16 +62,14 @@ def _logits(
     weight_stride_row,
     weight_stride_feature,
     bias_stride,
-    softcap,
     HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """The tile of logits, in float32, whose first row and column the pointers are at.
+    """The tile of outputs, in float32, whose first row and column the pointers are at.
 
     Rows and columns past the end repeat the last ones. Offsets within a tile fit 32 bits, which
     the launcher sees to; the pointers move in 64 bits.
@@ -74,19 +81,17 @@ def _logits(
     inner = tl.arange(0, BLOCK_INNER)
     input_offsets = rows[:, None] * input_stride_row + inner[None, :] * input_stride_feature
     weight_offsets = columns[None, :] * weight_stride_row + inner[:, None] * weight_stride_feature
-    logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    outputs = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     for start in range(0, num_features, BLOCK_INNER):
         left = inner < num_features - start
         hidden = tl.load(input_ptr + input_offsets, mask=left[None, :], other=0.0)
         weight = tl.load(weight_ptr + weight_offsets, mask=left[:, None], other=0.0)
-        logits = _triton.dot(hidden, weight, logits, PRECISION, INTERPRETED)
+        outputs = _triton.dot(hidden, weight, outputs, PRECISION, INTERPRETED)
         input_ptr += BLOCK_INNER * input_stride_feature
         weight_ptr += BLOCK_INNER * weight_stride_feature
     if HAS_BIAS:
-        logits += tl.load(bias_ptr + columns * bias_stride).to(tl.float32)[None, :]
-    if HAS_SOFTCAP:
-        logits = softcap * _triton.tanh(logits / softcap)
-    return logits
+        outputs += tl.load(bias_ptr + columns * bias_stride).to(tl.float32)[None, :]
+    return outputs
 
 
 @triton.jit
@@ -99,6 +104,9 @@ def forward_kernel(
     peak_ptr,
     sum_ptr,
     gap_ptr,
+    moment_ptr,
+    top_ptr,
+    argmax_ptr,
     target_logit_ptr,
     num_tokens,
     num_classes,
@@ -109,11 +117,13 @@ def forward_kernel(
     weight_stride_feature,
     bias_stride,
     softcap,
+    inverse_temperature,
     ignore_index,
     share,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr,
+    NEED_MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -134,6 +144,9 @@ def forward_kernel(
     base = tl.zeros((BLOCK_ROWS,), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     gap = tl.zeros((BLOCK_ROWS,), tl.float32)
+    moment = tl.zeros((BLOCK_ROWS,), tl.float32)
+    top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    argmax = tl.zeros((BLOCK_ROWS,), tl.int32)
     weight_seen = 0.0
     first_column = share_index * share
     end = tl.minimum(first_column + share, num_classes)
@@ -141,7 +154,7 @@ def forward_kernel(
         columns_end = first_column + BLOCK_COLUMNS
         columns = first_column + tl.arange(0, BLOCK_COLUMNS)
         column_mask = columns < end
-        logits = _logits(
+        logits = _outputs(
             input_ptr + first_row * input_stride_row,
             weight_ptr + first_column * weight_stride_row,
             bias_ptr + first_column * bias_stride if HAS_BIAS else bias_ptr,
@@ -153,15 +166,25 @@ def forward_kernel(
             weight_stride_row,
             weight_stride_feature,
             bias_stride,
-            softcap,
             HAS_BIAS,
-            HAS_SOFTCAP,
             PRECISION,
             INTERPRETED,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_INNER,
         )
+        if NEED_MOMENTS:
+            # Columns past the end repeat the last one, and the first of equal ones counts.
+            tile_top = tl.max(logits, 1)
+            higher = tile_top > top
+            place = tl.where(
+                logits == tile_top[:, None], tl.arange(0, BLOCK_COLUMNS)[None, :], 1 << 30
+            )
+            argmax = tl.where(higher, tl.min(place, 1) + first_column.to(tl.int32), argmax)
+            top = tl.where(higher, tile_top, top)
+        if HAS_SOFTCAP:
+            logits = softcap * _triton.tanh(logits / softcap)
+        logits *= inverse_temperature
         found = kept & (target >= first_column) & (target < tl.minimum(columns_end, end))
         place = tl.where(found, target - first_column, -1).to(tl.int32)
         is_target = tl.arange(0, BLOCK_COLUMNS)[None, :] == place[:, None]
@@ -179,7 +202,12 @@ def forward_kernel(
             gap += (new_base - base) * weight_seen - tl.sum(weighted, 1)
             weight_seen += tl.sum(weights, 0)
         exponentials = tl.where(column_mask[None, :], tl.exp(logits), 0.0)
-        total = total * tl.exp(peak - new_base) + tl.sum(exponentials, 1)
+        decay = tl.exp(peak - new_base)
+        if NEED_MOMENTS:
+            # A gap of infinity would make nan of a product that is zero.
+            gaps = tl.minimum(-logits, NEGLIGIBLE_GAP)
+            moment = (moment + (new_base - base) * total) * decay + tl.sum(exponentials * gaps, 1)
+        total = total * decay + tl.sum(exponentials, 1)
         peak = new_peak
         base = new_base
         first_column = columns_end
@@ -188,6 +216,10 @@ def forward_kernel(
     tl.store(sum_ptr + offsets, total, mask=kept)
     if HAS_CLASS_WEIGHT:
         tl.store(gap_ptr + offsets, gap, mask=kept)
+    if NEED_MOMENTS:
+        tl.store(moment_ptr + offsets, moment, mask=kept)
+        tl.store(top_ptr + offsets, top, mask=kept)
+        tl.store(argmax_ptr + offsets, argmax.to(tl.int64), mask=kept)
 
 
 @triton.jit
@@ -196,16 +228,23 @@ def merge_kernel(
     peak_ptr,
     sum_ptr,
     gap_ptr,
+    moment_ptr,
+    top_ptr,
+    argmax_ptr,
     share_weight_ptr,
     target_logit_ptr,
     shift_ptr,
     total_ptr,
     target_gap_ptr,
     class_gap_ptr,
+    merged_moment_ptr,
+    merged_top_ptr,
+    merged_argmax_ptr,
     num_tokens,
     num_shares,
     ignore_index,
     HAS_CLASS_WEIGHT: tl.constexpr,
+    NEED_MOMENTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     """Merge the shares, in their order."""
@@ -222,21 +261,36 @@ def merge_kernel(
     base = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     gap = tl.zeros((BLOCK_ROWS,), tl.float32)
+    moment = tl.zeros((BLOCK_ROWS,), tl.float32)
+    top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    argmax = tl.zeros((BLOCK_ROWS,), tl.int64)
     offsets = rows
     for share in range(num_shares):
         share_peak = tl.load(peak_ptr + offsets, mask=kept, other=float("-inf"))
         share_sum = tl.load(sum_ptr + offsets, mask=kept, other=0.0)
-        total += share_sum * tl.exp(share_peak - base)
+        decay = tl.exp(share_peak - base)
+        share_base = tl.where(share_peak == float("-inf"), 0.0, share_peak)
+        total += share_sum * decay
         if HAS_CLASS_WEIGHT:
-            share_base = tl.where(share_peak == float("-inf"), 0.0, share_peak)
             share_gap = tl.load(gap_ptr + offsets, mask=kept, other=0.0)
             gap += share_gap + (base - share_base) * tl.load(share_weight_ptr + share)
+        if NEED_MOMENTS:
+            share_moment = tl.load(moment_ptr + offsets, mask=kept, other=0.0)
+            moment += (share_moment + (base - share_base) * share_sum) * decay
+            share_top = tl.load(top_ptr + offsets, mask=kept, other=float("-inf"))
+            share_argmax = tl.load(argmax_ptr + offsets, mask=kept, other=0)
+            argmax = tl.where(share_top > top, share_argmax, argmax)
+            top = tl.maximum(top, share_top)
         offsets += num_tokens
     target_logit = tl.load(target_logit_ptr + rows, mask=kept, other=0.0)
     tl.store(shift_ptr + rows, tl.where(kept, base, 0.0), mask=inside)
     tl.store(total_ptr + rows, tl.where(kept, total, 1.0), mask=inside)
     tl.store(target_gap_ptr + rows, tl.where(kept, base - target_logit, 0.0), mask=inside)
     tl.store(class_gap_ptr + rows, tl.where(kept, gap, 0.0), mask=inside)
+    if NEED_MOMENTS:
+        tl.store(merged_moment_ptr + rows, tl.where(kept, moment, 0.0), mask=inside)
+        tl.store(merged_top_ptr + rows, tl.where(kept, top, 0.0), mask=inside)
+        tl.store(merged_argmax_ptr + rows, tl.where(kept, argmax, 0), mask=inside)
 
 
 @triton.jit
@@ -250,6 +304,7 @@ def backward_kernel(
     grad_total_ptr,
     grad_target_gap_ptr,
     grad_class_gap_ptr,
+    grad_moment_ptr,
     panel_ptr,
     column_sum_ptr,
     num_tokens,
@@ -262,10 +317,12 @@ def backward_kernel(
     weight_stride_feature,
     bias_stride,
     softcap,
+    inverse_temperature,
     ignore_index,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr,
+    HAS_MOMENT: tl.constexpr,
     NEED_COLUMN_SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -296,7 +353,7 @@ def backward_kernel(
     column_mask = panel_columns < num_classes
     target = tl.load(target_ptr + rows, mask=row_mask, other=ignore_index)
     kept = row_mask & (target != ignore_index)
-    logits = _logits(
+    logits = _outputs(
         input_ptr + first_row * input_stride_row,
         weight_ptr + (first_class + first_column) * weight_stride_row,
         bias_ptr + (first_class + first_column) * bias_stride if HAS_BIAS else bias_ptr,
@@ -308,19 +365,29 @@ def backward_kernel(
         weight_stride_row,
         weight_stride_feature,
         bias_stride,
-        softcap,
         HAS_BIAS,
-        HAS_SOFTCAP,
         PRECISION,
         INTERPRETED,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
         BLOCK_INNER,
     )
+    slope = 1.0
+    if HAS_SOFTCAP:
+        logits = _triton.tanh(logits / softcap)
+        slope = 1 - logits * logits
+        logits *= softcap
+    logits *= inverse_temperature
     shift = tl.load(shift_ptr + rows, mask=kept, other=0.0)
     grad_total = tl.load(grad_total_ptr + rows, mask=kept, other=0.0)
     grad_target_gap = tl.load(grad_target_gap_ptr + rows, mask=kept, other=0.0)
-    grad = tl.exp(logits - shift[:, None]) * grad_total[:, None]
+    grad = tl.exp(logits - shift[:, None])
+    if HAS_MOMENT:
+        grad_moment = tl.load(grad_moment_ptr + rows, mask=kept, other=0.0)
+        gaps = tl.minimum(shift[:, None] - logits, NEGLIGIBLE_GAP)
+        grad *= grad_total[:, None] + grad_moment[:, None] * (gaps - 1)
+    else:
+        grad *= grad_total[:, None]
     place = target - first_class - first_column
     place = tl.where((place >= 0) & (place < BLOCK_COLUMNS), place, -1).to(tl.int32)
     is_target = tl.arange(0, BLOCK_COLUMNS)[None, :] == place[:, None]
@@ -331,8 +398,7 @@ def backward_kernel(
         )
         grad_class_gap = tl.load(grad_class_gap_ptr + rows, mask=kept, other=0.0)
         grad -= grad_class_gap[:, None] * weights[None, :]
-    if HAS_SOFTCAP:
-        grad *= 1 - logits * (logits / softcap / softcap)
+    grad *= slope * inverse_temperature
     grad = tl.where(kept[:, None] & column_mask[None, :], grad, 0.0)
     if NEED_COLUMN_SUM:
         offsets = row_block.to(tl.int64) * num_classes + panel_columns
@@ -345,6 +411,101 @@ def backward_kernel(
     )
 
 
+@triton.jit
+def logit_gradient_kernel(
+    logits_ptr,
+    bias_ptr,
+    target_ptr,
+    class_weight_ptr,
+    target_scale_ptr,
+    class_scale_ptr,
+    square_scale_ptr,
+    weight_sum_ptr,
+    loss_ptr,
+    num_classes,
+    bias_stride,
+    softcap,
+    ignore_index,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr,
+    HAS_SQUARE: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Turn a row of products into the gradient of its loss, in place."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * num_classes
+    target = tl.load(target_ptr + row)
+    kept = target != ignore_index
+    peak = float("-inf")
+    base = 0.0
+    total = 0.0
+    gap = 0.0
+    weight_seen = 0.0
+    target_logit = 0.0
+    for first_column in range(0, num_classes, BLOCK_COLUMNS):
+        columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+        inside = columns < num_classes
+        logits = tl.load(logits_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        if HAS_BIAS:
+            logits += tl.load(bias_ptr + columns * bias_stride, mask=inside, other=0.0).to(
+                tl.float32
+            )
+        if HAS_SOFTCAP:
+            logits = softcap * _triton.tanh(logits / softcap)
+        target_logit += tl.sum(tl.where(inside & (columns == target), logits, 0.0), 0)
+        new_peak = tl.maximum(peak, tl.max(tl.where(inside, logits, float("-inf")), 0))
+        # A row of -inf alone has no finite peak to subtract.
+        new_base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        logits -= new_base
+        if HAS_CLASS_WEIGHT:
+            weights = tl.load(class_weight_ptr + columns, mask=inside, other=0.0)
+            gap += (new_base - base) * weight_seen
+            gap -= tl.sum(tl.where(inside, logits * weights, 0.0), 0)
+            weight_seen += tl.sum(weights, 0)
+        total = total * tl.exp(peak - new_base)
+        total += tl.sum(tl.where(inside, tl.exp(logits), 0.0), 0)
+        peak = new_peak
+        base = new_base
+
+    log_sum = tl.log(total)
+    target_scale = tl.load(target_scale_ptr + row)
+    scale = target_scale
+    loss = target_scale * (base - target_logit + log_sum)
+    class_scale = 0.0
+    if HAS_CLASS_WEIGHT:
+        class_scale = tl.load(class_scale_ptr + row)
+        weight_sum = tl.load(weight_sum_ptr)
+        scale += class_scale * weight_sum
+        loss += class_scale * (gap + weight_sum * log_sum)
+    if HAS_SQUARE:
+        square_scale = tl.load(square_scale_ptr + row)
+        log_sum += base
+        scale += 2 * square_scale * log_sum
+        loss += square_scale * log_sum * log_sum
+    tl.store(loss_ptr + row, tl.where(kept, loss, 0.0))
+    scale /= total
+    for first_column in range(0, num_classes, BLOCK_COLUMNS):
+        columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+        inside = columns < num_classes
+        logits = tl.load(logits_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            logits += tl.load(bias_ptr + columns * bias_stride, mask=inside, other=0.0).to(
+                tl.float32
+            )
+        slope = 1.0
+        if HAS_SOFTCAP:
+            logits = _triton.tanh(logits / softcap)
+            slope = 1 - logits * logits
+            logits *= softcap
+        grad = tl.exp(logits - base) * scale - tl.where(columns == target, target_scale, 0.0)
+        if HAS_CLASS_WEIGHT:
+            weights = tl.load(class_weight_ptr + columns, mask=inside, other=0.0)
+            grad -= class_scale * weights
+        grad = tl.where(kept, grad * slope, 0.0)
+        tl.store(logits_ptr + columns, grad.to(logits_ptr.dtype.element_ty), mask=inside)
+
+
 def forward(
     input: Tensor,
     linear_weight: Tensor,
@@ -352,8 +513,10 @@ def forward(
     linear_bias: Tensor | None,
     class_weight: Tensor | None,
     softcap: float | None,
+    temperature: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    moments: bool,
+) -> Statistics:
     """See ``reference.linear_logit_stats``."""
     input, linear_weight = _short_strides(input), _short_strides(linear_weight)
     num_tokens, num_features = input.shape
@@ -361,13 +524,21 @@ def forward(
     shift, total, target_gap, class_gap = (
         input.new_empty(num_tokens, dtype=torch.float32) for _ in range(4)
     )
+    extra = num_tokens if moments else 0
+    moment, top = (input.new_empty(extra, dtype=torch.float32) for _ in range(2))
+    argmax = target.new_empty(extra)
     if num_tokens == 0:
-        return shift, total, target_gap, class_gap
+        return shift, total, target_gap, class_gap, moment, top, argmax
     share = max(SHARE, triton.cdiv(num_classes, MAX_SHARES))
     num_shares = triton.cdiv(num_classes, share)
-    config = choose_config(FORWARD, _triton.architecture(input.device), input.dtype)
+    table = FORWARD_MOMENTS if moments else FORWARD
+    config = choose_config(table, _triton.architecture(input.device), input.dtype)
     target = target.contiguous()
-    peak, share_total, gap = input.new_empty(3, num_shares, num_tokens, dtype=torch.float32)
+    shares = input.new_empty(5 if moments else 3, num_shares, num_tokens, dtype=torch.float32)
+    peak, share_total, gap, *share_moments = shares
+    share_moments = (
+        [*share_moments, target.new_empty(num_shares, num_tokens)] if moments else [None] * 3
+    )
     target_logit = torch.full_like(shift, torch.nan)
     share_weight = None
     if class_weight is not None:
@@ -384,6 +555,7 @@ def forward(
         peak,
         share_total,
         gap,
+        *share_moments,
         target_logit,
         num_tokens,
         num_classes,
@@ -392,11 +564,13 @@ def forward(
         *linear_weight.stride(),
         0 if linear_bias is None else linear_bias.stride(0),
         softcap or 0.0,
+        1 / temperature,
         ignore_index,
         share,
         HAS_BIAS=linear_bias is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_CLASS_WEIGHT=class_weight is not None,
+        NEED_MOMENTS=moments,
         PRECISION=_precision(),
         INTERPRETED=_triton.INTERPRETED,
         **config.arguments(),
@@ -406,25 +580,31 @@ def forward(
         peak,
         share_total,
         gap,
+        *share_moments,
         share_weight,
         target_logit,
         shift,
         total,
         target_gap,
         class_gap,
+        moment,
+        top,
+        argmax,
         num_tokens,
         num_shares,
         ignore_index,
         HAS_CLASS_WEIGHT=class_weight is not None,
+        NEED_MOMENTS=moments,
         BLOCK_ROWS=128,
     )
-    return shift, total, target_gap, class_gap
+    return shift, total, target_gap, class_gap, moment, top, argmax
 
 
 def backward(
     grad_total: Tensor,
     grad_target_gap: Tensor,
     grad_class_gap: Tensor,
+    grad_moment: Tensor | None,
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -432,6 +612,7 @@ def backward(
     class_weight: Tensor | None,
     shift: Tensor,
     softcap: float | None,
+    temperature: float,
     ignore_index: int,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -451,7 +632,9 @@ def backward(
         device=input.device,
     )
     target, class_weight = target.contiguous(), _contiguous(class_weight)
-    upstream = [grad.contiguous() for grad in (grad_total, grad_target_gap, grad_class_gap)]
+    upstream = [
+        _contiguous(grad) for grad in (grad_total, grad_target_gap, grad_class_gap, grad_moment)
+    ]
 
     grad_input = input.new_zeros(input.shape if needed[0] else 0, dtype=torch.float32)
     grad_weight = input.new_empty(linear_weight.shape if needed[1] else 0)
@@ -474,7 +657,7 @@ def backward(
                 target[panel_tokens],
                 class_weight,
                 shift[panel_tokens],
-                *(grad[panel_tokens] for grad in upstream),
+                *(None if grad is None else grad[panel_tokens] for grad in upstream),
                 panel,
                 column_sums,
                 height,
@@ -485,10 +668,12 @@ def backward(
                 *linear_weight.stride(),
                 0 if linear_bias is None else linear_bias.stride(0),
                 softcap or 0.0,
+                1 / temperature,
                 ignore_index,
                 HAS_BIAS=linear_bias is not None,
                 HAS_SOFTCAP=softcap is not None,
                 HAS_CLASS_WEIGHT=class_weight is not None,
+                HAS_MOMENT=grad_moment is not None,
                 NEED_COLUMN_SUM=needed[2],
                 PRECISION=_precision(),
                 INTERPRETED=_triton.INTERPRETED,
@@ -496,9 +681,9 @@ def backward(
                 **config.arguments(),
             )
             if needed[0]:
-                _accumulate(grad_input[panel_tokens], panel, linear_weight[panel_classes])
+                accumulate(grad_input[panel_tokens], panel, linear_weight[panel_classes])
             if needed[1]:
-                _accumulate(weight_tile, panel.T, hidden[panel_tokens])
+                accumulate(weight_tile, panel.T, hidden[panel_tokens])
             if needed[2]:
                 partials = column_sums[: row_blocks * width].view(row_blocks, width)
                 grad_bias[panel_classes] += partials.sum(0)
@@ -507,12 +692,46 @@ def backward(
     return grad_input.to(input.dtype), grad_weight, grad_bias.to(input.dtype)
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a product to a float32 total without rounding it to half precision in between."""
-    if left.dtype in HALF and left.device.type == "cuda":
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(left.float(), right.float())
+def logit_gradient_(
+    logits: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    class_weight: Tensor | None,
+    target_scale: Tensor,
+    class_scale: Tensor | None,
+    square_scale: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    grad_bias: Tensor | None,
+) -> Tensor:
+    """See ``chunked.logit_gradient_``."""
+    losses = torch.empty_like(target_scale)
+    if len(logits) == 0:
+        return losses
+    logit_gradient_kernel[(len(logits),)](
+        logits,
+        linear_bias,
+        target.contiguous(),
+        _contiguous(class_weight),
+        target_scale,
+        class_scale,
+        square_scale,
+        None if class_weight is None else class_weight.sum(),
+        losses,
+        logits.shape[1],
+        0 if linear_bias is None else linear_bias.stride(0),
+        softcap or 0.0,
+        ignore_index,
+        HAS_BIAS=linear_bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_CLASS_WEIGHT=class_weight is not None,
+        HAS_SQUARE=square_scale is not None,
+        BLOCK_COLUMNS=ROW_BLOCK,
+        num_warps=8,
+    )
+    if grad_bias is not None:
+        grad_bias += logits.sum(0, dtype=torch.float32)
+    return losses
 
 
 def _short_strides(matrix: Tensor) -> Tensor:

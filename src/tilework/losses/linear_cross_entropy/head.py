@@ -1,0 +1,119 @@
+"""What every function of a linear head checks, casts and chooses from."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilework import _checks, _operators
+from tilework._operators import Implementation
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "triton",
+        devices=("cuda",),
+        dtypes=(torch.float16, torch.bfloat16, torch.float32),
+        memory="gradients and 64 MiB of logit gradients",
+        backward="first order; higher orders and forward mode by the reference",
+        deterministic=True,
+        needs="triton",
+        checked_on="Triton's interpreter",
+    ),
+    Implementation(
+        "tiled",
+        devices=(),
+        dtypes=_FLOATING,
+        memory="gradients and three tiles of 2048 x 1024 logits",
+        backward="first order; higher orders and forward mode by the reference",
+        deterministic=True,
+        checked_on="CPU",
+    ),
+    Implementation(
+        "chunked",
+        devices=(),
+        dtypes=_FLOATING,
+        memory="gradients and the logits of 512 tokens (CPU) or 4096 (CUDA)",
+        backward="of sums and means, in the forward pass; others, and float16, as above",
+        deterministic=True,
+        checked_on="CPU",
+    ),
+    Implementation(
+        "reference",
+        devices=(),
+        dtypes=_FLOATING,
+        memory="the logits, three times in training",
+        backward="every order and mode",
+        deterministic=True,
+        checked_on="CPU",
+    ),
+)
+_operators.TABLES["losses.linear_cross_entropy"] = IMPLEMENTATIONS
+
+
+def check(
+    function: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    prefix: str = "",
+) -> None:
+    """Refuse tensors that are no head; ``prefix`` comes before the names of the arguments."""
+    names = [f"{prefix}{name}" for name in ("input", "linear_weight", "linear_bias")]
+    if prefix:
+        names = [name.replace("linear_", "") for name in names]
+    input_name, weight_name, bias_name = names
+    _checks.floating(function, input_name, input)
+    _checks.floating(function, weight_name, linear_weight)
+    accepted = f"of {input_name}'s {input.dtype}"
+    if linear_weight.dtype != input.dtype:
+        raise _checks.bad_type(function, weight_name, accepted, linear_weight)
+    if input.dim() not in (2, 3) or input.shape[-1] == 0:
+        shape = "of shape (N, D) or (B, T, D), D >= 1"
+        raise _checks.bad_value(function, input_name, shape, input)
+    features = input.shape[-1]
+    if linear_weight.dim() != 2 or linear_weight.shape[1] != features or not linear_weight.shape[0]:
+        shape = f"of shape (V, {features}), as {input_name} has {features} features, V >= 1"
+        raise _checks.bad_value(function, weight_name, shape, linear_weight)
+    if linear_bias is not None:
+        _checks.floating(function, bias_name, linear_bias)
+        if linear_bias.dtype != input.dtype:
+            raise _checks.bad_type(function, bias_name, accepted, linear_bias)
+        _checks.shape(function, bias_name, linear_bias, linear_weight.shape[:1])
+
+
+def check_target(function: str, target: Tensor, input: Tensor) -> None:
+    """Refuse what is not one class index for each position of ``input``."""
+    tokens = tuple(input.shape[:-1])
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        raise _checks.bad_type(function, "target", f"int64 of shape {tokens}", target)
+    _checks.shape(function, "target", target, tokens)
+
+
+def inside(function: str, target: Tensor, ignore_index: int, classes: int) -> Tensor:
+    """Where a target is a class; refuse kept ones that are not, if looking is free."""
+    result = (target >= 0) & (target < classes)
+    kept = target != ignore_index
+    if _checks.holds_values(target) and not bool((result | ~kept).all()):
+        raise IndexError(
+            f"{function}: target must lie in [0, {classes}) or be ignore_index={ignore_index}, "
+            f"got {int(target[kept & ~result][0])}"
+        )
+    return result
+
+
+def cast_under_autocast(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as autocast casts the arguments of ``F.linear``: float64 and other types stay."""
+    device = input.device.type if isinstance(input, Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return input, linear_weight, linear_bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Any) -> Any:
+        eligible = isinstance(tensor, Tensor) and tensor.dtype in (*_operators.HALF, torch.float32)
+        return tensor.to(dtype) if eligible else tensor
+
+    return cast(input), cast(linear_weight), cast(linear_bias)
