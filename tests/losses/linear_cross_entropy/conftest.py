@@ -2,7 +2,7 @@ from types import ModuleType
 
 import pytest
 
-from tilework.losses.linear_cross_entropy import chunked, tiled
+from tilework.losses.linear_cross_entropy import chunked, shared
 
 
 @pytest.fixture
@@ -14,6 +14,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
 
-    patch(tiled, TOKENS=16, TILE=16 * 24)
+    patch(shared, TOKENS=16, TILE=16 * 24)
     patch(chunked, CPU_TOKENS=16, MIN_CPU_TOKENS=8, BLOCK=16 * 24)
     patch(triton, SHARE=48, MAX_SHARES=3, PANEL_TOKENS=32, PANEL_CLASSES=64, ROW_BLOCK=64)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from tilework._operators import HALF, computation_dtype
 
+TOKENS = 2048
+TILE = 2048 * 1024  # logits of a tile: 8 MiB in float32, which stays in a CPU's last cache
 _BFLOAT16_PRODUCTS = torch.cpu._is_avx512_bf16_supported()
 
 
@@ -62,3 +64,76 @@ def spread(values: Tensor, rows: Tensor | None, length: int, dim: int) -> Tensor
     shape = list(values.shape)
     shape[dim] = length
     return values.new_zeros(shape).index_copy_(dim, rows, values)
+
+
+def tile_width(tokens: int, linear_weight: Tensor) -> int:
+    """Few tokens or many features must not make the tiles of the weight large."""
+    classes, features = linear_weight.shape
+    return max(1, min(TILE // max(1, min(tokens, TOKENS)), 4 * TILE // features, classes))
+
+
+class Head:
+    """The head's tiles of logits, in the computation dtype, in one reused buffer."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        temperature: float,
+    ) -> None:
+        self._hidden, self._weight, self._bias = hidden, weight, bias
+        self._softcap, self._temperature = softcap, temperature
+        self.dtype = computation_dtype(hidden.dtype)
+        self.product_dtype = product_dtype(hidden)
+        self._width = tile_width(len(hidden), weight)
+        size = min(len(hidden), TOKENS) * self._width
+        self._logits = hidden.new_empty(size, dtype=self.dtype)
+        self._product = (
+            self._logits
+            if self.product_dtype == self.dtype
+            else hidden.new_empty(size, dtype=self.product_dtype)
+        )
+
+    def classes(self) -> Iterator[slice]:
+        """The tiles of classes."""
+        return slices(len(self._weight), self._width)
+
+    def hidden(self, tokens: slice) -> Tensor:
+        """Hidden states as the products take them."""
+        return self._hidden[tokens].to(self.product_dtype)
+
+    def weight(self, classes: slice) -> Tensor:
+        """Rows of the weight as the products take them."""
+        return self._weight[classes].to(self.product_dtype)
+
+    def outputs(self, tokens: slice, classes: slice) -> Tensor:
+        """The head's output in a tile, before softcap and temperature; overwrites the tile before."""
+        hidden, weight = self.hidden(tokens), self.weight(classes)
+        shape = len(hidden), len(weight)
+        logits = self._logits[: len(hidden) * len(weight)].view(shape)
+        product = self._product[: len(hidden) * len(weight)].view(shape)
+        torch.mm(hidden, weight.T, out=product)
+        if self._product is not self._logits:
+            logits.copy_(product)
+        if self._bias is not None:
+            logits.add_(self._bias[classes])
+        return logits
+
+    def cap(self, outputs: Tensor, need_slope: bool = False) -> Tensor | None:
+        """Make logits of outputs, in place; return the derivative of the softcap."""
+        slope = None
+        if self._softcap is not None:
+            outputs.div_(self._softcap).tanh_()
+            slope = 1 - outputs.square() if need_slope else None
+            outputs.mul_(self._softcap)
+        if self._temperature != 1:
+            outputs.div_(self._temperature)
+        return slope
+
+    def factor(self, grad: Tensor) -> Tensor:
+        """The gradient of a tile as the products take it."""
+        if self._product is self._logits:
+            return grad
+        return self._product[: grad.numel()].view(grad.shape).copy_(grad)

@@ -3,31 +3,29 @@
 No more than three tiles of logits exist at any time. The backward computes them again.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from tilework._operators import computation_dtype
+from tilework.losses.linear_cross_entropy import shared
 from tilework.losses.linear_cross_entropy.shared import (
+    Head,
     Statistics,
     accumulate,
     kept_rows,
-    product_dtype,
     slices,
     spread,
+    tile_width,
 )
 
-TOKENS = 2048
-TILE = 2048 * 1024  # logits of a tile: 8 MiB in float32, which stays in a CPU's last cache
 NEGLIGIBLE = -1000.0  # the exponential is 0 in every dtype, and so is its product with the gap
 
 
 def extra_bytes(input: Tensor, linear_weight: Tensor) -> int:
     """The memory beyond the gradients: three tiles, and the gradients that are added up."""
     size = computation_dtype(input.dtype).itemsize
-    width = _tile_width(input.shape[0], linear_weight)
-    tile = min(input.shape[0], TOKENS) * width
+    width = tile_width(input.shape[0], linear_weight)
+    tile = min(input.shape[0], shared.TOKENS) * width
     return size * (3 * tile + input.numel() + width * input.shape[1])
 
 
@@ -44,10 +42,10 @@ def forward(
 ) -> Statistics:
     """See ``reference.linear_logit_stats``."""
     rows, hidden, kept_target = kept_rows(input, target, ignore_index)
-    head = _Head(hidden, linear_weight, linear_bias, softcap, temperature)
+    head = Head(hidden, linear_weight, linear_bias, softcap, temperature)
     statistics = hidden.new_zeros(6 if moments else 4, len(hidden), dtype=head.dtype)
     argmax = torch.zeros_like(kept_target if moments else kept_target[:0])
-    for tokens in slices(len(hidden), TOKENS):
+    for tokens in slices(len(hidden), shared.TOKENS):
         shift, total, target_gap, class_gap, *extra = statistics[:, tokens]
         peak = torch.full_like(shift, -torch.inf)
         target_logit = torch.full_like(shift, torch.nan)
@@ -120,7 +118,7 @@ def backward(
     vectors.masked_fill_(target == ignore_index, 0)
     if rows is not None:
         vectors = vectors.index_select(1, rows)
-    head = _Head(hidden, linear_weight, linear_bias, softcap, temperature)
+    head = Head(hidden, linear_weight, linear_bias, softcap, temperature)
 
     grad_hidden = hidden.new_zeros(hidden.shape if needed[0] else 0, dtype=head.dtype)
     grad_weight = torch.empty_like(
@@ -131,7 +129,7 @@ def backward(
         weight_tile = hidden.new_zeros(
             (classes.stop - classes.start, hidden.shape[1]) if needed[1] else 0, dtype=head.dtype
         )
-        for tokens in slices(len(hidden), TOKENS):
+        for tokens in slices(len(hidden), shared.TOKENS):
             row_shift, grad_sum, grad_target, grad_class, *extra = vectors[:, tokens]
             logits = head.outputs(tokens, classes)
             slope = head.cap(logits, need_slope=True)
@@ -175,71 +173,3 @@ def _raise_top(top: Tensor, argmax: Tensor, values: Tensor, first_class: int) ->
     higher = (tile_top > top) | (tile_top.isnan() & ~top.isnan())
     top.copy_(tile_top.where(higher, top))
     argmax.copy_((column + first_class).where(higher, argmax))
-
-
-def _tile_width(tokens: int, linear_weight: Tensor) -> int:
-    """Few tokens or many features must not make the tiles of the weight large."""
-    classes, features = linear_weight.shape
-    return max(1, min(TILE // max(1, min(tokens, TOKENS)), 4 * TILE // features, classes))
-
-
-class _Head:
-    """The head's tiles of logits, in the computation dtype, in one reused buffer."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        softcap: float | None,
-        temperature: float,
-    ) -> None:
-        self._hidden, self._weight, self._bias = hidden, weight, bias
-        self._softcap, self._temperature = softcap, temperature
-        self.dtype = computation_dtype(hidden.dtype)
-        self.product_dtype = product_dtype(hidden)
-        self._width = _tile_width(len(hidden), weight)
-        size = min(len(hidden), TOKENS) * self._width
-        self._logits = hidden.new_empty(size, dtype=self.dtype)
-        self._product = (
-            self._logits
-            if self.product_dtype == self.dtype
-            else hidden.new_empty(size, dtype=self.product_dtype)
-        )
-
-    def classes(self) -> Iterator[slice]:
-        return slices(len(self._weight), self._width)
-
-    def hidden(self, tokens: slice) -> Tensor:
-        return self._hidden[tokens].to(self.product_dtype)
-
-    def weight(self, classes: slice) -> Tensor:
-        return self._weight[classes].to(self.product_dtype)
-
-    def outputs(self, tokens: slice, classes: slice) -> Tensor:
-        hidden, weight = self.hidden(tokens), self.weight(classes)
-        shape = len(hidden), len(weight)
-        logits = self._logits[: len(hidden) * len(weight)].view(shape)
-        product = self._product[: len(hidden) * len(weight)].view(shape)
-        torch.mm(hidden, weight.T, out=product)
-        if self._product is not self._logits:
-            logits.copy_(product)
-        if self._bias is not None:
-            logits.add_(self._bias[classes])
-        return logits
-
-    def cap(self, outputs: Tensor, need_slope: bool = False) -> Tensor | None:
-        """Make logits of outputs, in place; return the derivative of the softcap."""
-        slope = None
-        if self._softcap is not None:
-            outputs.div_(self._softcap).tanh_()
-            slope = 1 - outputs.square() if need_slope else None
-            outputs.mul_(self._softcap)
-        if self._temperature != 1:
-            outputs.div_(self._temperature)
-        return slope
-
-    def factor(self, grad: Tensor) -> Tensor:
-        if self._product is self._logits:
-            return grad
-        return self._product[: grad.numel()].view(grad.shape).copy_(grad)

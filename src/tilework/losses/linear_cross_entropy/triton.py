@@ -26,18 +26,19 @@ ROW_BLOCK = 4096  # logits that a program turns into gradients at a time
 # The exponential of its negative is 0, and so is its product with that.
 NEGLIGIBLE_GAP = tl.constexpr(1000.0)
 
-SMALL = Config(64, 64, 32, num_warps=8, num_stages=2)
 FORWARD = {
     "sm_80": Config(128, 128, 32, num_warps=8, num_stages=3),
     "sm_90": Config(128, 128, 64, num_warps=8, num_stages=3),
     "sm_100": Config(128, 128, 64, num_warps=8, num_stages=3),
     "gfx942": Config(128, 128, 32, num_warps=8, num_stages=2),
+    "float32": Config(64, 64, 32, num_warps=8, num_stages=2),
     "interpreter": Config(16, 32, 16, num_warps=1, num_stages=1),
 }
 # Narrower where the registers of the moments would spill.
 FORWARD_MOMENTS = FORWARD | {
     "sm_80": Config(128, 64, 32, num_warps=8, num_stages=3),
     "sm_100": Config(128, 64, 64, num_warps=8, num_stages=3),
+    "float32": Config(64, 32, 32, num_warps=8, num_stages=2),
 }
 BACKWARD = dict(FORWARD)
 
@@ -45,8 +46,8 @@ BACKWARD = dict(FORWARD)
 def choose_config(table: dict[str, Config], arch: str, dtype: torch.dtype) -> Config:
     """The entry of an architecture; small blocks for float32 and where there is no entry."""
     if dtype == torch.float32 and arch != "interpreter":
-        return SMALL
-    return table.get(arch, SMALL)
+        arch = "float32"
+    return table.get(arch, table["float32"])
 
 
 @triton.jit
