@@ -5,5 +5,14 @@ from tilework.losses.linear_cross_entropy import (
     LinearCrossEntropyLoss,
     linear_cross_entropy,
 )
+from tilework.losses.linear_log_probs import LinearLogProbs, linear_log_probs
+from tilework.losses.sequence_log_probs import sequence_log_probs
 
-__all__ = ["LinearCrossEntropy", "LinearCrossEntropyLoss", "linear_cross_entropy"]
+__all__ = [
+    "LinearCrossEntropy",
+    "LinearCrossEntropyLoss",
+    "LinearLogProbs",
+    "linear_cross_entropy",
+    "linear_log_probs",
+    "sequence_log_probs",
+]

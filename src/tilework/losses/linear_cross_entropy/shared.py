@@ -109,7 +109,7 @@ class Head:
         return self._weight[classes].to(self.product_dtype)
 
     def outputs(self, tokens: slice, classes: slice) -> Tensor:
-        """The head's output in a tile, before softcap and temperature; overwrites the tile before."""
+        """The output in a tile, before softcap and temperature; replaces the last one."""
         hidden, weight = self.hidden(tokens), self.weight(classes)
         shape = len(hidden), len(weight)
         logits = self._logits[: len(hidden) * len(weight)].view(shape)
