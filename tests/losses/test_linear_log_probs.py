@@ -132,7 +132,7 @@ def test_argmax_is_the_first_of_the_largest(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_large_logits_do_not_cancel(implementation: str) -> None:
-    # Entropies of about 1 beside logits of 1e4, which float32 holds: sums of terms up to 1 are left.
+    # Entropies of about 1 beside logits of 1e4: only the rounding of terms up to 1 is left.
     head = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, -1.0], [-1.0, 0.0]])
     hidden = torch.tensor([[2.0**13, 0.5], [2.0**13, 3.0], [-(2.0**13), 1.0]])
     target = torch.tensor([0, 1, 2])

@@ -3,6 +3,7 @@
 from tilework.losses.linear_cross_entropy import (
     LinearCrossEntropy,
     LinearCrossEntropyLoss,
+    VocabShard,
     linear_cross_entropy,
 )
 from tilework.losses.linear_log_probs import LinearLogProbs, linear_log_probs
@@ -12,6 +13,7 @@ __all__ = [
     "LinearCrossEntropy",
     "LinearCrossEntropyLoss",
     "LinearLogProbs",
+    "VocabShard",
     "linear_cross_entropy",
     "linear_log_probs",
     "sequence_log_probs",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tilework import _checks, _operators
 from tilework.catalog import implements
-from tilework.losses.linear_cross_entropy import head, operators
+from tilework.losses.linear_cross_entropy import VocabShard, head, parallel
 
 __all__ = ["LinearLogProbs", "linear_log_probs"]
 
@@ -34,8 +34,8 @@ class LinearLogProbs(NamedTuple):
         >>> import torch
         >>> from tilework.losses import linear_log_probs
         >>> result = linear_log_probs(torch.zeros(2, 3), torch.randn(5, 3), torch.tensor([0, 4]))
-        >>> result.entropy.exp()
-        tensor([5.0000, 5.0000])
+        >>> result.entropy
+        tensor([1.6094, 1.6094])
 
     Reference:
         As :func:`linear_log_probs`.
@@ -58,6 +58,7 @@ def linear_log_probs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     implementation: str | None = None,
+    vocab_parallel: VocabShard | None = None,
 ) -> LinearLogProbs:
     r"""Log-probability of each target, log-sum-exp, entropy and argmax, in one pass over the head.
 
@@ -91,6 +92,9 @@ def linear_log_probs(
         implementation: ``"triton"`` (CUDA), ``"tiled"`` or ``"reference"`` (stores the logits).
             ``"chunked"`` stands for the first of these that the device has, as chunks take their
             gradients early, for a loss known beforehand. None picks by device.
+        vocab_parallel: The classes that ``linear_weight`` and ``linear_bias`` hold of a head spread
+            over processes; ``DTensor`` arguments say this themselves. As in
+            :func:`linear_cross_entropy`.
 
     Returns:
         A :class:`LinearLogProbs` of tensors in the shape of ``target``; float32 for half-precision
@@ -124,6 +128,9 @@ def linear_log_probs(
         _checks.positive(_NAME, "softcap", softcap)
     _checks.positive(_NAME, "temperature", temperature)
     _checks.integer(_NAME, "ignore_index", ignore_index)
+    layout, (input, linear_weight, linear_bias, target) = parallel.localize(
+        _NAME, vocab_parallel, input, linear_weight, linear_bias, target=target
+    )
     input, linear_weight, linear_bias = head.cast_under_autocast(input, linear_weight, linear_bias)
     head.check(_NAME, input, linear_weight, linear_bias)
     head.check_target(_NAME, target, input)
@@ -132,10 +139,11 @@ def linear_log_probs(
     )
     chosen = _operators.choose(_NAME, head.IMPLEMENTATIONS, implementation, input)
 
-    inside = head.inside(_NAME, target, ignore_index, linear_weight.shape[0])
+    inside = head.inside(_NAME, target, ignore_index, layout.classes(linear_weight))
     shift, total, target_gap, _, moment, _, argmax = (
         values.reshape(target.shape)
-        for values in operators.logit_stats(
+        for values in parallel.logit_stats(
+            layout.shard,
             input.reshape(-1, input.shape[-1]),
             linear_weight,
             target.where(inside, 0).reshape(-1),
@@ -149,10 +157,6 @@ def linear_log_probs(
         )
     )
     log_sum = total.log()
-    log_prob = (-target_gap - log_sum).where(inside, torch.nan)
-    return LinearLogProbs(
-        log_prob.where(target != ignore_index, 0),
-        shift + log_sum,
-        log_sum + moment / total,
-        argmax,
-    )
+    log_prob = (-target_gap - log_sum).where(inside, torch.nan).where(target != ignore_index, 0)
+    fields = log_prob, shift + log_sum, log_sum + moment / total, argmax
+    return LinearLogProbs(*map(layout.of_tokens, fields))

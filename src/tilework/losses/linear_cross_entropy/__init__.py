@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from tilework import _checks, _operators
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses.linear_cross_entropy import head, operators, schedule
+from tilework.losses.linear_cross_entropy import head, operators, parallel, schedule
 from tilework.losses.linear_cross_entropy.head import IMPLEMENTATIONS
+from tilework.losses.linear_cross_entropy.parallel import VocabShard
 
-__all__ = ["LinearCrossEntropy", "LinearCrossEntropyLoss", "linear_cross_entropy"]
+__all__ = ["LinearCrossEntropy", "LinearCrossEntropyLoss", "VocabShard", "linear_cross_entropy"]
 
 _NAME = "linear_cross_entropy"
 
@@ -36,6 +37,7 @@ def linear_cross_entropy(
     token_weight: Float[Tensor, "*tokens"] | None = None,
     shift: int = 0,
     implementation: str | None = None,
+    vocab_parallel: VocabShard | None = None,
 ) -> Float[Tensor, "..."]:
     r"""Cross-entropy of ``F.linear(input, linear_weight, linear_bias)`` without storing it.
 
@@ -75,6 +77,11 @@ def linear_cross_entropy(
             ``"chunked"`` computes chunks of tokens once, and the gradients of a mean or sum in the
             forward pass; ``"reference"`` stores the logits. None picks by device, and on the CPU
             ``"chunked"`` where its memory is small beside the gradients.
+        vocab_parallel: The classes that ``linear_weight`` and ``linear_bias`` hold of a head spread
+            over processes; ``weight`` and ``target`` are those of the whole head, and every process
+            gets the whole loss and gradient of ``input``. A ``linear_weight`` that is a
+            ``DTensor`` says this itself: sharded on dimension 0 over one dimension of its mesh,
+            with ``input`` replicated, or sharded over tokens on another one.
 
     Returns:
         A scalar, or for ``"none"`` the shape of the shifted target with zeros at ignored
@@ -113,8 +120,34 @@ def linear_cross_entropy(
         instabilities. 2023. arXiv:2309.14322.
     """
     _check_options(reduction, ignore_index, label_smoothing, softcap, z_loss, shift)
+    layout, (input, linear_weight, linear_bias, target, token_weight) = parallel.localize(
+        _NAME,
+        vocab_parallel,
+        input,
+        linear_weight,
+        linear_bias,
+        target=target,
+        token_weight=token_weight,
+    )
     input, linear_weight, linear_bias = head.cast_under_autocast(input, linear_weight, linear_bias)
-    _check_tensors(input, linear_weight, target, linear_bias, weight, token_weight, shift)
+    head.check(_NAME, input, linear_weight, linear_bias)
+    head.check_target(_NAME, target, input)
+    classes = layout.classes(linear_weight)
+    _check_constants(input, classes, weight, token_weight)
+    if shift and (input.dim() != 3 or shift >= input.shape[1] or layout.splits_sequences):
+        raise ValueError(
+            f"{_NAME}: shift above 0 must come with input of shape (B, T, D), whole sequences, and "
+            f"be below T, got shift={shift} and input {_checks.describe(input)}"
+        )
+    _checks.same_device(
+        _NAME,
+        input=input,
+        linear_weight=linear_weight,
+        target=target,
+        linear_bias=linear_bias,
+        weight=weight,
+        token_weight=token_weight,
+    )
     chosen = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, input)
 
     shape = (*target.shape[:-1], target.shape[-1] - shift)
@@ -126,7 +159,7 @@ def linear_cross_entropy(
     padded_shape = target.shape
     input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     kept = target != ignore_index
-    inside = head.inside(_NAME, target, ignore_index, linear_weight.shape[0])
+    inside = head.inside(_NAME, target, ignore_index, classes)
 
     dtype = computation_dtype(input.dtype)
     # Outside the classes, a kept target makes its own position nan, in value and gradient.
@@ -141,11 +174,11 @@ def linear_cross_entropy(
         target_weight = (position_weight * class_weight[target.where(inside, 0)]).where(kept, 0)
     spread_weight = None
     if label_smoothing:
-        spread_weight = linear_weight.new_ones(linear_weight.shape[0], dtype=dtype)
+        spread_weight = linear_weight.new_ones(classes, dtype=dtype)
         spread_weight = spread_weight if class_weight is None else class_weight
     scales = (
         (1 - label_smoothing) * target_weight,
-        label_smoothing / linear_weight.shape[0] * position_weight if label_smoothing else None,
+        label_smoothing / classes * position_weight if label_smoothing else None,
         z_loss * position_weight if z_loss else None,
     )
     tensors = (
@@ -156,8 +189,10 @@ def linear_cross_entropy(
         spread_weight,
     )
 
-    early = reduction != "none" and operators.takes_gradients_early(
-        input, linear_weight, linear_bias
+    early = (
+        reduction != "none"
+        and layout == parallel.Layout()
+        and operators.takes_gradients_early(input, linear_weight, linear_bias)
     )
     if implementation is None and early and schedule.prefers_chunks(input, linear_weight):
         chosen = "chunked"
@@ -171,11 +206,14 @@ def linear_cross_entropy(
         loss = operators.summed_loss(*tensors, *shares, softcap, ignore_index)
         return loss.where(counted, torch.nan)
 
-    statistics = operators.logit_stats(*tensors, softcap, 1.0, ignore_index, False, chosen)
+    statistics = parallel.logit_stats(
+        layout.shard, *tensors, softcap, 1.0, ignore_index, False, chosen
+    )
     losses = operators.position_losses(statistics, spread_weight, *scales)
     if reduction == "none":
-        return losses.reshape(padded_shape)[..., : shape[-1]]
-    return losses.sum() if reduction == "sum" else losses.sum() / target_weight.sum()
+        return layout.of_tokens(losses.reshape(padded_shape)[..., : shape[-1]])
+    total = layout.add_up(losses.sum())
+    return total if reduction == "sum" else total / layout.add_up(target_weight.sum())
 
 
 @_PAPER
@@ -190,7 +228,9 @@ class LinearCrossEntropy(nn.Module):
         softcap: Bound of the logits.
         z_loss: Coefficient of the squared log-sum-exp.
         shift: Position ``t`` predicts ``target[:, t + shift]``.
-        implementation: ``"triton"``, ``"tiled"``, ``"reference"``, or None for the best one.
+        implementation: ``"triton"``, ``"tiled"``, ``"chunked"``, ``"reference"``, or None for the
+            best one.
+        vocab_parallel: The classes that the weight given to ``forward`` holds.
 
     Raises:
         ValueError: An option is out of range.
@@ -221,6 +261,7 @@ class LinearCrossEntropy(nn.Module):
         z_loss: float = 0.0,
         shift: int = 0,
         implementation: str | None = None,
+        vocab_parallel: VocabShard | None = None,
     ) -> None:
         super().__init__()
         _check_options(reduction, ignore_index, label_smoothing, softcap, z_loss, shift)
@@ -233,6 +274,7 @@ class LinearCrossEntropy(nn.Module):
         self.z_loss = z_loss
         self.shift = shift
         self.implementation = implementation
+        self.vocab_parallel = vocab_parallel
 
     def forward(
         self,
@@ -258,6 +300,7 @@ class LinearCrossEntropy(nn.Module):
             token_weight=token_weight,
             shift=self.shift,
             implementation=self.implementation,
+            vocab_parallel=self.vocab_parallel,
         )
 
     def extra_repr(self) -> str:
@@ -296,7 +339,8 @@ class LinearCrossEntropyLoss(LinearCrossEntropy):
         softcap: Bound of the logits.
         z_loss: Coefficient of the squared log-sum-exp.
         shift: Position ``t`` predicts ``target[:, t + shift]``.
-        implementation: ``"triton"``, ``"tiled"``, ``"reference"``, or None for the best one.
+        implementation: ``"triton"``, ``"tiled"``, ``"chunked"``, ``"reference"``, or None for the
+            best one.
 
     Raises:
         ValueError: An option is out of range.
@@ -386,19 +430,14 @@ def _check_options(
     _checks.at_least(_NAME, "shift", shift, 0)
 
 
-def _check_tensors(
+def _check_constants(
     input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
+    classes: int,
     weight: Tensor | None,
     token_weight: Tensor | None,
-    shift: int,
 ) -> None:
-    head.check(_NAME, input, linear_weight, linear_bias)
-    head.check_target(_NAME, target, input)
     for name, constant, shape in (
-        ("weight", weight, linear_weight.shape[:1]),
+        ("weight", weight, (classes,)),
         ("token_weight", token_weight, input.shape[:-1]),
     ):
         if constant is None:
@@ -407,17 +446,3 @@ def _check_tensors(
         _checks.shape(_NAME, name, constant, shape)
         if constant.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{_NAME}: {name} must not require a gradient: it is a constant here")
-    if shift and (input.dim() != 3 or shift >= input.shape[1]):
-        raise ValueError(
-            f"{_NAME}: shift above 0 must come with input of shape (B, T, D) and be below T, got "
-            f"shift={shift} and input {_checks.describe(input)}"
-        )
-    _checks.same_device(
-        _NAME,
-        input=input,
-        linear_weight=linear_weight,
-        target=target,
-        linear_bias=linear_bias,
-        weight=weight,
-        token_weight=token_weight,
-    )

@@ -1,0 +1,380 @@
+"""Heads whose classes are spread over processes, and tokens that are.
+
+Each process computes the statistics of its own classes; one gather brings them together, and every
+process merges them to the same statistics of all classes. The gradient of its own share then needs
+no communication, and that of the hidden states one sum.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tilework import _checks
+from tilework.catalog import implements
+from tilework.losses.linear_cross_entropy import operators
+from tilework.losses.linear_cross_entropy.shared import Statistics
+
+__all__ = ["VocabShard"]
+
+_NEVER = -1  # no target of a shard has it
+
+
+@implements(
+    "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
+    year=2019,
+    arxiv="1909.08053",
+)
+@dataclass(frozen=True)
+class VocabShard:
+    """The classes ``start`` to ``stop`` of a head that a process group holds together.
+
+    All processes of the group create it at the same time, as it gathers their ranges. Together
+    these must cover the classes from 0 on without overlap or gap, in any order.
+
+    Args:
+        start: First class of this process.
+        stop: The class after its last.
+        group: The process group; None for the default one.
+
+    Raises:
+        ValueError: The range is empty, or the ranges of the group leave a gap or overlap.
+        TypeError: ``start`` or ``stop`` is not an int.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import VocabShard, linear_cross_entropy
+        >>> torch.distributed.init_process_group(
+        ...     "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+        ... )
+        >>> shard = VocabShard(0, 100)
+        >>> hidden, head = torch.randn(4, 8), torch.randn(100, 8)
+        >>> target = torch.tensor([3, 99, -100, 0])
+        >>> linear_cross_entropy(hidden, head, target, vocab_parallel=shard).shape
+        torch.Size([])
+        >>> torch.distributed.destroy_process_group()
+
+    Reference:
+        Mohammad Shoeybi, Mostofa Patwary, Raul Puri, Patrick LeGresley, Jared Casper, Bryan
+        Catanzaro. Megatron-LM: Training Multi-Billion Parameter Language Models Using Model
+        Parallelism. 2019. arXiv:1909.08053.
+    """
+
+    start: int
+    stop: int
+    group: Any = None
+    ranges: tuple[tuple[int, int], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("start", "stop"):
+            _checks.integer("VocabShard", name, getattr(self, name))
+        if not 0 <= self.start < self.stop:
+            raise ValueError(
+                f"VocabShard: stop must be above start, start at least 0, got start={self.start} "
+                f"and stop={self.stop}"
+            )
+        gathered: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(gathered, (self.start, self.stop), self.group)
+        self._set_ranges(gathered)
+        end = 0
+        for start, stop in sorted(gathered):
+            if start != end:
+                raise ValueError(
+                    "VocabShard: start and stop must cover the classes without gap or overlap, got "
+                    f"{sorted(gathered)}"
+                )
+            end = stop
+
+    def _set_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        object.__setattr__(self, "ranges", tuple(ranges))
+
+    @property
+    def classes(self) -> int:
+        """The number of classes of the whole head."""
+        return max(stop for _, stop in self.ranges)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the arguments of a call are spread: classes over one group, tokens over others."""
+
+    shard: VocabShard | None = None
+    token_groups: tuple[Any, ...] = ()
+    splits_sequences: bool = False
+    wrap: Any = None  # makes a DTensor of a result for each token
+
+    def classes(self, linear_weight: Tensor) -> int:
+        """The number of classes of the whole head."""
+        return linear_weight.shape[0] if self.shard is None else self.shard.classes
+
+    def add_up(self, value: Tensor) -> Tensor:
+        """The sum over all tokens of what this process has."""
+        for group in self.token_groups:
+            value = _Sum.apply(value, group)  # type: ignore[no-untyped-call]
+        return value
+
+    def of_tokens(self, value: Tensor) -> Tensor:
+        """A result for each token as the caller gets it."""
+        return value if self.wrap is None else self.wrap(value)
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, without importing what defines it."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def localize(
+    function: str,
+    vocab_parallel: VocabShard | None,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    **of_tokens: Tensor | None,
+) -> tuple[Layout, list[Any]]:
+    """The layout of the arguments, and what this process has of each, in their order."""
+    tensors = [input, linear_weight, linear_bias, *of_tokens.values()]
+    if vocab_parallel is not None and not isinstance(vocab_parallel, VocabShard):
+        raise _checks.bad_type(function, "vocab_parallel", "a VocabShard", vocab_parallel)
+    if not any(map(is_distributed, tensors)):
+        if vocab_parallel is None:
+            return Layout(), tensors
+        held = vocab_parallel.stop - vocab_parallel.start
+        if isinstance(linear_weight, Tensor) and linear_weight.shape[:1] != (held,):
+            accepted = f"of the {held} classes of vocab_parallel"
+            raise _checks.bad_value(function, "linear_weight", accepted, linear_weight)
+        return Layout(vocab_parallel), tensors
+    if vocab_parallel is not None:
+        raise ValueError(f"{function}: vocab_parallel must be None for DTensors")
+    return _localize_distributed(function, input, linear_weight, linear_bias, of_tokens)
+
+
+def _localize_distributed(
+    function: str,
+    input: Tensor,
+    linear_weight: Any,
+    linear_bias: Any,
+    of_tokens: dict[str, Tensor | None],
+) -> tuple[Layout, list[Any]]:
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if not isinstance(linear_weight, DTensor):
+        raise _checks.bad_type(function, "linear_weight", "a DTensor beside others", linear_weight)
+    mesh = linear_weight.device_mesh
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"{function}: linear_weight must lie on a mesh with this process")
+    placed = linear_weight.placements
+    spread = [dim for dim in range(mesh.ndim) if placed[dim].is_shard(0)]
+    whole = [dim for dim in range(mesh.ndim) if placed[dim].is_replicate()]
+    if len(spread) > 1 or len(spread) + len(whole) < mesh.ndim:
+        raise ValueError(
+            f"{function}: linear_weight must be sharded on dimension 0 over at most one dimension "
+            f"of the mesh and replicated over others, got {placed}"
+        )
+    if linear_bias is not None and (
+        not isinstance(linear_bias, DTensor) or linear_bias.placements != placed
+    ):
+        raise ValueError(f"{function}: linear_bias must be a DTensor placed as linear_weight")
+
+    token_dims: list[int] = []
+    placements: tuple[Any, ...] = (Replicate(),) * mesh.ndim
+    if isinstance(input, DTensor):
+        placements = input.placements
+        token_dims = [dim for dim in range(mesh.ndim) if not placements[dim].is_replicate()]
+        if (
+            input.device_mesh != mesh
+            or not all(placements[dim] in (Shard(0), Shard(input.dim() - 2)) for dim in token_dims)
+            or set(token_dims) & set(spread)
+        ):
+            raise ValueError(
+                f"{function}: input must be replicated, or sharded over tokens on another "
+                f"dimension of linear_weight's mesh, got {placements}"
+            )
+    locals_: list[Any] = [input.to_local() if isinstance(input, DTensor) else input]
+    token_groups = tuple(mesh.get_group(dim) for dim in token_dims)
+    for parameter in (linear_weight, linear_bias):
+        # The gradient that comes back is that of all tokens, as placed as the tensor.
+        local = None if parameter is None else parameter.to_local()
+        for group in token_groups if local is not None else ():
+            local = _SumGradient.apply(local, group)  # type: ignore[no-untyped-call]
+        locals_.append(local)
+    for name, tensor in of_tokens.items():
+        if isinstance(tensor, DTensor):
+            if tensor.device_mesh != mesh or tensor.placements != placements:
+                raise ValueError(
+                    f"{function}: {name} must be placed as input, {placements}, "
+                    f"got {tensor.placements}"
+                )
+            locals_.append(tensor.to_local())
+        elif tensor is not None and token_dims:
+            raise _checks.bad_type(function, name, "a DTensor placed as input", tensor)
+        else:
+            locals_.append(tensor)
+
+    def wrap(value: Tensor) -> Tensor:
+        return DTensor.from_local(value, mesh, placements, run_check=False)
+
+    shard = _shard_of(function, linear_weight, mesh, spread[0]) if spread else None
+    splits_sequences = any(placement.is_shard(1) for placement in placements)
+    return Layout(shard, token_groups, splits_sequences, wrap if token_dims else None), locals_
+
+
+def _shard_of(function: str, linear_weight: Any, mesh: Any, dim: int) -> VocabShard:
+    """The shard of a DTensor, whose rows are split as ``torch.chunk`` does."""
+    classes, processes = linear_weight.shape[0], mesh.size(dim)
+    step = -(-classes // processes)
+    starts = [min(rank * step, classes) for rank in range(processes)]
+    ranges = list(zip(starts, [*starts[1:], classes], strict=True))
+    start, stop = ranges[mesh.get_local_rank(dim)]
+    if linear_weight.to_local().shape[0] != stop - start or any(a == b for a, b in ranges):
+        raise ValueError(
+            f"{function}: linear_weight must give each process the classes of torch.chunk, at "
+            f"least one, got {tuple(linear_weight.shape)} over {processes}"
+        )
+    shard: VocabShard = object.__new__(VocabShard)
+    for name, value in (("start", start), ("stop", stop), ("group", mesh.get_group(dim))):
+        object.__setattr__(shard, name, value)
+    shard._set_ranges(ranges)
+    return shard
+
+
+def logit_stats(
+    shard: VocabShard | None,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    class_weight: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    moments: bool,
+    implementation: str,
+) -> Statistics:
+    """``operators.logit_stats`` over the classes of all processes; class weights are of all."""
+    if shard is None:
+        return operators.logit_stats(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            class_weight,
+            softcap,
+            temperature,
+            ignore_index,
+            moments,
+            implementation,
+        )
+    held = (target >= shard.start) & (target < shard.stop)
+    kept = target != ignore_index
+    shift, total, target_gap, class_gap, moment, top, argmax = operators.logit_stats(
+        _SumGradient.apply(input, shard.group),  # type: ignore[no-untyped-call]
+        linear_weight,
+        (target - shard.start).where(held, 0).where(kept, _NEVER),
+        linear_bias,
+        None if class_weight is None else class_weight[shard.start : shard.stop],
+        softcap,
+        temperature,
+        _NEVER,
+        moments,
+        implementation,
+    )
+    mine = [shift, total, target_gap, class_gap]
+    if moments:
+        # A class's place within a shard is exact in float32 up to 2**24.
+        mine += [moment, top, argmax.to(top.dtype)]
+    shifts, totals, target_gaps, class_gaps, *extra = _Gather.apply(  # type: ignore[no-untyped-call]
+        torch.stack(mine), shard.group
+    ).unbind(1)
+
+    # The first of equal maxima is that of the lowest classes.
+    order = sorted(range(len(shard.ranges)), key=lambda rank: shard.ranges[rank])
+    starts, stops = target.new_tensor([shard.ranges[rank] for rank in order]).T[..., None]
+    place = target.new_tensor(order)
+    shifts, totals, target_gaps, class_gaps, *extra = (
+        values.index_select(0, place)
+        for values in (shifts, totals, target_gaps, class_gaps, *extra)
+    )
+    shifts = shifts.detach()
+    # A shard of logits of -inf has no shift to speak of.
+    shift = shifts.where(totals != 0, -torch.inf).amax(0)
+    shift = shift.where(shift != -torch.inf, 0)
+    gaps = shift - shifts
+    decays = gaps.neg().exp().where(totals != 0, 0)
+    total = (totals * decays).sum(0)
+    holds = (target >= starts) & (target < stops)
+    target_gap = (target_gaps + gaps).where(holds, 0).sum(0).where(holds.any(0), torch.nan)
+    class_gap = torch.zeros_like(total)
+    if class_weight is not None:
+        weights = torch.stack([class_weight[slice(*shard.ranges[rank])].sum() for rank in order])[
+            :, None
+        ]
+        class_gap = (class_gaps + weights * gaps).sum(0)
+    if moments:
+        momenta, tops, places = extra
+        moment = (momenta * decays + totals * (decays * gaps).where(totals != 0, 0)).sum(0)
+        top, rank = tops.detach().max(0)
+        argmax = (places.detach().to(torch.int64) + starts).gather(0, rank[None])[0]
+        moment, top, argmax = (values.where(kept, 0) for values in (moment, top, argmax))
+    return (
+        shift.where(kept, 0),
+        total.where(kept, 1),
+        target_gap.where(kept, 0),
+        class_gap.where(kept, 0),
+        moment,
+        top,
+        argmax,
+    )
+
+
+class _Gather(torch.autograd.Function):
+    """What all processes have, stacked. As all go on alike, each one's own gradient is whole."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        ctx.rank = dist.get_rank(group)
+        gathered = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, value.contiguous(), group)
+        return torch.stack(gathered)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[ctx.rank], None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes, each of which has the gradient of the sum already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _SumGradient(torch.autograd.Function):
+    """The value as it is, with the sum of all processes' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None

@@ -1,0 +1,30 @@
+"""Run a function in several processes that form a gloo group, and collect what each returns."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def run(function: Callable[[], Any], processes: int) -> list[Any]:
+    """What a function of a module returns in each process, in the order of ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_enter, (function, processes, folder), nprocs=processes)
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(processes)
+        ]
+
+
+def _enter(rank: int, function: Callable[[], Any], processes: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(int(os.environ.get("TILEWORK_SEED", "0")))
+    store = torch.distributed.FileStore(os.path.join(folder, "store"), processes)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    try:
+        torch.save(function(), os.path.join(folder, f"{rank}.pt"))
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
