@@ -1,4 +1,5 @@
 import os
+import sys
 from collections.abc import Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -27,3 +28,5 @@ def deterministic_and_poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # variants of one function count towards a limit

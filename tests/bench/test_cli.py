@@ -56,12 +56,25 @@ def test_doctor_reports() -> None:
     assert "losses.linear_cross_entropy" in result.stdout
 
 
+def test_doctor_tells_the_costs_of_a_head() -> None:
+    result = run("doctor", "--head", "2048,768,50304", "--dtype", "float32")
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.stdout.splitlines() if " cpu " in line]
+    assert ["cpu", "│", "again", "│", "0.633", "T"] in [row[1:7] for row in rows]
+    assert ["cpu", "│", "chunks", "│", "0.475", "T", "│", "98", "MiB", "│", "yes"] in [
+        row[1:12] for row in rows
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("list", "lossy"), "FAMILY: must be one of losses, norms,"),
         (("show", "linear_crossentropy"), "did you mean tilework.losses.linear_cross_entropy"),
         (("show", "zzzzzz"), "see `tilework list`"),
+        (("doctor", "--head", "8,9"), "--head: three sizes above 0 are accepted, got '8,9'"),
+        (("doctor", "--head", "8,9,0"), "--head: three sizes above 0 are accepted"),
+        (("doctor", "--head", "8,9,7", "--dtype", "int8"), "--dtype: must be one of float64,"),
         (("bench", "no_suite"), "SUITE: must be among tiny_suite, got no_suite"),
         (("bench", "--dtype", "float8"), "--dtype: must be one of float64, float32,"),
         (("bench", "--device", "abacus"), "--device: must be one of cpu"),

@@ -371,3 +371,8 @@ def test_bad_input(message: str, error: type[Exception], change: dict[str, Any])
     tensors = [arguments.pop(name) for name in ("input", "linear_weight", "target")]
     with pytest.raises(error, match=f"linear_log_probs: {message}"):
         linear_log_probs(*tensors, **arguments)
+
+
+def test_options_are_keywords() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        linear_log_probs(torch.zeros(3, 4), torch.zeros(9, 4), TARGET[0, :3], None)  # type: ignore[misc]

@@ -82,6 +82,7 @@ def test_takes_what_linear_log_probs_gives() -> None:
     [
         ("log_prob must be a floating-point tensor", TypeError, {"log_prob": TARGET}),
         ("log_prob must be of shape", ValueError, {"log_prob": torch.zeros(4)}),
+        ("log_prob must be of shape", ValueError, {"log_prob": torch.zeros(3, 4, 1)}),
         ("target must be int64 of shape", TypeError, {"target": TARGET.int()}),
         ("target must be of shape", ValueError, {"target": TARGET[:2]}),
         ("ignore_index must be an int", TypeError, {"ignore_index": 1.0}),
@@ -93,3 +94,8 @@ def test_bad_input(message: str, error: type[Exception], change: dict[str, Any])
     arguments = {"log_prob": torch.zeros(3, 4), "target": TARGET} | change
     with pytest.raises(error, match=f"sequence_log_probs: {message}"):
         sequence_log_probs(arguments.pop("log_prob"), arguments.pop("target"), **arguments)
+
+
+def test_options_are_keywords() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        sequence_log_probs(torch.zeros(3, 4), TARGET, -100)  # type: ignore[misc]

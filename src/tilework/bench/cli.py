@@ -64,9 +64,23 @@ def show(
 
 
 @app.command("doctor")
-def doctor_() -> None:
+def doctor_(
+    head: Annotated[
+        str | None,
+        typer.Option(help="TOKENS,FEATURES,CLASSES: what a linear head of that size costs."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="The dtype of that head.")] = "bfloat16",
+) -> None:
     """Tell what this machine has, what each operator uses on it, and why nothing faster."""
-    _console().print(doctor.report())
+    if head is None:
+        _console().print(doctor.report())
+        return
+    sizes = [int(size) if size.isdecimal() else 0 for size in head.split(",")]
+    if len(sizes) != 3 or 0 in sizes:
+        raise _refuse("--head", f"three sizes above 0 are accepted, got {head!r}")
+    _check_dtypes([dtype])
+    tokens, features, classes = sizes
+    _console().print(doctor.schedules(tokens, features, classes, getattr(torch, dtype)))
 
 
 @app.command()

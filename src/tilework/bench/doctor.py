@@ -16,6 +16,7 @@ import tilework
 from tilework import _operators, catalog
 from tilework._operators import Implementation
 from tilework.bench import results, suites
+from tilework.losses.linear_cross_entropy import schedule
 
 # What the optional packages that no suite names are for.
 OPTIONAL = {
@@ -96,6 +97,30 @@ def implementations(operator: str) -> Table:
             entry.memory,
             "yes" if entry.deterministic else "no",
         )
+    return result
+
+
+def schedules(tokens: int, features: int, classes: int, dtype: torch.dtype) -> Table:
+    """What loss and gradients of a linear head cost by each schedule, and which is preferred."""
+    result = Table(
+        title=f"linear_cross_entropy of {tokens} tokens, {features} features, {classes} classes, "
+        f"{str(dtype).removeprefix('torch.')}",
+        title_justify="left",
+    )
+    for column in ("device", "schedule", "operations", "beyond gradients", "default"):
+        result.add_column(column)
+    for device in devices():
+        one = torch.empty((), dtype=dtype, device=device)  # sizes without memory
+        head = one.expand(tokens, features), one.expand(classes, features)
+        preferred = "chunks" if schedule.prefers_chunks(*head) else "again"
+        for cost in schedule.costs(*head):
+            result.add_row(
+                str(device),
+                cost.schedule,
+                f"{cost.operations / 1e12:.3g} T",
+                f"{cost.extra_bytes / 2**20:.0f} MiB",
+                "yes" if cost.schedule == preferred else "",
+            )
     return result
 
 

@@ -57,6 +57,7 @@ def linear_log_probs(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    gradient_filter: float | None = None,
     implementation: str | None = None,
     vocab_parallel: VocabShard | None = None,
 ) -> LinearLogProbs:
@@ -89,6 +90,11 @@ def linear_log_probs(
         temperature: Divisor of the logits, above 0.
         ignore_index: Where ``target`` has this value, ``log_prob`` is 0 and has no gradient; the
             other fields are computed there too.
+        gradient_filter: None is exact. With :math:`\varphi` in (0, 1), the backward pass may leave
+            out gradients of logits whose absolute values add up, in each position, to at most
+            :math:`\varphi (|\alpha - \beta| + |\gamma|) / t` with the gradients :math:`\alpha`,
+            :math:`\beta`, :math:`\gamma` of the first three fields; never that of the target.
+            ``"tiled"`` does so on the CPU; others leave nothing out.
         implementation: ``"triton"`` (CUDA), ``"tiled"`` or ``"reference"`` (stores the logits).
             ``"chunked"`` stands for the first of these that the device has, as chunks take their
             gradients early, for a loss known beforehand. None picks by device.
@@ -128,6 +134,7 @@ def linear_log_probs(
         _checks.positive(_NAME, "softcap", softcap)
     _checks.positive(_NAME, "temperature", temperature)
     _checks.integer(_NAME, "ignore_index", ignore_index)
+    head.check_filter(_NAME, gradient_filter)
     layout, (input, linear_weight, linear_bias, target) = parallel.localize(
         _NAME, vocab_parallel, input, linear_weight, linear_bias, target=target
     )
@@ -153,6 +160,7 @@ def linear_log_probs(
             temperature,
             _NEVER,
             True,
+            gradient_filter,
             chosen,
         )
     )

@@ -20,10 +20,10 @@ def _call(dtype: torch.dtype, every_option: bool) -> None:
     )
     softcap = 30.0 if every_option else None
     options = (softcap, 0.7 if every_option else 1.0, -100)
-    triton.forward(*arguments, *options, every_option)
-    vectors = list(torch.randn(5, tokens))
+    triton.forward(*arguments, *options, every_option, None)
+    vectors = list(torch.randn(6, tokens))
     upstream = [*vectors[:3], vectors[3] if every_option else None]
-    triton.backward(*upstream, *arguments, vectors[4], *options, [True, True, every_option])
+    triton.backward(*upstream, *arguments, *vectors[4:], *options, None, [True, True, every_option])
     triton.logit_gradient_(
         torch.randn(tokens, classes).to(dtype),
         *arguments[2:],

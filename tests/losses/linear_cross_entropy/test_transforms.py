@@ -158,14 +158,14 @@ def test_operators(implementation: str, moments: bool) -> None:
     arguments = (*problem.leaves[:2], problem.target, problem.linear_bias, torch.rand(30))
     options = (3.0, 0.7, -100)
     torch.library.opcheck(
-        torch.ops.tilework.linear_logit_stats, (*arguments, *options, moments, implementation)
+        torch.ops.tilework.linear_logit_stats, (*arguments, *options, moments, None, implementation)
     )
-    vectors = [torch.randn(5) for _ in range(5)]
+    vectors = [torch.randn(5) for _ in range(6)]
     upstream = [*vectors[:3], vectors[3] if moments else None]
     for needed in ([True, True, True], [False, True, False]):
         torch.library.opcheck(
             torch.ops.tilework.linear_logit_stats_backward,
-            (*upstream, *arguments, vectors[4], *options, needed, implementation),
+            (*upstream, *arguments, *vectors[4:], *options, 0.1, needed, implementation),
         )
 
 

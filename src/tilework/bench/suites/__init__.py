@@ -138,13 +138,16 @@ def discover() -> dict[str, Suite]:
 
 
 def implementations(
-    operator: str, call: Callable[[Case, Inputs, str], Callable[[], Results]]
+    operator: str,
+    call: Callable[[Case, Inputs, str], Callable[[], Results]],
+    default: Callable[[Case, Inputs], str] | None = None,
 ) -> tuple[Candidate, ...]:
     """The candidates that stand in an operator's table of implementations.
 
     Args:
         operator: The key in ``tilework._operators.TABLES``.
         call: Binds the implementation of that name.
+        default: The one that is chosen for a case, if the table alone does not say.
     """
     table = _operators.TABLES[operator]
 
@@ -154,9 +157,15 @@ def implementations(
             reason = _operators.refusal(entry, tensor)
             if reason is not None:
                 raise Unavailable(reason)
-            default = _operators.choose(operator, table, None, tensor) == entry.name
+            chosen = (
+                default(case, inputs)
+                if default
+                else _operators.choose(operator, table, None, tensor)
+            )
             return Step(
-                call(case, inputs, entry.name), f"tilework {operator} {entry.name}", default
+                call(case, inputs, entry.name),
+                f"tilework {operator} {entry.name}",
+                chosen == entry.name,
             )
 
         # The devices are checked here too: Triton's interpreter would be timed otherwise.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tilework import _operators
 from tilework.bench.suites import (
     Candidate,
     Case,
@@ -23,6 +24,7 @@ from tilework.bench.suites import (
     loss_and_gradients,
 )
 from tilework.losses import linear_cross_entropy
+from tilework.losses.linear_cross_entropy import schedule
 
 FORWARD, TRAINING = "forward", "forward+backward"
 HALF = ("bfloat16", "float16")
@@ -32,16 +34,19 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cases(device: str) -> list[Case]:
-    """A language model's head, then fewer classes for a series, then a small head for --quick."""
+    """Heads of two language models, a series of fewer classes, and a small one for --quick."""
     head, small = {"N": 2048, "D": 768, "V": 50304}, {"N": 256, "D": 192, "V": 4096}
+    large = {"N": 1024, "D": 2304, "V": 256000}
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     series = [2**11, 2**13, 2**15]
     if device != "cpu":
         head, small = {"N": 8192, "D": 4096, "V": 128256}, {"N": 1024, "D": 1024, "V": 16384}
+        large = {"N": 8192, "D": 2304, "V": 256000}
         dtypes, series = ("bfloat16",), [2**13, 2**15]
     return [
         *(Case(kind, head, dtypes) for kind in (TRAINING, FORWARD)),
         *(Case(TRAINING, head | {"V": classes}, dtypes) for classes in series),
+        Case(TRAINING, large, dtypes),
         Case(TRAINING, small, dtypes, quick=True),
     ]
 
@@ -117,10 +122,21 @@ def _upcast(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def _ours(case: Case, inputs: Inputs, implementation: str) -> Callable[[], Results]:
+    if implementation == "chunked" and case.kind != TRAINING:
+        raise Unavailable("chunks are for gradients; the loss alone is computed as by the others")
+
     def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return linear_cross_entropy(input, weight, target, implementation=implementation)
 
     return _step(loss, inputs, "").run
+
+
+def _default(case: Case, inputs: Inputs) -> str:
+    input, weight = inputs["input"], inputs["weight"]
+    if case.kind == TRAINING and schedule.prefers_chunks(input, weight):
+        return "chunked"
+    operator = "losses.linear_cross_entropy"
+    return _operators.choose(operator, _operators.TABLES[operator], None, input)
 
 
 def _torch_eager(case: Case, inputs: Inputs) -> Step:
@@ -201,7 +217,7 @@ SUITE = Suite(
     cases=cases,
     inputs=inputs,
     candidates=(
-        *implementations("losses.linear_cross_entropy", _ours),
+        *implementations("losses.linear_cross_entropy", _ours, _default),
         Candidate("torch eager", _torch_eager),
         Candidate("torch eager (float32 logits)", _torch_upcast, dtypes=HALF),
         Candidate("torch compile", _torch_compile),

@@ -36,6 +36,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     token_weight: Float[Tensor, "*tokens"] | None = None,
     shift: int = 0,
+    gradient_filter: float | None = None,
     implementation: str | None = None,
     vocab_parallel: VocabShard | None = None,
 ) -> Float[Tensor, "..."]:
@@ -73,6 +74,12 @@ def linear_cross_entropy(
         token_weight: A weight for each position, of ``target``'s shape, any floating dtype; a
             constant. Not read at ignored positions.
         shift: With ``k`` above 0, position ``t`` predicts ``target[:, t + k]``; needs 3-D input.
+        gradient_filter: None is exact. With :math:`\varphi` in (0, 1), the backward pass may leave
+            out gradients of logits whose absolute values add up, in each position, to at most
+            :math:`\varphi` times the coefficients of its probabilities, :math:`|\tau_i| ((1 - s)
+            w_{y_i} + \tfrac{s}{V} \sum_v w_v + 2 \zeta |\mathrm{lse}_i|)`; never that of the
+            target. ``"tiled"`` does so on the CPU, where it is the default then; others leave
+            nothing out.
         implementation: ``"triton"`` (CUDA) and ``"tiled"`` compute tiles of logits twice;
             ``"chunked"`` computes chunks of tokens once, and the gradients of a mean or sum in the
             forward pass; ``"reference"`` stores the logits. None picks by device, and on the CPU
@@ -119,7 +126,9 @@ def linear_cross_entropy(
         of Mitchell Wortsman et al., Small-scale proxies for large-scale Transformer training
         instabilities. 2023. arXiv:2309.14322.
     """
-    _check_options(reduction, ignore_index, label_smoothing, softcap, z_loss, shift)
+    _check_options(
+        reduction, ignore_index, label_smoothing, softcap, z_loss, shift, gradient_filter
+    )
     layout, (input, linear_weight, linear_bias, target, token_weight) = parallel.localize(
         _NAME,
         vocab_parallel,
@@ -191,6 +200,7 @@ def linear_cross_entropy(
 
     early = (
         reduction != "none"
+        and gradient_filter is None
         and layout == parallel.Layout()
         and operators.takes_gradients_early(input, linear_weight, linear_bias)
     )
@@ -207,7 +217,7 @@ def linear_cross_entropy(
         return loss.where(counted, torch.nan)
 
     statistics = parallel.logit_stats(
-        layout.shard, *tensors, softcap, 1.0, ignore_index, False, chosen
+        layout.shard, *tensors, softcap, 1.0, ignore_index, False, gradient_filter, chosen
     )
     losses = operators.position_losses(statistics, spread_weight, *scales)
     if reduction == "none":
@@ -228,6 +238,7 @@ class LinearCrossEntropy(nn.Module):
         softcap: Bound of the logits.
         z_loss: Coefficient of the squared log-sum-exp.
         shift: Position ``t`` predicts ``target[:, t + shift]``.
+        gradient_filter: What the gradients of logits may lose; None for nothing.
         implementation: ``"triton"``, ``"tiled"``, ``"chunked"``, ``"reference"``, or None for the
             best one.
         vocab_parallel: The classes that the weight given to ``forward`` holds.
@@ -260,11 +271,14 @@ class LinearCrossEntropy(nn.Module):
         softcap: float | None = None,
         z_loss: float = 0.0,
         shift: int = 0,
+        gradient_filter: float | None = None,
         implementation: str | None = None,
         vocab_parallel: VocabShard | None = None,
     ) -> None:
         super().__init__()
-        _check_options(reduction, ignore_index, label_smoothing, softcap, z_loss, shift)
+        _check_options(
+            reduction, ignore_index, label_smoothing, softcap, z_loss, shift, gradient_filter
+        )
         _operators.check_name(_NAME, IMPLEMENTATIONS, implementation)
         self.register_buffer("weight", weight)
         self.reduction = reduction
@@ -273,6 +287,7 @@ class LinearCrossEntropy(nn.Module):
         self.softcap = softcap
         self.z_loss = z_loss
         self.shift = shift
+        self.gradient_filter = gradient_filter
         self.implementation = implementation
         self.vocab_parallel = vocab_parallel
 
@@ -299,6 +314,7 @@ class LinearCrossEntropy(nn.Module):
             z_loss=self.z_loss,
             token_weight=token_weight,
             shift=self.shift,
+            gradient_filter=self.gradient_filter,
             implementation=self.implementation,
             vocab_parallel=self.vocab_parallel,
         )
@@ -314,6 +330,7 @@ class LinearCrossEntropy(nn.Module):
                 "softcap",
                 "z_loss",
                 "shift",
+                "gradient_filter",
                 "implementation",
             )
             if (value := getattr(self, name)) != _DEFAULTS[name]
@@ -339,6 +356,7 @@ class LinearCrossEntropyLoss(LinearCrossEntropy):
         softcap: Bound of the logits.
         z_loss: Coefficient of the squared log-sum-exp.
         shift: Position ``t`` predicts ``target[:, t + shift]``.
+        gradient_filter: What the gradients of logits may lose; None for nothing.
         implementation: ``"triton"``, ``"tiled"``, ``"chunked"``, ``"reference"``, or None for the
             best one.
 
@@ -374,6 +392,7 @@ class LinearCrossEntropyLoss(LinearCrossEntropy):
         softcap: float | None = None,
         z_loss: float = 0.0,
         shift: int = 0,
+        gradient_filter: float | None = None,
         implementation: str | None = None,
     ) -> None:
         super().__init__(
@@ -384,6 +403,7 @@ class LinearCrossEntropyLoss(LinearCrossEntropy):
             softcap=softcap,
             z_loss=z_loss,
             shift=shift,
+            gradient_filter=gradient_filter,
             implementation=implementation,
         )
         self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
@@ -408,6 +428,7 @@ _DEFAULTS = {
     "softcap": None,
     "z_loss": 0.0,
     "shift": 0,
+    "gradient_filter": None,
     "implementation": None,
 }
 
@@ -419,7 +440,9 @@ def _check_options(
     softcap: float | None,
     z_loss: float,
     shift: int,
+    gradient_filter: float | None,
 ) -> None:
+    head.check_filter(_NAME, gradient_filter)
     _checks.one_of(_NAME, "reduction", reduction, _checks.REDUCTIONS)
     _checks.integer(_NAME, "ignore_index", ignore_index)
     _checks.fraction(_NAME, "label_smoothing", label_smoothing)

@@ -91,6 +91,15 @@ def check_target(function: str, target: Tensor, input: Tensor) -> None:
     _checks.shape(function, "target", target, tokens)
 
 
+def check_filter(function: str, gradient_filter: float | None) -> None:
+    """Refuse what is neither None nor a number between 0 and 1."""
+    if gradient_filter is None:
+        return
+    if not 0 < _checks.number(function, "gradient_filter", gradient_filter) < 1:
+        accepted = "None or a number above 0 and below 1"
+        raise _checks.bad_value(function, "gradient_filter", accepted, gradient_filter)
+
+
 def inside(function: str, target: Tensor, ignore_index: int, classes: int) -> Tensor:
     """Where a target is a class; refuse kept ones that are not, if looking is free."""
     result = (target >= 0) & (target < classes)

@@ -93,7 +93,7 @@ def _forward(*args: Any) -> Statistics:
 
 
 def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    moments = args[-2]
+    moments = args[-3]
     dtype = computation_dtype(input.dtype)
     tokens = input.shape[0]
     extra = tokens if moments else 0
@@ -105,19 +105,19 @@ def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
-    *tensors, ctx.softcap, ctx.temperature, ctx.ignore_index, ctx.moments, ctx.implementation = (
-        inputs
-    )
+    *tensors, softcap, temperature, ignore_index, ctx.moments, gradient_filter, _ = inputs
+    ctx.options = softcap, temperature, ignore_index, gradient_filter
+    ctx.implementation = inputs[-1]
     shift, _, _, _, moment, top, argmax = output
     ctx.mark_non_differentiable(shift, top, argmax, *(() if ctx.moments else (moment,)))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, shift)
+    ctx.save_for_backward(*tensors, shift, output[1].detach())
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     input_grad, weight_grad, _target, bias_grad = ctx.needs_input_grad[:4]
     needed = [input_grad, weight_grad, bias_grad]
-    shift = ctx.saved_tensors[-1]
+    shift = ctx.saved_tensors[-2]
     total, target_gap, class_gap = (
         torch.zeros_like(shift) if grad is None else grad for grad in grads[1:4]
     )
@@ -127,16 +127,14 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
         class_gap,
         grads[4] if ctx.moments else None,
         *ctx.saved_tensors,
-        ctx.softcap,
-        ctx.temperature,
-        ctx.ignore_index,
+        *ctx.options,
         needed,
         ctx.implementation,
     )
     grad_input, grad_weight, grad_bias = (
         result if need else None for result, need in zip(results, needed, strict=True)
     )
-    return grad_input, grad_weight, None, grad_bias, *[None] * 6
+    return grad_input, grad_weight, None, grad_bias, *[None] * 7
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,15 +159,8 @@ def _empty_gradients(
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (
-        *tensors,
-        _shift,
-        ctx.softcap,
-        ctx.temperature,
-        ctx.ignore_index,
-        ctx.needed,
-        _,
-    ) = inputs
+    *tensors, _shift, _total, softcap, temperature, ignore_index, _filter, ctx.needed, _ = inputs
+    ctx.options = softcap, temperature, ignore_index
     ctx.save_for_backward(*tensors)
 
 
@@ -188,10 +179,9 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
             target,
             bias[0] if bias else None,
             class_weight,
-            ctx.softcap,
-            ctx.temperature,
-            ctx.ignore_index,
+            *ctx.options,
             moments,
+            None,
         )[1 : 1 + len(upstream)]
 
     def first_derivative(*arguments: Tensor) -> tuple[Tensor, ...]:
@@ -209,14 +199,15 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
         *grad_heads[:2],
         None,
         grad_bias,
-        *[None] * 7,
+        *[None] * 9,
     )
 
 
 _logit_stats = _operators.define(
     "linear_logit_stats(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
     "Tensor? class_weight, float? softcap, float temperature, int ignore_index, bool moments, "
-    "str implementation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float? gradient_filter, str implementation) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     setup_context=_save,
@@ -225,8 +216,9 @@ _logit_stats = _operators.define(
 _logit_stats_backward = _operators.define(
     "linear_logit_stats_backward(Tensor grad_total, Tensor grad_target_gap, "
     "Tensor grad_class_gap, Tensor? grad_moment, Tensor input, Tensor linear_weight, "
-    "Tensor target, Tensor? linear_bias, Tensor? class_weight, Tensor shift, float? softcap, "
-    "float temperature, int ignore_index, bool[3] needed, str implementation) "
+    "Tensor target, Tensor? linear_bias, Tensor? class_weight, Tensor shift, Tensor total, "
+    "float? softcap, float temperature, int ignore_index, float? gradient_filter, bool[3] needed, "
+    "str implementation) "
     "-> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -294,6 +286,7 @@ def _differentiable_gradients(
         1.0,
         ignore_index,
         False,
+        None,
         "chunked",
     )
     loss = position_losses(statistics, class_weight, *scales).sum()

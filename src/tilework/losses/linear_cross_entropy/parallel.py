@@ -255,6 +255,7 @@ def logit_stats(
     temperature: float,
     ignore_index: int,
     moments: bool,
+    gradient_filter: float | None,
     implementation: str,
 ) -> Statistics:
     """``operators.logit_stats`` over the classes of all processes; class weights are of all."""
@@ -269,6 +270,7 @@ def logit_stats(
             temperature,
             ignore_index,
             moments,
+            gradient_filter,
             implementation,
         )
     held = (target >= shard.start) & (target < shard.stop)
@@ -283,6 +285,7 @@ def logit_stats(
         temperature,
         _NEVER,
         moments,
+        gradient_filter,
         implementation,
     )
     mine = [shift, total, target_gap, class_gap]

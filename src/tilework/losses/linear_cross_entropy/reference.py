@@ -18,6 +18,7 @@ def linear_logit_stats(
     temperature: float,
     ignore_index: int,
     moments: bool,
+    gradient_filter: float | None,
 ) -> Statistics:
     """Return shift, total, target gap, class gap, moment, top and argmax of each row.
 
@@ -26,7 +27,8 @@ def linear_logit_stats(
     z[target]`` (nan for a target outside the classes), ``class_gap = sum(class_weight * (shift -
     z))``, zero without ``class_weight``, ``moment = sum(exp(z - shift) * (shift - z))``, ``top =
     max a`` and the first class that has it. The last three are empty without ``moments``. Rows
-    whose target is ``ignore_index`` have a total of 1 and 0 elsewhere.
+    whose target is ``ignore_index`` have a total of 1 and 0 elsewhere. ``gradient_filter`` lets an
+    implementation leave out small gradients of logits; this one leaves out none.
     """
     dtype = computation_dtype(input.dtype)
     kept = target != ignore_index

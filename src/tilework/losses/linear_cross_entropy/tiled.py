@@ -39,6 +39,7 @@ def forward(
     temperature: float,
     ignore_index: int,
     moments: bool,
+    gradient_filter: float | None,
 ) -> Statistics:
     """See ``reference.linear_logit_stats``."""
     rows, hidden, kept_target = kept_rows(input, target, ignore_index)
@@ -103,18 +104,24 @@ def backward(
     linear_bias: Tensor | None,
     class_weight: Tensor | None,
     shift: Tensor,
+    total: Tensor,
     softcap: float | None,
     temperature: float,
     ignore_index: int,
+    gradient_filter: float | None,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias; an empty tensor for each that is not needed."""
+    """Gradients of input, weight and bias; an empty tensor for each that is not needed.
+
+    With ``gradient_filter``, on the CPU, classes whose gradients are small in every row of a tile
+    are left out of the products for input and weight.
+    """
     rows, hidden, kept_target = kept_rows(input, target, ignore_index)
     upstream = [grad_total, grad_target_gap, grad_class_gap]
     if grad_moment is not None:
         upstream.append(grad_moment)
-    vectors = torch.stack((shift, *upstream))
-    vectors[1:].div_(temperature)
+    vectors = torch.stack((shift, total, *upstream))
+    vectors[2:].div_(temperature)
     vectors.masked_fill_(target == ignore_index, 0)
     if rows is not None:
         vectors = vectors.index_select(1, rows)
@@ -125,12 +132,15 @@ def backward(
         linear_weight if needed[1] else linear_weight[:0], memory_format=torch.contiguous_format
     )
     grad_bias = linear_weight.new_zeros(len(linear_weight) if needed[2] else 0, dtype=head.dtype)
+    # On other devices the host would have to wait for what is small.
+    filters = gradient_filter is not None and input.device.type == "cpu"
+    unspent = [0.0] * len(range(0, len(hidden), shared.TOKENS))
     for classes in head.classes():
         weight_tile = hidden.new_zeros(
             (classes.stop - classes.start, hidden.shape[1]) if needed[1] else 0, dtype=head.dtype
         )
         for tokens in slices(len(hidden), shared.TOKENS):
-            row_shift, grad_sum, grad_target, grad_class, *extra = vectors[:, tokens]
+            row_shift, row_total, grad_sum, grad_target, grad_class, *extra = vectors[:, tokens]
             logits = head.outputs(tokens, classes)
             slope = head.cap(logits, need_slope=True)
             logits.sub_(row_shift[:, None])
@@ -147,17 +157,35 @@ def backward(
             )
             if class_weight is not None:
                 grad.addr_(grad_class, class_weight[classes], alpha=-1)
+            kept = None
+            if filters and gradient_filter is not None:
+                block = tokens.start // shared.TOKENS
+                unspent[block] += gradient_filter * grad.shape[1] / len(linear_weight)
+                scale = sum((part.abs() for part in (grad_sum, *extra)), 0 * row_total) * row_total
+                sizes = (grad / scale[:, None]).abs_().amax(0)
+                sizes[column[inside]] = torch.inf
+                kept, spent = large_classes(sizes, unspent[block])
+                unspent[block] -= spent
             if slope is not None:
                 grad.mul_(slope)
             if needed[2]:
                 grad_bias[classes] += grad.sum(0)
             if not (needed[0] or needed[1]):
                 continue
-            factor = head.factor(grad)
+            if kept is None:
+                factor = head.factor(grad)
+                if needed[0]:
+                    accumulate(grad_hidden[tokens], factor, head.weight(classes))
+                if needed[1]:
+                    accumulate(weight_tile, factor.T, head.hidden(tokens))
+                continue
+            factor = grad.index_select(1, kept).to(head.product_dtype)
             if needed[0]:
-                accumulate(grad_hidden[tokens], factor, head.weight(classes))
+                accumulate(grad_hidden[tokens], factor, head.weight(classes)[kept])
             if needed[1]:
-                accumulate(weight_tile, factor.T, head.hidden(tokens))
+                part = weight_tile[kept]
+                accumulate(part, factor.T, head.hidden(tokens))
+                weight_tile[kept] = part
         if needed[1]:
             grad_weight[classes] = weight_tile
     return (
@@ -165,6 +193,14 @@ def backward(
         grad_weight,
         grad_bias.to(linear_weight.dtype),
     )
+
+
+def large_classes(sizes: Tensor, budget: float) -> tuple[Tensor, float]:
+    """The classes of a tile to keep, and what the others add up to, which is within the budget."""
+    ordered, order = sizes.double().sort(stable=True)
+    added = ordered.cumsum(0)
+    small = int((added <= budget).sum())
+    return order[small:].sort().values, float(added[small - 1]) if small else 0.0
 
 
 def _raise_top(top: Tensor, argmax: Tensor, values: Tensor, first_class: int) -> None:

@@ -517,6 +517,7 @@ def forward(
     temperature: float,
     ignore_index: int,
     moments: bool,
+    gradient_filter: float | None,
 ) -> Statistics:
     """See ``reference.linear_logit_stats``."""
     input, linear_weight = _short_strides(input), _short_strides(linear_weight)
@@ -612,12 +613,17 @@ def backward(
     linear_bias: Tensor | None,
     class_weight: Tensor | None,
     shift: Tensor,
+    total: Tensor,
     softcap: float | None,
     temperature: float,
     ignore_index: int,
+    gradient_filter: float | None,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias; an empty tensor for each that is not needed."""
+    """Gradients of input, weight and bias; an empty tensor for each that is not needed.
+
+    None is left out: to know how much is small, the host would have to wait.
+    """
     input, linear_weight = _short_strides(input), _short_strides(linear_weight)
     num_tokens, num_features = input.shape
     num_classes = len(linear_weight)
