@@ -1,5 +1,6 @@
 """The kernels as compilers for GPUs see them, and on a GPU where there is one."""
 
+import mmap
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,45 @@ def test_offsets_within_a_tile_fit_32_bits() -> None:
         assert triton._short_strides(long).stride() == (4, 1)
     usual = torch.empty(1000, 2**14, device="meta")
     assert triton._short_strides(usual) is usual
+
+
+@pytest.mark.parametrize("implementation", ["tiled", "chunked", "triton"])
+@pytest.mark.parametrize(("tokens", "classes"), [(3, 600), (600, 5)])
+def test_addresses_beyond_32_bits(implementation: str, tokens: int, classes: int) -> None:
+    def far_apart(rows: int) -> torch.Tensor:
+        """Rows 2**22 elements apart, in memory of which only the rows are ever touched."""
+        memory = mmap.mmap(-1, 2 * rows << 22)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        values = torch.frombuffer(memory, dtype=torch.bfloat16)
+        return values.as_strided((rows, 4), (2**22, 1)).normal_()
+
+    hidden, head = far_apart(tokens), far_apart(classes)
+    assert max(tokens, classes) * 2**22 > 2**31
+    target = torch.randint(classes, (tokens,))
+    function = partial(linear_cross_entropy, implementation=implementation)
+    far = Problem(hidden.requires_grad_(), head.requires_grad_(), target)
+    near = Problem(
+        hidden.detach().contiguous().requires_grad_(),
+        head.detach().contiguous().requires_grad_(),
+        target,
+    )
+    for result, expected in zip(far.solve(function), near.solve(function), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "chunked"])
+def test_cuda_graph(implementation: str) -> None:
+    problem = Problem.random(64, 32, 500, torch.bfloat16).on("cuda")
+    function = partial(linear_cross_entropy, implementation=implementation)
+    expected = problem.solve(function)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = problem.solve(function)
+    graph.replay()
+    for result, truth in zip(captured, expected, strict=True):
+        assert torch.equal(result, truth)
 
 
 @pytest.mark.gpu
