@@ -8,7 +8,8 @@ import torch
 from tilework.norms._row_norm import IMPLEMENTATIONS as TABLE
 
 import ahead_of_time
-from helpers import dtype_name
+from helpers import assert_exact, dtype_name
+from norms._row_norm.problem import Problem
 
 HALF_AND_SINGLE = next(entry for entry in TABLE if entry.name == "triton").dtypes
 
@@ -45,3 +46,26 @@ def test_configurations_cover_every_size(dtype: torch.dtype, arch: str) -> None:
                 assert rows * num_features > 1
             # A program holds no more than its registers can.
             assert rows * columns <= 16384
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=dtype_name)
+@pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (999, 7), (4, 33, 128), (300, 1000), (300, 4096), (70, 16384), (5, 40000), (3, 2**18)],
+)
+def test_on_a_gpu(shape: tuple[int, ...], centered: bool, dtype: torch.dtype) -> None:
+    for options in (
+        {"weight": dtype},
+        {"weight": dtype, "bias": dtype, "residual": dtype, "offset": 1.0},
+        {"weight": torch.float32, "heads": not centered and len(shape) > 2},
+    ):
+        problem = Problem.random(centered, shape, dtype, **options)  # type: ignore[arg-type]
+        on_device = problem.to(device="cuda")
+        actual, again = (on_device.solve(lambda one: one.run("triton")) for _ in range(2))
+        composition = on_device.to(device="cuda").solve(Problem.composed)
+        truth = problem.truth()
+        for name, result in actual.items():
+            assert torch.equal(result, again[name])
+            assert_exact(result, composition[name].to(result.dtype), truth[name])

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tilework.norms import LayerNorm, RMSNorm, layer_norm, rms_norm
@@ -246,6 +248,26 @@ def test_nothing_is_recorded_or_modified(implementation: str, norm: Norm) -> Non
     with torch.no_grad():
         leaf = tensors[0].clone().requires_grad_()
         assert not norm(leaf, weight=WEIGHT, implementation=implementation).requires_grad
+
+
+def test_modes_see_the_operators() -> None:
+    """A plain eager call spares the dispatcher; where somebody looks at it, it is an operator."""
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    leaf = torch.randn(3, 5, requires_grad=True)
+    with Mode():
+        rms_norm(leaf, 5, implementation="triton").sum().backward()
+    assert "tilework.row_norm.default" in seen
+    assert "tilework.row_norm_backward.default" in seen
+    with FakeTensorMode() as mode:
+        output = rms_norm(mode.from_tensor(leaf), 5, implementation="triton")
+    assert isinstance(output, FakeTensor)
+    assert output.shape == (3, 5)
 
 
 @by_norm
