@@ -15,7 +15,7 @@ __all__ = ["PartialRMSNorm", "partial_rms_norm"]
 
 _NAME = "partial_rms_norm"
 _TABLE = _operators.TABLES["norms.partial_rms_norm"] = tuple(
-    entry for entry in _row_norm.IMPLEMENTATIONS if entry.name != "torch"
+    entry for entry in _row_norm.IMPLEMENTATIONS if entry.name in ("triton", "reference")
 )
 _PAPER = implements("Root Mean Square Layer Normalization", year=2019, arxiv="1910.07467")
 

@@ -50,8 +50,9 @@ def rms_norm(
             computation: 1.1920929e-07, or 2.220446e-16 for float64.
         residual: Added to ``input`` first; of its shape, any floating dtype.
         weight_offset: Added to ``weight``; 1.0 for weights that are stored around zero.
-        implementation: ``"triton"`` (CUDA), ``"torch"`` (its own kernels) or ``"reference"``. None
-            picks the first of these that takes the arguments.
+        implementation: ``"triton"`` (CUDA), ``"torch"`` (its own kernels), ``"tiled"`` (a CPU's
+            cache at a time) or ``"reference"``. None picks the first that takes the arguments, and
+            ``"tiled"`` where it is faster than torch's kernels.
 
     Returns:
         The normalized tensor, of ``input``'s shape and dtype. With ``residual`` the pair of it and

@@ -4,6 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from tilework.norms._row_norm import tiled
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make small problems take several tiles."""
+    monkeypatch.setattr(tiled, "TILE", 64)
+
 
 @pytest.fixture(autouse=True)
 def rounding_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

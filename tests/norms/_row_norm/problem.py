@@ -16,8 +16,8 @@ from tilework.norms import layer_norm, rms_norm
 
 from helpers import clones
 
-IMPLEMENTATIONS = ("triton", "torch", "reference")
-EXACT = ("torch", "reference")  # these take float64
+IMPLEMENTATIONS = ("triton", "torch", "tiled", "reference")
+EXACT = ("torch", "tiled", "reference")  # these take float64
 SIZES = (1, 7, 63, 100)
 Results = dict[str, Tensor]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tilework.norms import layer_norm, rms_norm
 from tilework.norms._row_norm import IMPLEMENTATIONS as TABLE
+from tilework.norms._row_norm import tiled
 
 from helpers import FLOATING, HALF, assert_exact, dtype_name
 from norms._row_norm.problem import EXACT, IMPLEMENTATIONS, SIZES, Problem
@@ -282,3 +283,22 @@ def test_epsilon_is_under_the_root(implementation: str, centered: bool) -> None:
     (output,) = Problem(centered, input, eps=7.0).run(implementation)
     torch.testing.assert_close(output, input / 4)
     assert math.isclose(float(output[0, 0]), 0.75, rel_tol=1e-6)
+
+
+def test_large_tensors_on_the_cpu_go_by_tiles(
+    centered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch has no fused kernel: all but layer normalization that rounds its sum."""
+    monkeypatch.setattr(tiled, "SMALLEST", 100)
+    calls = []
+    kernel = tiled.forward
+    monkeypatch.setattr(tiled, "forward", lambda *args: calls.append(args) or kernel(*args))
+    for rows, dtype, residual, expected in (
+        (9, torch.float32, None, 0),
+        (10, torch.float32, None, not centered),
+        (10, torch.float32, torch.float32, not centered),
+        (10, torch.float16, torch.float16, 1),
+    ):
+        calls.clear()
+        check(Problem.random(centered, (rows, 10), dtype, residual=residual), None)
+        assert len(calls) == expected

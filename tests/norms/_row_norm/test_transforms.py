@@ -170,7 +170,7 @@ def test_compiles_as_one_graph_for_every_length(implementation: str, norm: Norm)
             torch.testing.assert_close(leaf.grad, copy.grad)
     assert len(graphs) == 1
     operators = [node for node in graphs[0].graph.nodes if "tilework" in str(node.target)]
-    assert len(operators) == (implementation == "triton")
+    assert len(operators) == (implementation in ("triton", "tiled"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -198,7 +198,8 @@ def test_operators(fused: bool, centered: bool) -> None:
     )
     tensors = (problem.input, problem.residual, problem.weight, problem.bias)
     options = (1, 7, 1e-3, 0.0, centered)
-    torch.library.opcheck(torch.ops.tilework.row_norm, (*tensors, *options, "triton"))
+    for implementation in ("triton", "tiled"):
+        torch.library.opcheck(torch.ops.tilework.row_norm, (*tensors, *options, implementation))
     upstream = [torch.randn(3, 2, 7, requires_grad=True) for _ in range(1 + fused)]
     upstream += [None] * (2 - len(upstream))  # type: ignore[list-item]
     mean = torch.randn(3, 2) if centered else torch.empty(0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tilework import _checks, _operators
 from tilework._operators import Implementation, computation_dtype
-from tilework.norms._row_norm import native, reference
+from tilework.norms._row_norm import native, reference, tiled
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -30,6 +30,15 @@ IMPLEMENTATIONS = (
         dtypes=_FLOATING,
         memory="two numbers per row where torch has a fused kernel, otherwise as the reference",
         backward="every order; forward mode by the reference",
+        deterministic=True,
+        checked_on="CPU",
+    ),
+    Implementation(
+        "tiled",
+        devices=(),
+        dtypes=_FLOATING,
+        memory="two numbers per row, and a few tiles of 512 KiB for each thread",
+        backward="first order; higher orders and forward mode by the reference",
         deterministic=True,
         checked_on="CPU",
     ),
@@ -66,19 +75,21 @@ def row_norm(
     ``heads`` allows a weight with a row for each entry of the dimension before the normalized ones.
     """
     _check_tensors(function, input, normalized_shape, weight, bias, residual, heads)
-    implementation = _operators.choose(function, table, implementation, input)
+    chosen = _operators.choose(function, table, implementation, input)
+    if implementation is None and chosen == "torch" and tiled.pays(input, residual, centered):
+        chosen = "tiled"
     if eps is None:
         eps = torch.finfo(computation_dtype(input.dtype)).eps
     if num_measured is None:
         num_measured = math.prod(normalized_shape)
     dims = len(normalized_shape)
     options = (dims, num_measured, eps, weight_offset, centered)
-    if implementation == "reference" or _operators.only_reference():
+    if chosen == "reference" or _operators.only_reference():
         results = reference.forward(input, residual, weight, bias, *options)
-    elif implementation == "torch":
+    elif chosen == "torch":
         results = native.forward(input, residual, weight, bias, *options)
     else:
-        results = _operator(input, residual, weight, bias, *options, implementation)
+        results = _operator(input, residual, weight, bias, *options, chosen)
     return results[0] if residual is None else results[:2]
 
 
@@ -110,9 +121,11 @@ def _check_tensors(
 
 def _kernels(implementation: str) -> Any:
     """The module of an implementation; that of Triton is imported on its first use."""
-    from tilework.norms._row_norm import triton
+    if implementation == "triton":
+        from tilework.norms._row_norm import triton
 
-    return triton
+        return triton
+    return tiled
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
