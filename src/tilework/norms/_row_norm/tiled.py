@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilework import _checks
 from tilework._operators import HALF, computation_dtype
 
 TILE = 2**17  # elements for each thread: 512 KiB in float32
@@ -18,10 +19,8 @@ def pays(input: Tensor, residual: Tensor | None, centered: bool) -> bool:
     Torch has a fused kernel there for layer normalization, but none for RMS normalization, and none
     that adds a residual in the computation dtype.
     """
-    if input.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
     unfused = not centered or (residual is not None and input.dtype in HALF)
-    return unfused and input.numel() >= SMALLEST
+    return unfused and _checks.holds_values(input) and input.numel() >= SMALLEST
 
 
 def forward(
