@@ -133,7 +133,8 @@ def define(
     name = schema.partition("(")[0]
     _library.define(schema)
 
-    _library.impl(name, without_autocast(kernel), "CompositeExplicitAutograd")
+    kernel = without_autocast(kernel)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
     operator = getattr(torch.ops.tilework, name).default
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
@@ -148,7 +149,7 @@ def define(
             raise ValueError(f"tilework::{name}: vmap over an empty dimension")
         return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
-    function: Any = type(
+    transformable: Any = type(
         name,
         (torch.autograd.Function,),
         {
@@ -159,12 +160,32 @@ def define(
         },
     )
 
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = kernel(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    # Without a setup_context of its own, as PyTorch inspects the signature at each call of those.
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    eager: Any = type(name, (torch.autograd.Function,), members)
+
     def apply(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*args)
         # Autograd formulas of operators do not compose with torch.func, those of functions do.
-        transformed = torch._C._are_functorch_transforms_active()
-        if transformed and not torch.compiler.is_compiling():
-            return function.apply(*args)
-        return operator(*args)
+        if torch._C._are_functorch_transforms_active():
+            return transformable.apply(*args)
+        if torch._C._len_torch_dispatch_stack():
+            return operator(*args)
+        # Nobody looks at this call, so that the dispatcher can be spared: it takes as long as the
+        # launch of a small kernel.
+        needs_grad = False
+        for arg in args:
+            if isinstance(arg, Tensor):
+                if type(arg) not in (Tensor, torch.nn.Parameter):
+                    return operator(*args)
+                needs_grad |= arg.requires_grad
+        return eager.apply(*args) if needs_grad and torch.is_grad_enabled() else kernel(*args)
 
     torch.library.register_fake(f"tilework::{name}", fake, lib=_library)
     torch.library.register_autograd(

@@ -1,5 +1,6 @@
 """Small helpers shared by kernels: block sizes by architecture, and exact elementary functions."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ class Config:
         }
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """Such as ``sm_90`` or ``gfx942``; ``interpreter`` for the CPU."""
     if device.type != "cuda":
@@ -40,6 +42,15 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return str(properties.gcnArchName).partition(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many run programs at the same time; 2 for the CPU, so that tests have several."""
+    if device.type != "cuda":
+        return 2
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count)
 
 
 @triton.jit

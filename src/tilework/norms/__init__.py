@@ -1,5 +1,14 @@
 """Normalization layers and their functions."""
 
+from tilework.norms.layer_norm import LayerNorm, layer_norm
+from tilework.norms.partial_rms_norm import PartialRMSNorm, partial_rms_norm
 from tilework.norms.rms_norm import RMSNorm, rms_norm
 
-__all__ = ["RMSNorm", "rms_norm"]
+__all__ = [
+    "LayerNorm",
+    "layer_norm",
+    "PartialRMSNorm",
+    "partial_rms_norm",
+    "RMSNorm",
+    "rms_norm",
+]

@@ -7,35 +7,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tilework import _checks, _operators
-from tilework._operators import Implementation, computation_dtype
 from tilework.catalog import implements
-from tilework.norms.rms_norm import native, reference
+from tilework.norms import _row_norm
 
 __all__ = ["RMSNorm", "rms_norm"]
 
 _NAME = "rms_norm"
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-IMPLEMENTATIONS = _operators.TABLES["norms.rms_norm"] = (
-    Implementation(
-        "torch",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="on CUDA one number per row; on the CPU as the reference",
-        backward="every order; forward mode by the reference",
-        deterministic=True,
-        checked_on="CPU",
-    ),
-    Implementation(
-        "reference",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="two tensors of input's shape in the computation dtype",
-        backward="every order and mode",
-        deterministic=True,
-        checked_on="CPU",
-    ),
-)
+_TABLE = _operators.TABLES["norms.rms_norm"] = _row_norm.IMPLEMENTATIONS
 _PAPER = implements("Root Mean Square Layer Normalization", year=2019, arxiv="1910.07467")
 
 
@@ -65,12 +43,16 @@ def rms_norm(
     Args:
         input: Any shape that ends in ``normalized_shape``, any strides.
         normalized_shape: The trailing dimensions to normalize over, an int for the last one.
-        weight: Gain, of shape ``normalized_shape`` and any floating dtype.
+        weight: Gain, of shape ``normalized_shape`` and any floating dtype. With one dimension more,
+            the size of input's dimension before ``normalized_shape``, it has a gain for each entry
+            of that dimension, as for the heads of queries and keys.
         eps: Added to the mean square, at least 0. None is the machine epsilon of the dtype of the
             computation: 1.1920929e-07, or 2.220446e-16 for float64.
         residual: Added to ``input`` first; of its shape, any floating dtype.
         weight_offset: Added to ``weight``; 1.0 for weights that are stored around zero.
-        implementation: ``"torch"`` (its own kernel) or ``"reference"``. None picks the first.
+        implementation: ``"triton"`` (CUDA), ``"torch"`` (its own kernels), ``"tiled"`` (a CPU's
+            cache at a time) or ``"reference"``. None picks the first that takes the arguments, and
+            ``"tiled"`` where it is faster than torch's kernels.
 
     Returns:
         The normalized tensor, of ``input``'s shape and dtype. With ``residual`` the pair of it and
@@ -100,14 +82,20 @@ def rms_norm(
     """
     normalized_shape = _checks.sizes(_NAME, "normalized_shape", normalized_shape)
     _check_options(eps, weight_offset, weight is not None)
-    _check_tensors(input, normalized_shape, weight, residual)
-    implementation = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, input)
-    if eps is None:
-        eps = torch.finfo(computation_dtype(input.dtype)).eps
-    by_reference = implementation == "reference" or _operators.only_reference()
-    kernel = reference.rms_norm if by_reference else native.rms_norm
-    output, total = kernel(input, normalized_shape, weight, eps, residual, weight_offset)
-    return output if residual is None else (output, total)
+    return _row_norm.row_norm(
+        _NAME,
+        _TABLE,
+        input,
+        normalized_shape,
+        weight,
+        None,
+        eps,
+        residual=residual,
+        weight_offset=weight_offset,
+        centered=False,
+        heads=True,
+        implementation=implementation,
+    )
 
 
 @_PAPER
@@ -193,22 +181,3 @@ def _check_options(eps: float | None, weight_offset: float, has_weight: bool) ->
         _checks.at_least(_NAME, "eps", eps, 0)
     if _checks.number(_NAME, "weight_offset", weight_offset) and not has_weight:
         raise _checks.bad_value(_NAME, "weight_offset", "0 without a weight", weight_offset)
-
-
-def _check_tensors(
-    input: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None,
-    residual: Tensor | None,
-) -> None:
-    _checks.floating(_NAME, "input", input)
-    if tuple(input.shape[-len(normalized_shape) :]) != normalized_shape:
-        accepted = f"the trailing dimensions of input's {tuple(input.shape)}"
-        raise _checks.bad_value(_NAME, "normalized_shape", accepted, normalized_shape)
-    if weight is not None:
-        _checks.floating(_NAME, "weight", weight)
-        _checks.shape(_NAME, "weight", weight, normalized_shape)
-    if residual is not None:
-        _checks.floating(_NAME, "residual", residual)
-        _checks.shape(_NAME, "residual", residual, input.shape)
-    _checks.same_device(_NAME, input=input, weight=weight, residual=residual)

@@ -1,0 +1,155 @@
+"""RMS and layer normalization in plain PyTorch, some rows at a time, which stay in the cache."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilework import _checks
+from tilework._operators import HALF, computation_dtype
+
+TILE = 2**17  # elements for each thread: 512 KiB in float32
+SMALLEST = 2**20  # elements of an input that is worth the overhead
+
+
+def pays(input: Tensor, residual: Tensor | None, centered: bool) -> bool:
+    """Whether this is faster than torch's functions, by measurement on a CPU.
+
+    Torch has a fused kernel there for layer normalization, but none for RMS normalization, and none
+    that adds a residual in the computation dtype.
+    """
+    unfused = not centered or (residual is not None and input.dtype in HALF)
+    return unfused and _checks.holds_values(input) and input.numel() >= SMALLEST
+
+
+def forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dims: int,
+    num_measured: int,
+    eps: float,
+    weight_offset: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return output, sum, mean and rate; the second only with residual, the third if centered."""
+    dtype = computation_dtype(input.dtype)
+    output = input.new_empty(input.shape)
+    total = input.new_empty(0 if residual is None else input.shape)
+    mean = input.new_zeros(input.shape[:-dims] if centered else 0, dtype=dtype)
+    rate = input.new_zeros(input.shape[:-dims], dtype=dtype)
+    gain, shift = _parameters(weight, bias, dims, weight_offset, dtype)
+    tensors = (input, residual, output, None if residual is None else total)
+    statistics = (mean if centered else None, rate)
+    for some, branch, result, kept, means, rates in _tiles(weight, dims, tensors, statistics):
+        rows = some if branch is None else torch.add(some.to(dtype), branch)
+        rows = rows.to(dtype)
+        if kept is not None:
+            kept.copy_(rows)
+            rows = kept if kept.dtype == dtype else rows
+        if centered:
+            normal, tile_mean, tile_rate = torch.native_layer_norm(
+                rows, rows.shape[-1:], None if gain is None else gain[0], shift, eps
+            )
+            if kept is not None and kept.dtype != dtype:
+                # The backward starts from the rounded sum, and so do its statistics.
+                _, tile_mean, tile_rate = torch.native_layer_norm(
+                    kept, kept.shape[-1:], None, None, eps
+                )
+            means.copy_(tile_mean[..., 0])
+        else:
+            tile_rate = rows.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+            normal = torch.mul(rows, tile_rate, out=result if result.dtype == dtype else None)
+            if gain is not None:
+                normal.mul_(gain)
+        rates.copy_(tile_rate[..., 0])
+        if normal is not result:
+            result.copy_(normal)
+    return output, total, mean, rate
+
+
+def backward(
+    grad_output: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rate: Tensor,
+    dims: int,
+    num_measured: int,
+    eps: float,
+    weight_offset: float,
+    centered: bool,
+    dtype: torch.dtype,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sum (in ``dtype``), weight and bias; an empty one where not needed."""
+    compute = computation_dtype(total.dtype)
+    grad_input = total.new_empty(total.shape if needed[0] else 0, dtype=dtype)
+    gain, _ = _parameters(weight, bias, dims, weight_offset, compute)
+    sums = [
+        torch.zeros_like(_flat(parameter, dims), dtype=compute)
+        if need and parameter is not None
+        else None
+        for parameter, need in zip((weight, bias), needed[1:], strict=True)
+    ]
+    tensors = (total, grad_output, grad_total, grad_input if needed[0] else None)
+    statistics = (mean if centered else None, rate)
+    for some, upper, direct, result, means, rates in _tiles(weight, dims, tensors, statistics):
+        rows, grad = some.to(compute), upper.to(compute)
+        tile_rate = rates[..., None]
+        normal = torch.sub(rows, means[..., None]).mul_(tile_rate) if centered else rows * tile_rate
+        if sums[0] is not None:
+            sums[0] += (grad * normal).sum(0)
+        if sums[1] is not None:
+            sums[1] += grad.sum((0, 1))
+        if result is None:
+            continue
+        scaled = grad if gain is None else grad * gain
+        slope = (scaled * normal).mean(-1, keepdim=True)
+        if centered:
+            scaled = scaled - scaled.mean(-1, keepdim=True)
+        grad_rows = normal.mul_(slope).neg_().add_(scaled).mul_(tile_rate)
+        result.copy_(grad_rows if direct is None else grad_rows.add_(direct))
+    grad_weight, grad_bias = (
+        total.new_empty(0)
+        if summed is None or parameter is None
+        else summed.view(parameter.shape).to(parameter.dtype)
+        for summed, parameter in zip(sums, (weight, bias), strict=True)
+    )
+    return grad_input, grad_weight, grad_bias
+
+
+def _tiles(
+    weight: Tensor | None,
+    dims: int,
+    tensors: tuple[Tensor | None, ...],
+    statistics: tuple[Tensor | None, ...],
+) -> Iterator[tuple[Any, ...]]:
+    """Parts of tensors as ``(rows, heads, features)``, and of statistics as ``(rows, heads)``."""
+    first = tensors[0]
+    assert first is not None
+    if first.numel() == 0:
+        return
+    heads = 1 if weight is None or weight.dim() == dims else weight.shape[0]
+    features = first.shape[-dims:].numel()
+    parts = [None if t is None else t.reshape(-1, heads, features) for t in tensors]
+    parts += [None if t is None else t.view(-1, heads) for t in statistics]
+    step = max(1, TILE * torch.get_num_threads() // (heads * features))
+    for start in range(0, first.numel() // (heads * features), step):
+        yield tuple(None if part is None else part[start : start + step] for part in parts)
+
+
+def _parameters(
+    weight: Tensor | None, bias: Tensor | None, dims: int, offset: float, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gain of shape ``(heads, features)`` and shift of shape ``(features,)``."""
+    gain = None if weight is None else _flat(weight, dims).to(dtype) + offset
+    return gain, None if bias is None else bias.flatten().to(dtype)
+
+
+def _flat(parameter: Tensor, dims: int) -> Tensor:
+    return parameter.reshape(parameter.shape[:-dims].numel(), parameter.shape[-dims:].numel())

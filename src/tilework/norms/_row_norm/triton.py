@@ -1,0 +1,679 @@
+"""RMS and layer normalization on the GPU: kernels, block sizes and launchers.
+
+A row that fits the registers is read once. A longer one is read twice, the second time from its
+end, where the cache still holds it. Gradients of weight and bias: each program sums its rows in
+float32, and torch adds the sums of the programs. There are no locks and no atomics.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tilework import _triton
+from tilework._operators import HALF
+
+# The longest row that a forward holds in registers, and the most sums of columns in a backward.
+HELD = {"interpreter": (64, 64), "sm_100": (16384, 8192)}
+USUAL_HELD = (16384, 16384)
+# Elements of a tile of short rows, and of a part of a long one.
+TILE = {"interpreter": (64, 64)}
+USUAL_TILE = (4096, 4096)
+# Threads of a warp; a multiprocessor takes this many threads of a backward.
+LANES = {"gfx942": 64, "interpreter": 1024}
+USUAL_LANES = 32
+THREADS = 1024
+
+
+@triton.jit
+def _starts(rows, size_1, size_2, stride_0, stride_1, stride_2):
+    """Where rows begin in a tensor whose leading dimensions count as three."""
+    outer = rows // size_2
+    return (outer // size_1) * stride_0 + (outer % size_1) * stride_1 + (rows % size_2) * stride_2
+
+
+@triton.jit
+def _sums(input_ptr, residual_ptr, input_starts, residual_starts, columns, mask):
+    """A tile of the rows to normalize."""
+    total = tl.load(input_ptr + input_starts[:, None] + columns[None, :], mask=mask, other=0.0)
+    total = total.to(tl.float32)
+    if residual_ptr is not None:
+        offsets = residual_starts[:, None] + columns[None, :]
+        total += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _rounded(total, total_ptr):
+    """The rows as the backward will read them."""
+    return total.to(total_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _merge(mean, squares, total, mask, seen, count):
+    """Mean and sum of squared deviations of ``seen`` columns and a tile of ``count`` more.
+
+    Merged as by Chan, Golub and LeVeque.
+    """
+    tile_mean = tl.sum(total, 1) / count
+    deviation = tl.where(mask, total - tile_mean[:, None], 0.0)
+    step = tile_mean - mean
+    share = count / (seen + count)
+    squares += tl.sum(deviation * deviation, 1) + step * step * (seen * share)
+    return mean + step * share, squares
+
+
+@triton.jit
+def _gain(weight_ptr, columns, mask, WEIGHT_OFFSET: tl.constexpr):
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    return (weight + WEIGHT_OFFSET)[None, :]
+
+
+@triton.jit
+def _store_output(
+    output_ptr,
+    total_ptr,
+    weight_ptr,
+    bias_ptr,
+    total,
+    mean,
+    rate,
+    offsets,
+    columns,
+    mask,
+    column_mask,
+    WEIGHT_OFFSET: tl.constexpr,
+    CENTERED: tl.constexpr,
+):
+    if total_ptr is not None:
+        tl.store(total_ptr + offsets, total.to(total_ptr.dtype.element_ty), mask=mask)
+    output = (total - mean[:, None] if CENTERED else total) * rate[:, None]
+    if weight_ptr is not None:
+        output *= _gain(weight_ptr, columns, column_mask, WEIGHT_OFFSET)
+    if bias_ptr is not None:
+        output += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    tl.store(output_ptr + offsets, output.to(output_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def forward_kernel(
+    input_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    output_ptr,
+    total_ptr,
+    mean_ptr,
+    rate_ptr,
+    num_rows,
+    num_features,
+    num_measured,
+    size_1,
+    size_2,
+    input_stride_0,
+    input_stride_1,
+    input_stride_2,
+    residual_stride_0,
+    residual_stride_1,
+    residual_stride_2,
+    EPS: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    CENTERED: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    HELD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """A block of rows of one head: every ``num_programs(1)``-th of all rows.
+
+    ``ROUNDED`` saves the statistics of the rounded sum, from which the backward starts.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    places = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = places < num_rows
+    rows = places * tl.num_programs(1) + head
+    input_starts = _starts(rows, size_1, size_2, input_stride_0, input_stride_1, input_stride_2)
+    residual_starts = input_starts
+    if residual_ptr is not None:
+        residual_starts = _starts(
+            rows, size_1, size_2, residual_stride_0, residual_stride_1, residual_stride_2
+        )
+    output_starts = rows * num_features
+    if weight_ptr is not None:
+        weight_ptr += head * num_features
+
+    block = tl.arange(0, BLOCK_COLUMNS)
+    mean = tl.zeros((BLOCK_ROWS,), tl.float32)
+    squares = tl.zeros((BLOCK_ROWS,), tl.float32)
+    saved_mean = mean
+    saved_squares = squares
+    if HELD:
+        column_mask = block < num_features
+        mask = row_mask[:, None] & column_mask[None, :]
+        total = _sums(input_ptr, residual_ptr, input_starts, residual_starts, block, mask)
+        if CENTERED:
+            mean, squares = _merge(mean, squares, total, mask, 0, num_features)
+            if ROUNDED:
+                saved = _rounded(total, total_ptr)
+                saved_mean, saved_squares = _merge(
+                    saved_mean, saved_squares, saved, mask, 0, num_features
+                )
+        else:
+            measured = tl.where((block < num_measured)[None, :], total, 0.0)
+            squares = tl.sum(measured * measured, 1)
+        rate = tl.rsqrt(squares / num_measured + EPS)
+        _store_output(
+            output_ptr,
+            total_ptr,
+            weight_ptr,
+            bias_ptr,
+            total,
+            mean,
+            rate,
+            output_starts[:, None] + block[None, :],
+            block,
+            mask,
+            column_mask,
+            WEIGHT_OFFSET,
+            CENTERED,
+        )
+    else:
+        if CENTERED:
+            for start in range(0, num_features, BLOCK_COLUMNS):
+                columns = start + block
+                mask = row_mask[:, None] & (columns < num_features)[None, :]
+                total = _sums(input_ptr, residual_ptr, input_starts, residual_starts, columns, mask)
+                count = tl.minimum(num_features - start, BLOCK_COLUMNS)
+                mean, squares = _merge(mean, squares, total, mask, start, count)
+                if ROUNDED:
+                    saved = _rounded(total, total_ptr)
+                    saved_mean, saved_squares = _merge(
+                        saved_mean, saved_squares, saved, mask, start, count
+                    )
+        else:
+            products = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+            for start in range(0, num_measured, BLOCK_COLUMNS):
+                columns = start + block
+                mask = row_mask[:, None] & (columns < num_measured)[None, :]
+                total = _sums(input_ptr, residual_ptr, input_starts, residual_starts, columns, mask)
+                products += total * total
+            squares = tl.sum(products, 1)
+        rate = tl.rsqrt(squares / num_measured + EPS)
+        num_blocks = tl.cdiv(num_features, BLOCK_COLUMNS)
+        for index in range(0, num_blocks):
+            columns = (num_blocks - 1 - index) * BLOCK_COLUMNS + block
+            column_mask = columns < num_features
+            mask = row_mask[:, None] & column_mask[None, :]
+            total = _sums(input_ptr, residual_ptr, input_starts, residual_starts, columns, mask)
+            _store_output(
+                output_ptr,
+                total_ptr,
+                weight_ptr,
+                bias_ptr,
+                total,
+                mean,
+                rate,
+                output_starts[:, None] + columns[None, :],
+                columns,
+                mask,
+                column_mask,
+                WEIGHT_OFFSET,
+                CENTERED,
+            )
+    if ROUNDED:
+        mean = saved_mean
+        rate = tl.rsqrt(saved_squares / num_measured + EPS)
+    if CENTERED:
+        tl.store(mean_ptr + rows, mean, mask=row_mask)
+    tl.store(rate_ptr + rows, rate, mask=row_mask)
+
+
+@triton.jit
+def _normalized_and_upstream(
+    total_ptr,
+    grad_ptr,
+    weight_ptr,
+    total_starts,
+    grad_starts,
+    mean,
+    rate,
+    columns,
+    mask,
+    column_mask,
+    WEIGHT_OFFSET: tl.constexpr,
+    CENTERED: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Tiles of the normalized rows, of the gradient after the weight, and of that before it."""
+    total_ptrs = total_ptr + total_starts[:, None] + columns[None, :]
+    total = tl.load(total_ptrs, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    grad_ptrs = grad_ptr + grad_starts[:, None] + columns[None, :]
+    grad = tl.load(grad_ptrs, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    normalized = (total - mean[:, None] if CENTERED else total) * rate[:, None]
+    upstream = grad
+    if weight_ptr is not None:
+        upstream = grad * _gain(weight_ptr, columns, column_mask, WEIGHT_OFFSET)
+    return normalized, grad, upstream
+
+
+@triton.jit
+def _store_grad(
+    grad_input_ptr,
+    grad_total_ptr,
+    normalized,
+    upstream,
+    slope,
+    level,
+    rate,
+    output_offsets,
+    grad_total_starts,
+    columns,
+    num_measured,
+    mask,
+    CENTERED: tl.constexpr,
+):
+    slopes = tl.where((columns < num_measured)[None, :], normalized * slope[:, None], 0.0)
+    result = upstream - slopes
+    if CENTERED:
+        result -= level[:, None]
+    result *= rate[:, None]
+    if grad_total_ptr is not None:
+        offsets = grad_total_starts[:, None] + columns[None, :]
+        result += tl.load(grad_total_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(grad_input_ptr + output_offsets, result.to(grad_input_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    grad_output_ptr,
+    grad_total_ptr,
+    total_ptr,
+    weight_ptr,
+    mean_ptr,
+    rate_ptr,
+    grad_input_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    num_rows,
+    num_features,
+    num_measured,
+    size_1,
+    size_2,
+    grad_output_stride_0,
+    grad_output_stride_1,
+    grad_output_stride_2,
+    grad_total_stride_0,
+    grad_total_stride_1,
+    grad_total_stride_2,
+    total_stride_0,
+    total_stride_1,
+    total_stride_2,
+    WEIGHT_OFFSET: tl.constexpr,
+    CENTERED: tl.constexpr,
+    HELD: tl.constexpr,
+    REREAD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Every ``num_programs(0)``-th block of the rows of one head.
+
+    The gradients of weight and bias have a row for each program.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    num_heads = tl.num_programs(1)
+    if weight_ptr is not None:
+        weight_ptr += head * num_features
+    partial = (head * tl.num_programs(0) + program) * num_features
+    if grad_weight_ptr is not None:
+        grad_weight_ptr += partial
+    if grad_bias_ptr is not None:
+        grad_bias_ptr += partial
+
+    block = tl.arange(0, BLOCK_COLUMNS)
+    weight_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    bias_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for tile in range(program, tl.cdiv(num_rows, BLOCK_ROWS), tl.num_programs(0)):
+        places = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+        row_mask = places < num_rows
+        rows = places * num_heads + head
+        grad_starts = _starts(
+            rows, size_1, size_2, grad_output_stride_0, grad_output_stride_1, grad_output_stride_2
+        )
+        total_starts = _starts(rows, size_1, size_2, total_stride_0, total_stride_1, total_stride_2)
+        grad_total_starts = grad_starts
+        if grad_total_ptr is not None:
+            grad_total_starts = _starts(
+                rows, size_1, size_2, grad_total_stride_0, grad_total_stride_1, grad_total_stride_2
+            )
+        output_starts = rows * num_features
+        rate = tl.load(rate_ptr + rows, mask=row_mask, other=0.0)
+        mean = rate
+        if CENTERED:
+            mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
+        level = rate
+        if HELD:
+            column_mask = block < num_features
+            mask = row_mask[:, None] & column_mask[None, :]
+            normalized, grad, upstream = _normalized_and_upstream(
+                total_ptr,
+                grad_output_ptr,
+                weight_ptr,
+                total_starts,
+                grad_starts,
+                mean,
+                rate,
+                block,
+                mask,
+                column_mask,
+                WEIGHT_OFFSET,
+                CENTERED,
+                "evict_last" if REREAD else "evict_first",
+            )
+            slope = tl.sum(upstream * normalized, 1) / num_measured
+            if CENTERED:
+                level = tl.sum(upstream, 1) / num_features
+            if REREAD:
+                normalized, grad, upstream = _normalized_and_upstream(
+                    total_ptr,
+                    grad_output_ptr,
+                    weight_ptr,
+                    total_starts,
+                    grad_starts,
+                    mean,
+                    rate,
+                    block,
+                    mask,
+                    column_mask,
+                    WEIGHT_OFFSET,
+                    CENTERED,
+                    "evict_first",
+                )
+            if grad_weight_ptr is not None:
+                weight_sum += grad * normalized
+            if grad_bias_ptr is not None:
+                bias_sum += grad
+            if grad_input_ptr is not None:
+                _store_grad(
+                    grad_input_ptr,
+                    grad_total_ptr,
+                    normalized,
+                    upstream,
+                    slope,
+                    level,
+                    rate,
+                    output_starts[:, None] + block[None, :],
+                    grad_total_starts,
+                    block,
+                    num_measured,
+                    mask,
+                    CENTERED,
+                )
+        else:
+            slope = rate
+            if grad_input_ptr is not None:
+                products = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+                levels = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+                for start in range(0, num_features, BLOCK_COLUMNS):
+                    columns = start + block
+                    column_mask = columns < num_features
+                    mask = row_mask[:, None] & column_mask[None, :]
+                    normalized, grad, upstream = _normalized_and_upstream(
+                        total_ptr,
+                        grad_output_ptr,
+                        weight_ptr,
+                        total_starts,
+                        grad_starts,
+                        mean,
+                        rate,
+                        columns,
+                        mask,
+                        column_mask,
+                        WEIGHT_OFFSET,
+                        CENTERED,
+                        "evict_last",
+                    )
+                    products += upstream * normalized
+                    if CENTERED:
+                        levels += upstream
+                slope = tl.sum(products, 1) / num_measured
+                if CENTERED:
+                    level = tl.sum(levels, 1) / num_features
+            num_blocks = tl.cdiv(num_features, BLOCK_COLUMNS)
+            for index in range(0, num_blocks):
+                columns = (num_blocks - 1 - index) * BLOCK_COLUMNS + block
+                column_mask = columns < num_features
+                mask = row_mask[:, None] & column_mask[None, :]
+                normalized, grad, upstream = _normalized_and_upstream(
+                    total_ptr,
+                    grad_output_ptr,
+                    weight_ptr,
+                    total_starts,
+                    grad_starts,
+                    mean,
+                    rate,
+                    columns,
+                    mask,
+                    column_mask,
+                    WEIGHT_OFFSET,
+                    CENTERED,
+                    "evict_first",
+                )
+                # The first tile of a program finds nothing to add to.
+                seen = column_mask & (tile != program)
+                if grad_weight_ptr is not None:
+                    earlier = tl.load(grad_weight_ptr + columns, mask=seen, other=0.0)
+                    summed = earlier + tl.sum(grad * normalized, 0)
+                    tl.store(grad_weight_ptr + columns, summed, mask=column_mask)
+                if grad_bias_ptr is not None:
+                    earlier = tl.load(grad_bias_ptr + columns, mask=seen, other=0.0)
+                    summed = earlier + tl.sum(grad, 0)
+                    tl.store(grad_bias_ptr + columns, summed, mask=column_mask)
+                if grad_input_ptr is not None:
+                    _store_grad(
+                        grad_input_ptr,
+                        grad_total_ptr,
+                        normalized,
+                        upstream,
+                        slope,
+                        level,
+                        rate,
+                        output_starts[:, None] + columns[None, :],
+                        grad_total_starts,
+                        columns,
+                        num_measured,
+                        mask,
+                        CENTERED,
+                    )
+            # Another thread may add to these sums in the next tile.
+            tl.debug_barrier()
+    if HELD:
+        column_mask = block < num_features
+        if grad_weight_ptr is not None:
+            tl.store(grad_weight_ptr + block, tl.sum(weight_sum, 0), mask=column_mask)
+        if grad_bias_ptr is not None:
+            tl.store(grad_bias_ptr + block, tl.sum(bias_sum, 0), mask=column_mask)
+
+
+@functools.cache
+def choose_config(
+    arch: str, dtype: torch.dtype, num_features: int, num_sums: int | None = None
+) -> dict[str, Any]:
+    """The constants of a launch; ``num_sums`` are the columns' sums of a backward."""
+    backward = num_sums is not None
+    # Wide numbers take more registers on their way to and from memory.
+    size = dtype.itemsize // 2 if backward else 1
+    short, long = TILE.get(arch, USUAL_TILE)
+    columns = triton.next_power_of_2(num_features)
+    held = columns * (num_sums or 1) * size <= HELD.get(arch, USUAL_HELD)[backward]
+    rows = 1
+    if held:
+        rows = max(1, min(64, short // size // columns))
+    else:
+        if backward:
+            # Some rows at a time make fewer additions to the sums in memory.
+            rows = max(1, min(4, 65536 // columns))
+        columns = (long // 2 if backward else long) // rows // size
+    # A wide row is read again, from the cache, rather than held beside the sums.
+    reread = backward and held and columns * size > short // 2
+    thread = 8 if backward and not reread else 32 if held and not backward else 16  # elements
+    lanes = LANES.get(arch, USUAL_LANES)
+    constants = {
+        "HELD": held,
+        "BLOCK_ROWS": rows,
+        "BLOCK_COLUMNS": columns,
+        "num_warps": max(1, min(THREADS // lanes, rows * columns // (lanes * thread))),
+    }
+    if backward:
+        constants["REREAD"] = reread
+    return constants
+
+
+def forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dims: int,
+    num_measured: int,
+    eps: float,
+    weight_offset: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return output, sum, mean and rate; the second only with residual, the third if centered."""
+    leading = input.shape[:-dims]
+    num_features = input.shape[-dims:].numel()
+    output = input.new_empty(input.shape)
+    total = input.new_empty(0 if residual is None else input.shape)
+    mean = input.new_empty(leading if centered else 0, dtype=torch.float32)
+    rate = input.new_empty(leading, dtype=torch.float32)
+    if input.numel() == 0:
+        return output, total, mean.zero_(), rate.zero_()
+    tensors, sizes, strides = _rows(dims, input, residual)
+    num_heads, num_rows = _heads(rate.numel(), weight, dims)
+    config = choose_config(_triton.architecture(input.device), input.dtype, num_features)
+    forward_kernel[(triton.cdiv(num_rows, config["BLOCK_ROWS"]), num_heads)](
+        *tensors,
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        output,
+        None if residual is None else total,
+        mean if centered else None,
+        rate,
+        num_rows,
+        num_features,
+        num_measured,
+        *sizes,
+        *strides,
+        EPS=eps,
+        WEIGHT_OFFSET=weight_offset,
+        CENTERED=centered,
+        # Without the mean, the difference is within the rounding of the gradient.
+        ROUNDED=centered and residual is not None and input.dtype in HALF,
+        **config,
+    )
+    return output, total, mean, rate
+
+
+def backward(
+    grad_output: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rate: Tensor,
+    dims: int,
+    num_measured: int,
+    eps: float,
+    weight_offset: float,
+    centered: bool,
+    dtype: torch.dtype,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sum (in ``dtype``), weight and bias; an empty one where not needed."""
+    grad_input = total.new_empty(total.shape if needed[0] else 0, dtype=dtype)
+    if total.numel() == 0:
+        grad_weight, grad_bias = (
+            torch.zeros_like(parameter) if need and parameter is not None else total.new_empty(0)
+            for parameter, need in zip((weight, bias), needed[1:], strict=True)
+        )
+        return grad_input, grad_weight, grad_bias
+    num_features = total.shape[-dims:].numel()
+    tensors, sizes, strides = _rows(dims, grad_output, grad_total, total)
+    num_heads, num_rows = _heads(rate.numel(), weight, dims)
+    arch = _triton.architecture(total.device)
+    config = choose_config(arch, total.dtype, num_features, sum(needed[1:]))
+    num_programs = triton.cdiv(num_rows, config["BLOCK_ROWS"])
+    if needed[1] or needed[2]:
+        threads = config["num_warps"] * LANES.get(arch, USUAL_LANES)
+        most = THREADS // threads * _triton.multiprocessors(total.device)
+        num_programs = min(num_programs, max(1, most // num_heads))
+    partials = [
+        total.new_empty(num_heads, num_programs, num_features, dtype=rate.dtype) if need else None
+        for need in needed[1:]
+    ]
+    backward_kernel[(num_programs, num_heads)](
+        *tensors,
+        None if weight is None else weight.contiguous(),
+        mean.contiguous() if centered else None,
+        rate.contiguous(),
+        grad_input if needed[0] else None,
+        *partials,
+        num_rows,
+        num_features,
+        num_measured,
+        *sizes,
+        *strides,
+        WEIGHT_OFFSET=weight_offset,
+        CENTERED=centered,
+        **config,
+    )
+    grad_weight, grad_bias = (
+        total.new_empty(0)
+        if partial is None or parameter is None
+        else partial.sum(1).view(parameter.shape).to(parameter.dtype)
+        for partial, parameter in zip(partials, (weight, bias), strict=True)
+    )
+    return grad_input, grad_weight, grad_bias
+
+
+def _heads(num_rows: int, weight: Tensor | None, dims: int) -> tuple[int, int]:
+    """The heads that have a weight of their own, and the rows of each."""
+    num_heads = 1 if weight is None or weight.dim() == dims else weight.shape[0]
+    return num_heads, num_rows // max(1, num_heads)
+
+
+def _rows(
+    dims: int, *tensors: Tensor | None
+) -> tuple[tuple[Tensor | None, ...], tuple[int, int], list[int]]:
+    """Count the leading dimensions of tensors of one shape as three, so that rows can be found.
+
+    Returns the tensors, copied where that cannot be done or their rows are not dense; the sizes of
+    the second and the third dimension; and three strides for each tensor.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if all(tensor.is_contiguous() for tensor in given):
+        step = given[0].shape[-dims:].numel()
+        return tensors, (1, 1), [step, 0, 0] * len(tensors)
+    leading = given[0].dim() - dims
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for size, *strides in zip(
+        given[0].shape[:leading], *(tensor.stride() for tensor in given), strict=False
+    ):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == tuple(size * stride for stride in strides):
+            merged[-1] = (merged[-1][0] * size, tuple(strides))
+        else:
+            merged.append((size, tuple(strides)))
+    dense = all(tensor[(0,) * leading].is_contiguous() for tensor in given if tensor.numel())
+    if not dense or len(merged) > 3:
+        return _rows(dims, *(None if t is None else t.contiguous() for t in tensors))
+    merged += [(1, (0,) * len(given))] * (3 - len(merged))
+    by_tensor = iter(zip(*(strides for _, strides in merged), strict=True))
+    flat = [s for t in tensors for s in ((0, 0, 0) if t is None else next(by_tensor))]
+    return tensors, (merged[1][0], merged[2][0]), flat
