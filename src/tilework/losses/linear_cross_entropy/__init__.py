@@ -401,12 +401,8 @@ def _check_tensors(
         ("weight", weight, linear_weight.shape[:1]),
         ("token_weight", token_weight, input.shape[:-1]),
     ):
-        if constant is None:
-            continue
-        _checks.floating(_NAME, name, constant)
-        _checks.shape(_NAME, name, constant, shape)
-        if constant.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{_NAME}: {name} must not require a gradient: it is a constant here")
+        if constant is not None:
+            _checks.constant(_NAME, name, constant, shape)
     if shift and (input.dim() != 3 or shift >= input.shape[1]):
         raise ValueError(
             f"{_NAME}: shift above 0 must come with input of shape (B, T, D) and be below T, got "

@@ -9,16 +9,13 @@ from torch import Tensor
 from tilework._operators import computation_dtype
 from tilework.losses.linear_cross_entropy import shared
 from tilework.losses.linear_cross_entropy.shared import (
+    NEGLIGIBLE,
     Head,
     Statistics,
-    accumulate,
     kept_rows,
-    slices,
     spread,
     tile_width,
 )
-
-NEGLIGIBLE = -1000.0  # the exponential is 0 in every dtype, and so is its product with the gap
 
 
 def extra_bytes(input: Tensor, linear_weight: Tensor) -> int:
@@ -41,11 +38,11 @@ def forward(
     moments: bool,
 ) -> Statistics:
     """See ``reference.linear_logit_stats``."""
-    rows, hidden, kept_target = kept_rows(input, target, ignore_index)
+    rows, (hidden, kept_target) = kept_rows(target == ignore_index, input, target)
     head = Head(hidden, linear_weight, linear_bias, softcap, temperature)
     statistics = hidden.new_zeros(6 if moments else 4, len(hidden), dtype=head.dtype)
     argmax = torch.zeros_like(kept_target if moments else kept_target[:0])
-    for tokens in slices(len(hidden), shared.TOKENS):
+    for tokens in head.tokens():
         shift, total, target_gap, class_gap, *extra = statistics[:, tokens]
         peak = torch.full_like(shift, -torch.inf)
         target_logit = torch.full_like(shift, torch.nan)
@@ -109,7 +106,7 @@ def backward(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; an empty tensor for each that is not needed."""
-    rows, hidden, kept_target = kept_rows(input, target, ignore_index)
+    rows, (hidden, kept_target) = kept_rows(target == ignore_index, input, target)
     upstream = [grad_total, grad_target_gap, grad_class_gap]
     if grad_moment is not None:
         upstream.append(grad_moment)
@@ -120,51 +117,30 @@ def backward(
         vectors = vectors.index_select(1, rows)
     head = Head(hidden, linear_weight, linear_bias, softcap, temperature)
 
-    grad_hidden = hidden.new_zeros(hidden.shape if needed[0] else 0, dtype=head.dtype)
-    grad_weight = torch.empty_like(
-        linear_weight if needed[1] else linear_weight[:0], memory_format=torch.contiguous_format
-    )
-    grad_bias = linear_weight.new_zeros(len(linear_weight) if needed[2] else 0, dtype=head.dtype)
-    for classes in head.classes():
-        weight_tile = hidden.new_zeros(
-            (classes.stop - classes.start, hidden.shape[1]) if needed[1] else 0, dtype=head.dtype
+    def gradient(tokens: slice, classes: slice) -> Tensor:
+        row_shift, grad_sum, grad_target, grad_class, *extra = vectors[:, tokens]
+        logits = head.outputs(tokens, classes)
+        slope = head.cap(logits, need_slope=True)
+        logits.sub_(row_shift[:, None])
+        if extra:
+            (grad_entry,) = extra
+            entry = logits.clamp(min=NEGLIGIBLE).mul_(-grad_entry[:, None])
+            grad = logits.exp_().mul_(entry.add_((grad_sum - grad_entry)[:, None]))
+        else:
+            grad = logits.exp_().mul_(grad_sum[:, None])
+        column = kept_target[tokens] - classes.start
+        inside = (column >= 0) & (column < grad.shape[1])
+        grad.scatter_add_(
+            1, column.where(inside, 0)[:, None], -grad_target.where(inside, 0)[:, None]
         )
-        for tokens in slices(len(hidden), shared.TOKENS):
-            row_shift, grad_sum, grad_target, grad_class, *extra = vectors[:, tokens]
-            logits = head.outputs(tokens, classes)
-            slope = head.cap(logits, need_slope=True)
-            logits.sub_(row_shift[:, None])
-            if extra:
-                (grad_entry,) = extra
-                entry = logits.clamp(min=NEGLIGIBLE).mul_(-grad_entry[:, None])
-                grad = logits.exp_().mul_(entry.add_((grad_sum - grad_entry)[:, None]))
-            else:
-                grad = logits.exp_().mul_(grad_sum[:, None])
-            column = kept_target[tokens] - classes.start
-            inside = (column >= 0) & (column < grad.shape[1])
-            grad.scatter_add_(
-                1, column.where(inside, 0)[:, None], -grad_target.where(inside, 0)[:, None]
-            )
-            if class_weight is not None:
-                grad.addr_(grad_class, class_weight[classes], alpha=-1)
-            if slope is not None:
-                grad.mul_(slope)
-            if needed[2]:
-                grad_bias[classes] += grad.sum(0)
-            if not (needed[0] or needed[1]):
-                continue
-            factor = head.factor(grad)
-            if needed[0]:
-                accumulate(grad_hidden[tokens], factor, head.weight(classes))
-            if needed[1]:
-                accumulate(weight_tile, factor.T, head.hidden(tokens))
-        if needed[1]:
-            grad_weight[classes] = weight_tile
-    return (
-        spread(grad_hidden, rows, len(input), dim=0).to(input.dtype) if needed[0] else grad_hidden,
-        grad_weight,
-        grad_bias.to(linear_weight.dtype),
-    )
+        if class_weight is not None:
+            grad.addr_(grad_class, class_weight[classes], alpha=-1)
+        return grad if slope is None else grad.mul_(slope)
+
+    grad_hidden, grad_weight, grad_bias = head.gradients(needed, gradient)
+    if needed[0]:
+        grad_hidden = spread(grad_hidden, rows, len(input), dim=0)
+    return grad_hidden, grad_weight, grad_bias
 
 
 def _raise_top(top: Tensor, argmax: Tensor, values: Tensor, first_class: int) -> None:
