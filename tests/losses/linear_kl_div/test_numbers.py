@@ -3,6 +3,7 @@
 import itertools
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilework.losses import linear_kl_div
+from tilework.losses.linear_kl_div import tiled
 
 from helpers import FLOATING, assert_exact, dtype_name
 from losses.linear_kl_div.problem import DIVERGENCES, IMPLEMENTATIONS, Problem, composed
@@ -276,6 +278,31 @@ def test_nothing_counted(implementation: str) -> None:
         losses = problem.with_options(reduction="none").loss(function)
         assert losses.shape == (tokens,)
         assert not losses.any()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_positions_that_cannot_be_counted(
+    implementation: str, divergence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a GPU, where those that are masked out are computed on zeros.
+    def all_rows(ignored: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        rows = torch.arange(len(ignored))
+        return rows, [tensor.masked_fill(ignored[:, None], 0) for tensor in tensors]
+
+    function = partial(linear_kl_div, implementation=implementation)
+    problem = Problem.random(bias=True, divergence=divergence)
+    expected = problem.solve(function)
+    monkeypatch.setattr(tiled, "kept_rows", all_rows)
+    for actual, result in zip(problem.solve(function), expected, strict=True):
+        torch.testing.assert_close(actual, result)
+    nothing = torch.zeros_like(problem.options["mask"])
+    assert not any(
+        gradient.any() for gradient in problem.with_options(mask=nothing).solve(function)[1:]
+    )
+    assert problem.student_bias is not None
+    assert problem.teacher_bias is not None
+    (problem.teacher_bias if divergence == "reverse" else problem.student_bias).data[0] = -torch.inf
+    assert problem.with_options(mask=nothing, reduction="sum").loss(function) == 0
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
