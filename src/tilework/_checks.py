@@ -62,6 +62,12 @@ def fraction(function: str, argument: str, value: object) -> None:
         raise bad_value(function, argument, "a number from 0 to 1", value)
 
 
+def open_fraction(function: str, argument: str, value: object) -> None:
+    """Refuse a number outside (0, 1)."""
+    if not 0 < number(function, argument, value) < 1:
+        raise bad_value(function, argument, "a number above 0 and below 1", value)
+
+
 def floating(function: str, argument: str, value: object) -> None:
     """Refuse what is not a tensor of a real floating dtype."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -88,6 +94,16 @@ def shape(function: str, argument: str, value: Tensor, expected: Sequence[int]) 
     """Refuse a tensor of another shape."""
     if tuple(value.shape) != tuple(expected):
         raise bad_value(function, argument, f"of shape {tuple(expected)}", value)
+
+
+def constant(function: str, argument: str, value: Tensor, expected: Sequence[int]) -> None:
+    """Refuse what is not a floating-point tensor of a shape, or would miss its gradient."""
+    floating(function, argument, value)
+    shape(function, argument, value, expected)
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{function}: {argument} must not require a gradient: it is a constant here"
+        )
 
 
 def same_device(function: str, **tensors: Tensor | None) -> None:

@@ -117,6 +117,29 @@ def without_autocast(function: Callable[..., T]) -> Callable[..., T]:
     return run
 
 
+def second_derivative(
+    function: Callable[..., tuple[Tensor, ...]],
+    upstream: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Gradients of ``upstream`` and of the leaves, through a function's first derivative.
+
+    That derivative takes ``upstream`` back to the leaves of ``function``; ``grads`` belong to those
+    of its results that are ``needed``.
+    """
+    count = len(upstream)
+
+    def first_derivative(*arguments: Tensor) -> tuple[Tensor, ...]:
+        pull = torch.func.vjp(function, *arguments[count:])[1]
+        results = pull(arguments[:count])
+        return tuple(result for result, need in zip(results, needed, strict=True) if need)
+
+    results = torch.func.vjp(first_derivative, *upstream, *leaves)[1](tuple(grads))
+    return results[:count], results[count:]
+
+
 def define(
     schema: str,
     kernel: Callable[..., Any],

@@ -1,6 +1,5 @@
 """What the gradient filter may leave out, measured against exact gradients in float64."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilework.losses import LinearCrossEntropy, linear_cross_entropy, linear_log_probs
+from tilework.losses import (
+    LinearCrossEntropy,
+    LinearKLDivLoss,
+    linear_cross_entropy,
+    linear_kl_div,
+    linear_log_probs,
+)
 from tilework.losses.linear_cross_entropy import tiled
 
 from losses.linear_cross_entropy.problem import IMPLEMENTATIONS, Problem
@@ -173,10 +178,16 @@ def test_log_probs_are_bounded() -> None:
     assert (missing <= bound * (1 + 1e-9)).all()
 
 
-@pytest.mark.parametrize("function", [linear_cross_entropy, linear_log_probs])
 @pytest.mark.parametrize("bad", [0.0, 1.0, -0.5, float("nan")])
-def test_bad_fractions(function: Callable[..., Any], bad: float) -> None:
-    with pytest.raises(ValueError, match="gradient_filter must be None or a number above 0"):
-        function(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 1]), gradient_filter=bad)
+def test_bad_fractions(bad: float) -> None:
+    hidden, head = torch.zeros(2, 3), torch.zeros(4, 3)
+    message = "gradient_filter must be None or a number above 0"
+    for function in (linear_cross_entropy, linear_log_probs):
+        with pytest.raises(ValueError, match=message):
+            function(hidden, head, torch.tensor([0, 1]), gradient_filter=bad)
+    with pytest.raises(ValueError, match=message):
+        linear_kl_div(hidden, head, hidden, head, gradient_filter=bad)
+    with pytest.raises(ValueError, match=message):
+        LinearKLDivLoss(gradient_filter=bad)
     with pytest.raises(TypeError, match="gradient_filter must be a number"):
         LinearCrossEntropy(gradient_filter="some")  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -375,3 +376,19 @@ def test_chunks_without_instructions_for_half_precision(
     monkeypatch.setattr(shared, "_BFLOAT16_PRODUCTS", False)
     for tokens in (20, 75):
         check(Problem.random(tokens=tokens, features=8, dtype=dtype, bias=True), "chunked")
+
+
+def test_ignored_rows_that_are_computed_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on other devices than the CPU, which cannot look at the rows.
+    from tilework.losses.linear_cross_entropy import tiled
+
+    def all_rows(ignored: torch.Tensor, hidden: torch.Tensor, target: torch.Tensor) -> Any:
+        return torch.arange(len(ignored)), [hidden.masked_fill(ignored[:, None], 0), target]
+
+    problem = Problem.random(bias=True)
+    assert problem.linear_bias is not None
+    problem.linear_bias.data += 200
+    expected = problem.solve(linear_cross_entropy)
+    monkeypatch.setattr(tiled, "kept_rows", all_rows)
+    actual = problem.solve(partial(linear_cross_entropy, implementation="tiled"))
+    torch.testing.assert_close(actual, expected)

@@ -463,9 +463,5 @@ def _check_constants(
         ("weight", weight, (classes,)),
         ("token_weight", token_weight, input.shape[:-1]),
     ):
-        if constant is None:
-            continue
-        _checks.floating(_NAME, name, constant)
-        _checks.shape(_NAME, name, constant, shape)
-        if constant.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{_NAME}: {name} must not require a gradient: it is a constant here")
+        if constant is not None:
+            _checks.constant(_NAME, name, constant, shape)

@@ -68,7 +68,7 @@ def loss_and_gradients(
     The loss of a row is ``target_scale * (lse - z[target]) + class_scale * sum(class_weight *
     (lse - z)) + square_scale * lse**2``. A gradient that is not needed is empty.
     """
-    rows, hidden, kept_target = kept_rows(input, target, ignore_index)
+    rows, (hidden, kept_target) = kept_rows(target == ignore_index, input, target)
     scales = [
         scale if scale is None or rows is None else scale.index_select(0, rows)
         for scale in (target_scale, class_scale, square_scale)

@@ -145,12 +145,13 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     input, linear_weight = args[4:6]
-    return _empty_gradients(input, linear_weight, args[-2])
+    return empty_gradients(input, linear_weight, args[-2])
 
 
-def _empty_gradients(
+def empty_gradients(
     input: Tensor, linear_weight: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a head for fake kernels; an empty tensor for each that is not needed."""
     sizes = input.shape, linear_weight.shape, linear_weight.shape[:1]
     grad_input, grad_weight, grad_bias = (
         input.new_empty(size if need else 0) for size, need in zip(sizes, needed, strict=True)
@@ -184,14 +185,13 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
             None,
         )[1 : 1 + len(upstream)]
 
-    def first_derivative(*arguments: Tensor) -> tuple[Tensor, ...]:
-        pull = torch.func.vjp(statistics, *arguments[len(upstream) :])[1]
-        results = pull(arguments[: len(upstream)])
-        return tuple(result for result, need in zip(results, needed, strict=True) if need)
-
-    pull = torch.func.vjp(first_derivative, *upstream, *heads)[1]
-    results = pull(tuple(grad for grad, need in zip(grads, ctx.needed, strict=True) if need))
-    grad_upstream, grad_heads = results[: len(upstream)], list(results[len(upstream) :])
+    grad_upstream, grad_heads = _operators.second_derivative(
+        statistics,
+        upstream,
+        heads,
+        needed,
+        [grad for grad, need in zip(grads, ctx.needed, strict=True) if need],
+    )
     grad_bias = grad_heads[2] if linear_bias is not None else None
     return (
         *grad_upstream,
@@ -238,7 +238,7 @@ def _sum_forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Ten
 
 def _sum_fake(input: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
     loss = input.new_empty((), dtype=computation_dtype(input.dtype))
-    return loss, *_empty_gradients(input, linear_weight, args[-1])
+    return loss, *empty_gradients(input, linear_weight, args[-1])
 
 
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,6 +1,6 @@
 """What the implementations in plain PyTorch, and the launchers of kernels, have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from tilework._operators import HALF, computation_dtype
 
 TOKENS = 2048
 TILE = 2048 * 1024  # logits of a tile: 8 MiB in float32, which stays in a CPU's last cache
+NEGLIGIBLE = -1000.0  # the exponential is 0 in every dtype, and so is its product with the gap
 _BFLOAT16_PRODUCTS = torch.cpu._is_avx512_bf16_supported()
 
 
@@ -42,19 +43,19 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-def kept_rows(
-    input: Tensor, target: Tensor, ignore_index: int
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The rows that count: their indices (None for all of them), hidden states and targets."""
-    ignored = target == ignore_index
-    if input.device.type != "cpu":
-        # Counting would synchronize, so ignored rows are computed on zeros.
-        rows = torch.arange(len(input), device=input.device)
-        return rows, input.masked_fill(ignored[:, None], 0), target
+def kept_rows(ignored: Tensor, *tensors: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    """The rows that count: their indices (None for all of them), and the tensors' rows there."""
+    if ignored.device.type != "cpu":
+        # Counting would synchronize, so ignored rows of hidden states are computed on zeros.
+        rows = torch.arange(len(ignored), device=ignored.device)
+        return rows, [
+            tensor.masked_fill(ignored[:, None], 0) if tensor.is_floating_point() else tensor
+            for tensor in tensors
+        ]
     if not ignored.any():
-        return None, input, target
+        return None, list(tensors)
     rows = ignored.logical_not().nonzero()[:, 0]
-    return rows, input.index_select(0, rows), target.index_select(0, rows)
+    return rows, [tensor.index_select(0, rows) for tensor in tensors]
 
 
 def spread(values: Tensor, rows: Tensor | None, length: int, dim: int) -> Tensor:
@@ -82,12 +83,13 @@ class Head:
         bias: Tensor | None,
         softcap: float | None,
         temperature: float,
+        width: int | None = None,
     ) -> None:
         self._hidden, self._weight, self._bias = hidden, weight, bias
         self._softcap, self._temperature = softcap, temperature
         self.dtype = computation_dtype(hidden.dtype)
         self.product_dtype = product_dtype(hidden)
-        self._width = tile_width(len(hidden), weight)
+        self._width = tile_width(len(hidden), weight) if width is None else width
         size = min(len(hidden), TOKENS) * self._width
         self._logits = hidden.new_empty(size, dtype=self.dtype)
         self._product = (
@@ -95,6 +97,10 @@ class Head:
             if self.product_dtype == self.dtype
             else hidden.new_empty(size, dtype=self.product_dtype)
         )
+
+    def tokens(self) -> Iterator[slice]:
+        """The tiles of tokens."""
+        return slices(len(self._hidden), TOKENS)
 
     def classes(self) -> Iterator[slice]:
         """The tiles of classes."""
@@ -137,3 +143,47 @@ class Head:
         if self._product is self._logits:
             return grad
         return self._product[: grad.numel()].view(grad.shape).copy_(grad)
+
+    def gradients(
+        self,
+        needed: Sequence[bool],
+        of_outputs: Callable[[slice, slice], tuple[Tensor, Tensor | None]],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of hidden states, weight and bias; an empty tensor where not needed.
+
+        ``of_outputs`` gives those of a tile of outputs, and which classes of the tile count in the
+        products, None for all.
+        """
+        hidden, weight = self._hidden, self._weight
+        grad_hidden = hidden.new_zeros(hidden.shape if needed[0] else 0, dtype=self.dtype)
+        grad_weight = torch.empty_like(
+            weight if needed[1] else weight[:0], memory_format=torch.contiguous_format
+        )
+        grad_bias = weight.new_zeros(len(weight) if needed[2] else 0, dtype=self.dtype)
+        for classes in self.classes():
+            weight_tile = hidden.new_zeros(
+                (classes.stop - classes.start, hidden.shape[1]) if needed[1] else 0,
+                dtype=self.dtype,
+            )
+            for tokens in self.tokens():
+                grad, counted = of_outputs(tokens, classes)
+                if needed[2]:
+                    grad_bias[classes] += grad.sum(0)
+                if not (needed[0] or needed[1]):
+                    continue
+                rows, tile = self.weight(classes), weight_tile
+                if counted is None:
+                    factor = self.factor(grad)
+                else:
+                    factor = grad.index_select(1, counted).to(self.product_dtype)
+                    rows = rows.index_select(0, counted)
+                    tile = tile.index_select(0, counted) if needed[1] else tile
+                if needed[0]:
+                    accumulate(grad_hidden[tokens], factor, rows)
+                if needed[1]:
+                    accumulate(tile, factor.T, self.hidden(tokens))
+                    if counted is not None:
+                        weight_tile.index_copy_(0, counted, tile)
+            if needed[1]:
+                grad_weight[classes] = weight_tile
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias.to(weight.dtype)

@@ -9,16 +9,13 @@ from torch import Tensor
 from tilework._operators import computation_dtype
 from tilework.losses.linear_cross_entropy import shared
 from tilework.losses.linear_cross_entropy.shared import (
+    NEGLIGIBLE,
     Head,
     Statistics,
-    accumulate,
     kept_rows,
-    slices,
     spread,
     tile_width,
 )
-
-NEGLIGIBLE = -1000.0  # the exponential is 0 in every dtype, and so is its product with the gap
 
 
 def extra_bytes(input: Tensor, linear_weight: Tensor) -> int:
@@ -42,11 +39,11 @@ def forward(
     gradient_filter: float | None,
 ) -> Statistics:
     """See ``reference.linear_logit_stats``."""
-    rows, hidden, kept_target = kept_rows(input, target, ignore_index)
+    rows, (hidden, kept_target) = kept_rows(target == ignore_index, input, target)
     head = Head(hidden, linear_weight, linear_bias, softcap, temperature)
     statistics = hidden.new_zeros(6 if moments else 4, len(hidden), dtype=head.dtype)
     argmax = torch.zeros_like(kept_target if moments else kept_target[:0])
-    for tokens in slices(len(hidden), shared.TOKENS):
+    for tokens in head.tokens():
         shift, total, target_gap, class_gap, *extra = statistics[:, tokens]
         peak = torch.full_like(shift, -torch.inf)
         target_logit = torch.full_like(shift, torch.nan)
@@ -116,83 +113,57 @@ def backward(
     With ``gradient_filter``, on the CPU, classes whose gradients are small in every row of a tile
     are left out of the products for input and weight.
     """
-    rows, hidden, kept_target = kept_rows(input, target, ignore_index)
+    rows, (hidden, kept_target) = kept_rows(target == ignore_index, input, target)
     upstream = [grad_total, grad_target_gap, grad_class_gap]
     if grad_moment is not None:
         upstream.append(grad_moment)
     vectors = torch.stack((shift, total, *upstream))
     vectors[2:].div_(temperature)
     vectors.masked_fill_(target == ignore_index, 0)
+    # Ignored rows that are computed on zeros must not overflow by their bias.
+    vectors[0].masked_fill_(target == ignore_index, torch.inf)
     if rows is not None:
         vectors = vectors.index_select(1, rows)
     head = Head(hidden, linear_weight, linear_bias, softcap, temperature)
 
-    grad_hidden = hidden.new_zeros(hidden.shape if needed[0] else 0, dtype=head.dtype)
-    grad_weight = torch.empty_like(
-        linear_weight if needed[1] else linear_weight[:0], memory_format=torch.contiguous_format
-    )
-    grad_bias = linear_weight.new_zeros(len(linear_weight) if needed[2] else 0, dtype=head.dtype)
     # On other devices the host would have to wait for what is small.
-    filters = gradient_filter is not None and input.device.type == "cpu"
-    unspent = [0.0] * len(range(0, len(hidden), shared.TOKENS))
-    for classes in head.classes():
-        weight_tile = hidden.new_zeros(
-            (classes.stop - classes.start, hidden.shape[1]) if needed[1] else 0, dtype=head.dtype
+    filters = input.device.type == "cpu"
+    unspent: dict[int, float] = {}
+
+    def gradient(tokens: slice, classes: slice) -> tuple[Tensor, Tensor | None]:
+        row_shift, row_total, grad_sum, grad_target, grad_class, *extra = vectors[:, tokens]
+        logits = head.outputs(tokens, classes)
+        slope = head.cap(logits, need_slope=True)
+        logits.sub_(row_shift[:, None])
+        if extra:
+            (grad_entry,) = extra
+            entry = logits.clamp(min=NEGLIGIBLE).mul_(-grad_entry[:, None])
+            grad = logits.exp_().mul_(entry.add_((grad_sum - grad_entry)[:, None]))
+        else:
+            grad = logits.exp_().mul_(grad_sum[:, None])
+        column = kept_target[tokens] - classes.start
+        inside = (column >= 0) & (column < grad.shape[1])
+        grad.scatter_add_(
+            1, column.where(inside, 0)[:, None], -grad_target.where(inside, 0)[:, None]
         )
-        for tokens in slices(len(hidden), shared.TOKENS):
-            row_shift, row_total, grad_sum, grad_target, grad_class, *extra = vectors[:, tokens]
-            logits = head.outputs(tokens, classes)
-            slope = head.cap(logits, need_slope=True)
-            logits.sub_(row_shift[:, None])
-            if extra:
-                (grad_entry,) = extra
-                entry = logits.clamp(min=NEGLIGIBLE).mul_(-grad_entry[:, None])
-                grad = logits.exp_().mul_(entry.add_((grad_sum - grad_entry)[:, None]))
-            else:
-                grad = logits.exp_().mul_(grad_sum[:, None])
-            column = kept_target[tokens] - classes.start
-            inside = (column >= 0) & (column < grad.shape[1])
-            grad.scatter_add_(
-                1, column.where(inside, 0)[:, None], -grad_target.where(inside, 0)[:, None]
-            )
-            if class_weight is not None:
-                grad.addr_(grad_class, class_weight[classes], alpha=-1)
-            kept = None
-            if filters and gradient_filter is not None:
-                block = tokens.start // shared.TOKENS
-                unspent[block] += gradient_filter * grad.shape[1] / len(linear_weight)
-                scale = sum((part.abs() for part in (grad_sum, *extra)), 0 * row_total) * row_total
-                sizes = (grad / scale[:, None]).abs_().amax(0)
-                sizes[column[inside]] = torch.inf
-                kept, spent = large_classes(sizes, unspent[block])
-                unspent[block] -= spent
-            if slope is not None:
-                grad.mul_(slope)
-            if needed[2]:
-                grad_bias[classes] += grad.sum(0)
-            if not (needed[0] or needed[1]):
-                continue
-            if kept is None:
-                factor = head.factor(grad)
-                if needed[0]:
-                    accumulate(grad_hidden[tokens], factor, head.weight(classes))
-                if needed[1]:
-                    accumulate(weight_tile, factor.T, head.hidden(tokens))
-                continue
-            factor = grad.index_select(1, kept).to(head.product_dtype)
-            if needed[0]:
-                accumulate(grad_hidden[tokens], factor, head.weight(classes)[kept])
-            if needed[1]:
-                part = weight_tile[kept]
-                accumulate(part, factor.T, head.hidden(tokens))
-                weight_tile[kept] = part
-        if needed[1]:
-            grad_weight[classes] = weight_tile
-    return (
-        spread(grad_hidden, rows, len(input), dim=0).to(input.dtype) if needed[0] else grad_hidden,
-        grad_weight,
-        grad_bias.to(linear_weight.dtype),
-    )
+        if class_weight is not None:
+            grad.addr_(grad_class, class_weight[classes], alpha=-1)
+        large = None
+        if gradient_filter is not None and filters:
+            # What a tile does not use of its share of the bound is left to the next ones.
+            share = gradient_filter * grad.shape[1] / len(linear_weight)
+            budget = unspent.get(tokens.start, 0.0) + share
+            coefficient = sum((part.abs() for part in extra), grad_sum.abs()) * row_total
+            sizes = (grad / coefficient[:, None]).abs_().amax(0)
+            sizes[column[inside]] = torch.inf
+            large, spent = large_classes(sizes, budget)
+            unspent[tokens.start] = budget - spent
+        return grad if slope is None else grad.mul_(slope), large
+
+    grad_hidden, grad_weight, grad_bias = head.gradients(needed, gradient)
+    if needed[0]:
+        grad_hidden = spread(grad_hidden, rows, len(input), dim=0)
+    return grad_hidden, grad_weight, grad_bias
 
 
 def large_classes(sizes: Tensor, budget: float) -> tuple[Tensor, float]:

@@ -1,0 +1,44 @@
+"""What every attention checks of query, key and value."""
+
+import torch
+from torch import Tensor
+
+from tilework import _checks
+
+
+def check_tensors(
+    function: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> None:
+    """Refuse what is no query of shape (B, Hq, Lq, E), key (B, Hkv, Lk, E), value (…, Ev)."""
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        _checks.floating(function, name, tensor)
+        if tensor.dim() != 4:
+            raise _checks.bad_value(function, name, "of shape (B, H, L, E)", tensor)
+        if tensor.dtype != query.dtype and not autocast(query.device.type):
+            raise _checks.bad_type(function, name, f"of query's {query.dtype}", tensor)
+    batch, heads, _, features = query.shape
+    kv_heads, keys = key.shape[1:3]
+    if enable_gqa:
+        if kv_heads == 0 or heads % kv_heads:
+            expected = f"of a number of heads that divides query's {heads}"
+            raise _checks.bad_value(function, "key", expected, key)
+    else:
+        kv_heads = heads
+    _checks.shape(function, "key", key, (batch, kv_heads, keys, features))
+    _checks.shape(function, "value", value, (batch, kv_heads, keys, value.shape[-1]))
+    _checks.same_device(function, **tensors)
+
+
+def autocast(device: str) -> bool:
+    """Whether autocast is on for a kind of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast casts the arguments of attention."""
+    device = tensors[0].device.type
+    if not autocast(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -1,0 +1,92 @@
+"""The operator of the divergence between two linear heads and how it differentiates."""
+
+from typing import Any
+
+from torch import Tensor
+
+from tilework import _operators
+from tilework._operators import computation_dtype
+from tilework.losses.linear_cross_entropy.operators import empty_gradients
+from tilework.losses.linear_kl_div import reference, tiled
+
+
+def divergences(*args: Any) -> Tensor:
+    """See ``reference.linear_divergences``; the implementation comes last."""
+    *arguments, implementation = args
+    if implementation == "reference" or _operators.only_reference():
+        return reference.linear_divergences(*arguments)
+    result: Tensor = _divergences(*arguments)[0]
+    return result
+
+
+def _forward_fake(student_input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    dtype = computation_dtype(student_input.dtype)
+    tokens = student_input.shape[0]
+    divergences = student_input.new_empty(tokens, dtype=dtype)
+    return divergences, divergences.new_empty((6, tokens))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.options = inputs[:7], inputs[7:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _differentiate(ctx: Any, grad_divergence: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:3])
+    results = _divergences_backward(grad_divergence, *ctx.saved_tensors, *ctx.options, needed)
+    gradients = (result if need else None for result, need in zip(results, needed, strict=True))
+    return *gradients, *[None] * 9
+
+
+def _backward_fake(
+    grad_divergence: Tensor, student_input: Tensor, student_weight: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(student_input, student_weight, args[-1])
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.options, ctx.needed = inputs[:8], inputs[9:-1], inputs[-1]
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The second derivative is that of the reference's first."""
+    grad_divergence, student_input, student_weight, student_bias, *constants = ctx.saved_tensors
+    student = [student_input, student_weight]
+    if student_bias is not None:
+        student.append(student_bias)
+
+    def first_order(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor]:
+        return (reference.linear_divergences(input, weight, bias, *constants, *ctx.options),)
+
+    (grad_upstream,), (grad_input, grad_weight, *grad_bias) = _operators.second_derivative(
+        first_order,
+        [grad_divergence],
+        student,
+        [need for need, _ in zip(ctx.needed, student, strict=False)],
+        [grad for grad, need in zip(grads, ctx.needed, strict=True) if need],
+    )
+    return grad_upstream, grad_input, grad_weight, grad_bias[0] if grad_bias else None, *[None] * 11
+
+
+_divergences = _operators.define(
+    "linear_kl_div(Tensor student_input, Tensor student_weight, Tensor? student_bias, "
+    "Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, Tensor counted, "
+    "float? student_softcap, float? teacher_softcap, float temperature, str divergence, "
+    "float beta) -> (Tensor, Tensor)",
+    tiled.forward,
+    _forward_fake,
+    setup_context=_save,
+    backward=_differentiate,
+)
+_divergences_backward = _operators.define(
+    "linear_kl_div_backward(Tensor grad_divergence, Tensor student_input, Tensor student_weight, "
+    "Tensor? student_bias, Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, "
+    "Tensor counted, Tensor statistics, float? student_softcap, float? teacher_softcap, "
+    "float temperature, str divergence, float beta, bool[3] needed) -> (Tensor, Tensor, Tensor)",
+    tiled.backward,
+    _backward_fake,
+    setup_context=_save_backward,
+    backward=_differentiate_backward,
+)

@@ -1,0 +1,68 @@
+"""The divergence between two linear heads by its definition. The logits of both are stored."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilework._operators import computation_dtype, without_autocast
+from tilework.losses.linear_cross_entropy.shared import NEGLIGIBLE
+
+# A part that the other exceeds by more, in logarithms, vanishes beside it in every dtype.
+NEGLIGIBLE_PART = 80.0
+
+
+@without_autocast
+def linear_divergences(
+    student_input: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    counted: Tensor,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+) -> Tensor:
+    """Return the divergence of each row, 0 for those that are not ``counted``."""
+    dtype = computation_dtype(student_input.dtype)
+
+    def log_probabilities(
+        input: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+    ) -> Tensor:
+        hidden = input.to(dtype).where(counted[:, None], 0)
+        logits = F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+        if softcap is not None:
+            logits = softcap * (logits / softcap).tanh()
+        return (logits / temperature).log_softmax(-1)
+
+    log_p = log_probabilities(student_input, student_weight, student_bias, student_softcap)
+    log_q = log_probabilities(teacher_input, teacher_weight, teacher_bias, teacher_softcap)
+    if divergence == "forward":
+        result = _kl_div(log_q, log_p)
+    elif divergence == "reverse":
+        result = _kl_div(log_p, log_q)
+    else:
+        # The difference of two logarithms of 0 is nan, and so is its derivative.
+        log_p, log_q = log_p.clamp(min=NEGLIGIBLE), log_q.clamp(min=NEGLIGIBLE)
+        to_p, to_q = _log_mixture(log_q - log_p, beta), _log_mixture(log_p - log_q, 1 - beta)
+        result = -(beta * log_q.exp() * to_q + (1 - beta) * log_p.exp() * to_p).sum(-1)
+    return result.where(counted, 0)
+
+
+def _kl_div(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``sum(p * (log p - log q))`` of each row, over the classes that are possible under p."""
+    # A probability that underflows still makes an infinite difference infinite.
+    p = log_p.exp().clamp(min=torch.finfo(log_p.dtype).tiny)
+    return (p * (log_p - log_q).where(log_p != -torch.inf, 0)).sum(-1)
+
+
+def _log_mixture(gains: Tensor, share: float) -> Tensor:
+    """``log m - log p`` for ``m = share * q + (1 - share) * p`` and ``gains = log q - log p``."""
+    gains = gains.clamp(max=NEGLIGIBLE_PART)
+    near = share * gains.expm1()
+    far = share * gains.exp() + (1 - share)
+    # The first is exact around 0, the second where m is far below p.
+    return torch.where(near > -0.5, near.clamp(min=-0.5).log1p(), far.log())
