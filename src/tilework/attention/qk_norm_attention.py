@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tilework import _checks, _operators
 from tilework._operators import computation_dtype
+from tilework.attention._tensors import check_tensors
 from tilework.catalog import implements
 
 __all__ = ["QKNormAttention", "qk_norm_attention"]
@@ -84,7 +85,8 @@ def qk_norm_attention(
         Transformers. 2020. arXiv:2010.04245.
     """
     _checks.at_least(_NAME, "eps", eps, 0)
-    _check_tensors(query, key, value, scale, enable_gqa)
+    check_tensors(_NAME, query, key, value, enable_gqa)
+    _check_scale(query, scale)
     _check_mask(query, key, attn_mask, is_causal)
 
     factor = scale.reshape(-1, 1, 1) if isinstance(scale, Tensor) else scale
@@ -211,39 +213,16 @@ def _normalize(input: Tensor, eps: float, factor: float | Tensor) -> Tensor:
     return (vector / norm * factor).to(input.dtype)
 
 
-def _autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _check_tensors(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | Tensor, enable_gqa: bool
-) -> None:
-    tensors = {"query": query, "key": key, "value": value}
-    for name, tensor in tensors.items():
-        _checks.floating(_NAME, name, tensor)
-        if tensor.dim() != 4:
-            raise _checks.bad_value(_NAME, name, "of shape (B, H, L, E)", tensor)
-        if tensor.dtype != query.dtype and not _autocast(query.device.type):
-            raise _checks.bad_type(_NAME, name, f"of query's {query.dtype}", tensor)
-    batch, heads, _, features = query.shape
-    kv_heads, keys = key.shape[1:3]
-    if enable_gqa:
-        if kv_heads == 0 or heads % kv_heads:
-            expected = f"of a number of heads that divides query's {heads}"
-            raise _checks.bad_value(_NAME, "key", expected, key)
-    else:
-        kv_heads = heads
-    _checks.shape(_NAME, "key", key, (batch, kv_heads, keys, features))
-    _checks.shape(_NAME, "value", value, (batch, kv_heads, keys, value.shape[-1]))
+def _check_scale(query: Tensor, scale: float | Tensor) -> None:
+    heads = query.shape[1]
     if isinstance(scale, Tensor):
         _checks.floating(_NAME, "scale", scale)
         if scale.dim() > 1 or (scale.dim() == 1 and len(scale) != heads):
             expected = f"a number or of shape () or ({heads},)"
             raise _checks.bad_value(_NAME, "scale", expected, scale)
-        tensors["scale"] = scale
+        _checks.same_device(_NAME, query=query, scale=scale)
     else:
         _checks.number(_NAME, "scale", scale)
-    _checks.same_device(_NAME, **tensors)
 
 
 def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:

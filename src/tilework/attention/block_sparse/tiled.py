@@ -1,0 +1,233 @@
+"""Block-sparse attention in plain PyTorch: gathered blocks and batched matrix products.
+
+A *row* is a block of queries with its list of key blocks; heads of a group with one list are
+one row. Rows of similar length are computed together, their lists aligned at the right, so that
+what the diagonal and the last keys cut off lies at the right and what shorter rows lack at the left.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilework._operators import computation_dtype
+
+SCORES = 2**20  # scores at a time: 4 MiB in float32, which stay in a CPU's cache
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_num_blocks: Tensor | None,
+    q_indices: Tensor | None,
+    block_size: list[int],
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See ``reference.block_sparse_attention``."""
+    grid = _Grid(query, key, kv_num_blocks, kv_indices, block_size, is_causal)
+    queries = grid.rows_of(query).mul_(scale)
+    keys, values = grid.blocks_of(key), grid.blocks_of(value)
+    output = queries.new_zeros(*queries.shape[:2], value.shape[-1])
+    lse = queries.new_full(queries.shape[:2], -torch.inf)
+    for batch in grid.batches():
+        scores = batch.scores(queries, keys)
+        peak = scores.amax(-1, keepdim=True)
+        if batch.may_be_blind:
+            peak = peak.where(peak != -torch.inf, 0)
+        weights = scores.sub_(peak).exp_()
+        total = weights.sum(-1, keepdim=True)
+        result = weights @ batch.gather(values)
+        lse.index_copy_(0, batch.rows, (peak + total.log())[..., 0])
+        if batch.may_be_blind:
+            total = total.where(total != 0, 1)
+        output.index_copy_(0, batch.rows, result.div_(total))
+    return grid.from_rows(output, query.dtype), grid.from_rows(lse[..., None], lse.dtype)[..., 0]
+
+
+def backward(
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_num_blocks: Tensor | None,
+    q_indices: Tensor | None,
+    block_size: list[int],
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    grid = _Grid(query, key, kv_num_blocks, kv_indices, block_size, is_causal)
+    queries = grid.rows_of(query).mul_(scale)
+    keys, values = grid.blocks_of(key), grid.blocks_of(value)
+    grad_outputs = grid.rows_of(grad_output)
+    dtype = queries.dtype
+    offset = (grad_output.to(dtype) * output.to(dtype)).sum(-1) - grad_lse
+    offsets = grid.rows_of(offset[..., None])
+    shifts = grid.rows_of(lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    grad_queries = torch.zeros_like(queries)
+    grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+    for batch in grid.batches():
+        weights = batch.scores(queries, keys).sub_(shifts[batch.rows]).exp_()
+        upstream = grad_outputs[batch.rows]
+        batch.scatter_add_(grad_values, weights.mT @ upstream)
+        grad_scores = upstream @ batch.gather(values).mT
+        grad_scores.sub_(offsets[batch.rows]).mul_(weights)
+        grad_queries.index_copy_(0, batch.rows, grad_scores @ batch.gather(keys))
+        batch.scatter_add_(grad_keys, grad_scores.mT @ queries[batch.rows])
+    return (
+        grid.from_rows(grad_queries.mul_(scale), query.dtype),
+        grid.from_blocks(grad_keys, key),
+        grid.from_blocks(grad_values, value),
+    )
+
+
+class _Batch(NamedTuple):
+    """Rows that are computed together, and what of their blocks they do not see."""
+
+    rows: Tensor  # (R,)
+    blocks: Tensor  # (R, W): a shorter row repeats its first block at the left
+    repeated: Tensor  # (R, 1, 1, keys): of the keys at the left, those of repeated blocks
+    cut: Tensor  # (R, 1, queries, keys): of the keys at the right, those that a query does not see
+    may_be_blind: bool  # whether a query may see no key
+
+    def gather(self, blocks: Tensor) -> Tensor:
+        """The keys or values of each row."""
+        chosen = blocks.index_select(0, self.blocks.flatten())
+        return chosen.view(len(self.rows), -1, blocks.shape[-1])
+
+    def scatter_add_(self, blocks: Tensor, values: Tensor) -> None:
+        """Add what belongs to the keys or values of each row to their blocks."""
+        blocks.index_add_(0, self.blocks.flatten(), values.view(-1, *blocks.shape[1:]))
+
+    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """The scores of each row, -inf where a key is not seen."""
+        scores = queries[self.rows] @ self.gather(keys).mT
+        by_head = scores.view(len(self.rows), -1, self.cut.shape[2], scores.shape[-1])
+        by_head[..., : self.repeated.shape[-1]].masked_fill_(self.repeated, -torch.inf)
+        first = scores.shape[-1] - self.cut.shape[-1]
+        by_head[..., first:].masked_fill_(self.cut, -torch.inf)
+        return scores
+
+
+class _Grid:
+    """The rows of queries, the blocks of keys, and which rows see which blocks."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        kv_num_blocks: Tensor,
+        kv_indices: Tensor,
+        block_size: list[int],
+        is_causal: bool,
+    ) -> None:
+        self._height, self._width = block_size
+        self._is_causal = is_causal
+        self._batch, heads, self._queries, _ = query.shape
+        self._kv_heads, self._keys = key.shape[1:3]
+        # Heads of a group are one row, unless each has a list of its own.
+        self._lists = heads if kv_num_blocks.shape[1] == heads else self._kv_heads
+        self._group = heads // max(1, self._lists)
+        self._row_blocks = -(-self._queries // self._height)
+        self._column_blocks = -(-self._keys // self._width)
+
+        shape = self._batch, self._lists, self._row_blocks
+        first_query = torch.arange(self._row_blocks, device=query.device) * self._height
+        self._first_query = first_query.expand(shape).reshape(-1)
+        head = torch.arange(self._lists, device=query.device)[:, None] // max(
+            1, self._lists // max(1, self._kv_heads)
+        )
+        kv_head = torch.arange(self._batch, device=query.device)[:, None, None] * self._kv_heads
+        self._first_block = ((kv_head + head) * self._column_blocks).expand(shape).reshape(-1)
+        indices = kv_indices.expand(*shape, -1).reshape(-1, kv_indices.shape[-1]).long()
+        listed = torch.arange(indices.shape[1], device=query.device) < (
+            kv_num_blocks.expand(shape).reshape(-1, 1)
+        )
+        if is_causal:
+            last_query = (self._first_query + self._height).clamp(max=self._queries) - 1
+            listed &= indices * self._width <= last_query[:, None]
+        self._indices, self._counts = indices, listed.sum(1)
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """Queries, or what they have, as (rows, group * queries of a block, features)."""
+        missing = self._row_blocks * self._height - self._queries
+        features = tensor.shape[-1]
+        rows = F.pad(tensor.to(computation_dtype(tensor.dtype)), (0, 0, 0, missing)).view(
+            self._batch, self._lists, self._group, self._row_blocks, self._height, features
+        )
+        return rows.transpose(2, 3).reshape(-1, self._group * self._height, features).clone()
+
+    def from_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of :meth:`rows_of`."""
+        features = rows.shape[-1]
+        tensor = rows.view(
+            self._batch, self._lists, self._row_blocks, self._group, self._height, features
+        ).transpose(2, 3)
+        shape = self._batch, self._lists * self._group, self._row_blocks * self._height, features
+        return tensor.reshape(shape)[:, :, : self._queries].to(dtype).contiguous()
+
+    def blocks_of(self, tensor: Tensor) -> Tensor:
+        """Keys or values as (batch * heads * blocks, keys of a block, features)."""
+        missing = self._column_blocks * self._width - self._keys
+        padded = F.pad(tensor.to(computation_dtype(tensor.dtype)), (0, 0, 0, missing))
+        return padded.reshape(-1, self._width, tensor.shape[-1])
+
+    def from_blocks(self, blocks: Tensor, like: Tensor) -> Tensor:
+        """The inverse of :meth:`blocks_of`."""
+        shape = *like.shape[:2], self._column_blocks * self._width, like.shape[-1]
+        return blocks.view(shape)[:, :, : self._keys].to(like.dtype).contiguous()
+
+    def batches(self) -> Iterator[_Batch]:
+        """The rows that see something, the shortest first."""
+        counts, order = self._counts.sort(stable=True)
+        lengths = counts.tolist()
+        end = len(lengths)
+        while end > 0 and lengths[end - 1] > 0:
+            size = self._group * self._height * self._width * lengths[end - 1]
+            start = max(0, end - max(1, SCORES // size))
+            while lengths[start] == 0:
+                start += 1
+            yield self._gathered(order[start:end], lengths[start], lengths[end - 1])
+            end = start
+
+    def _gathered(self, rows: Tensor, shortest: int, longest: int) -> _Batch:
+        device = rows.device
+        slot = self._counts[rows, None] - longest + torch.arange(longest, device=device)
+        indices = self._indices[rows].gather(1, slot.clamp(min=0))
+        repeated = (slot[:, : longest - shortest] < 0).repeat_interleave(self._width, 1)
+
+        within = torch.arange(self._width, device=device)
+        keys = (
+            indices[:, longest - self._cut_blocks(longest) :, None] * self._width + within
+        ).view(len(rows), 1, -1)
+        queries = self._first_query[rows, None, None] + torch.arange(
+            self._height, device=device
+        ).view(-1, 1)
+        cut = (keys >= self._keys).expand(-1, self._height, -1)
+        may_be_blind = False
+        if self._is_causal:
+            cut = cut | (keys > queries)
+            may_be_blind = bool((indices[:, 0] * self._width > self._first_query[rows]).any())
+        blocks = indices + self._first_block[rows, None]
+        return _Batch(rows, blocks, repeated[:, None, None], cut[:, None], may_be_blind)
+
+    def _cut_blocks(self, longest: int) -> int:
+        """How many blocks at the right of a list may be seen in part."""
+        short = int(self._keys % self._width != 0)
+        if not self._is_causal:
+            return min(longest, short)
+        if self._width % self._height == 0:
+            return 1
+        whole = self._height % self._width == 0
+        return min(longest, self._height // self._width + (0 if whole else 2))

@@ -1,0 +1,163 @@
+"""Transforms, and what the function refuses."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from tilework.attention import BlockLayout, block_sparse_attention
+
+MASK = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool)[None, None]
+LAYOUT = BlockLayout.from_dense(MASK, 4)
+QUERY, KEY, VALUE = torch.randn(3, 2, 2, 11, 5, dtype=torch.float64)
+
+
+def scalar(implementation: str) -> Callable[..., Tensor]:
+    def loss(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output, lse = block_sparse_attention(
+            query, key, value, LAYOUT, return_lse=True, implementation=implementation
+        )
+        return output.sin().sum() + lse.masked_fill(lse == -torch.inf, 0).cos().sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tiled"])
+def test_gradcheck(implementation: str) -> None:
+    leaves = [tensor.clone().requires_grad_() for tensor in (QUERY, KEY, VALUE)]
+    loss = scalar(implementation)
+    assert torch.autograd.gradcheck(loss, leaves, check_forward_ad=True)
+    if implementation == "reference":
+        assert torch.autograd.gradgradcheck(loss, leaves)
+        return
+    (first,) = torch.autograd.grad(loss(*leaves), leaves[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"'tiled' has no second derivative"):
+        first.sum().backward()
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor]], Any]] = {
+    "grad": lambda loss: torch.func.grad(loss, (0, 1, 2))(QUERY, KEY, VALUE),
+    "jvp": lambda loss: torch.func.jvp(loss, (QUERY, KEY, VALUE), (KEY, VALUE, QUERY)),
+    "vmap": lambda loss: torch.func.vmap(loss, (0, None, 0))(
+        torch.stack([QUERY, KEY]), KEY, torch.stack([VALUE, QUERY])
+    ),
+    "vmap of grad": lambda loss: torch.func.vmap(torch.func.grad(loss), (0, None, None))(
+        torch.stack([QUERY, KEY]), KEY, VALUE
+    ),
+}
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_functional_transforms(transform: Callable[..., Any]) -> None:
+    results = (tree_leaves(transform(scalar(name))) for name in ("tiled", "reference"))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("implementation", ["reference", "tiled"])
+def test_compiles_as_one_graph_for_every_batch(implementation: str) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    function = partial(
+        block_sparse_attention, layout=LAYOUT, is_causal=True, implementation=implementation
+    )
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for batch in (2, 3, 5):
+        leaves = [torch.randn(batch, 2, 11, 5, requires_grad=True) for _ in range(3)]
+        results = [
+            [output, *torch.autograd.grad(output.sin().sum(), leaves)]
+            for output in (compiled(*leaves), function(*leaves))
+        ]
+        torch.testing.assert_close(*results)
+    assert len(graphs) == 1
+
+
+@pytest.mark.untyped
+def test_operators() -> None:
+    query, key, value = (torch.randn(2, 2, 11, 5, requires_grad=True) for _ in range(3))
+    lists = LAYOUT.kv_num_blocks, LAYOUT.kv_indices
+    options = ([4, 4], True, 0.4, "tiled")
+    operators = torch.ops.tilework
+    torch.library.opcheck(operators.block_sparse_attention, (query, key, value, *lists, *options))
+    output, lse = operators.block_sparse_attention(query, key, value, *lists, *options)
+    tensors = [t.detach() for t in (output, lse, query, key, value, output, lse)]
+    torch.library.opcheck(operators.block_sparse_attention_backward, (*tensors, *lists, *options))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tiled"])
+def test_autocast(implementation: str) -> None:
+    tensors = [tensor.float() for tensor in (QUERY, KEY, VALUE)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, lse = block_sparse_attention(
+            *tensors, LAYOUT, return_lse=True, implementation=implementation
+        )
+    expected = block_sparse_attention(
+        *(tensor.bfloat16() for tensor in tensors), LAYOUT, implementation=implementation
+    )
+    assert output.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("message", "error", "change"),
+    [
+        ("query must be a floating-point tensor", TypeError, {"query": QUERY.long()}),
+        ("key must be of shape", ValueError, {"key": KEY[0]}),
+        ("key must be of query's", TypeError, {"key": KEY.float()}),
+        ("key must be of shape", ValueError, {"key": KEY[:, :1]}),
+        ("value must be of shape", ValueError, {"value": VALUE[:, :, :7]}),
+        (
+            "key must be of a number of heads that divides",
+            ValueError,
+            {"query": torch.zeros(2, 3, 11, 5).double(), "enable_gqa": True},
+        ),
+        ("layout must be a BlockLayout", TypeError, {"layout": MASK}),
+        (
+            "layout must have (3, 3) blocks, as query and key have (11, 11) positions in blocks of "
+            "(4, 4), got (2, 3)",
+            ValueError,
+            {"layout": BlockLayout.from_dense(MASK[:, :, :2], 4)},
+        ),
+        (
+            "layout must be of the lengths of query and key, (11, 11), got (12, 11)",
+            ValueError,
+            {"layout": BlockLayout.from_dense(MASK, 4, seq_lengths=(12, 11))},
+        ),
+        (
+            "layout must have 1, 2 or 2 heads, got 3",
+            ValueError,
+            {"layout": BlockLayout.from_dense(MASK.expand(1, 3, 3, 3), 4)},
+        ),
+        (
+            "layout must have a batch of 1 or 2, got 3",
+            ValueError,
+            {"layout": BlockLayout.from_dense(MASK.expand(3, 1, 3, 3), 4)},
+        ),
+        ("layout must lie on", ValueError, {"layout": LAYOUT.to("meta")}),
+        ("scale must be a number", TypeError, {"scale": "large"}),
+        ("implementation must be one of 'tiled', 'reference'", ValueError, {"implementation": "x"}),
+    ],
+)
+def test_bad_input(message: str, error: type[Exception], change: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"query": QUERY, "key": KEY, "value": VALUE, "layout": LAYOUT}
+    arguments |= change
+    tensors = [arguments.pop(name) for name in ("query", "key", "value", "layout")]
+    with pytest.raises(error) as caught:
+        block_sparse_attention(*tensors, **arguments)
+    assert f"block_sparse_attention: {message}" in str(caught.value)
+
+
+def test_options_are_keywords() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        block_sparse_attention(QUERY, KEY, VALUE, LAYOUT, True)  # type: ignore[misc]
