@@ -168,6 +168,7 @@ def test_classes_of_bias_minus_infinity(implementation: str) -> None:
         torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_and_inf_stay_in_their_row(implementation: str, bad: float) -> None:
@@ -341,6 +342,8 @@ def test_forward_stores_no_logits() -> None:
     assert float(output) < 60  # MiB; the logits are 1000
 
 
+@pytest.mark.untyped
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("message", "error", "change"),
     [

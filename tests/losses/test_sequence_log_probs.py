@@ -39,6 +39,7 @@ def test_long_sequences_of_half_precision_are_summed_in_float32() -> None:
     torch.testing.assert_close(total.double(), log_prob.double().sum(1), rtol=2**-8, atol=0)
 
 
+@pytest.mark.untyped
 def test_gradients() -> None:
     log_prob = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     for average in (False, True):
@@ -77,6 +78,8 @@ def test_takes_what_linear_log_probs_gives() -> None:
     torch.testing.assert_close(sequence_log_probs(log_prob, TARGET), torch.tensor(expected))
 
 
+@pytest.mark.untyped
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("message", "error", "change"),
     [

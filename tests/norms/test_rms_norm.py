@@ -69,6 +69,7 @@ def test_weights_for_each_head(features, implementation, dtype):
     check(problem, implementation)
 
 
+@pytest.mark.untyped
 def test_weights_of_heads_with_several_normalized_dimensions():
     input, weight = torch.randn(2, 5, 3, 4), torch.randn(5, 3, 4)
     expected = F.rms_norm(input, (3, 4)) * weight

@@ -72,7 +72,7 @@ def test_compiles_as_one_graph_for_every_batch(implementation: str) -> None:
         block_sparse_attention, layout=LAYOUT, is_causal=True, implementation=implementation
     )
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
-    for batch in (2, 3, 5):
+    for batch in (4, 6, 7):
         leaves = [torch.randn(batch, 2, 11, 5, requires_grad=True) for _ in range(3)]
         results = [
             [output, *torch.autograd.grad(output.sin().sum(), leaves)]
@@ -85,7 +85,7 @@ def test_compiles_as_one_graph_for_every_batch(implementation: str) -> None:
 @pytest.mark.untyped
 def test_operators() -> None:
     query, key, value = (torch.randn(2, 2, 11, 5, requires_grad=True) for _ in range(3))
-    lists = LAYOUT.kv_num_blocks, LAYOUT.kv_indices
+    lists = LAYOUT.kv_num_blocks, LAYOUT.kv_indices, None, None
     options = ([4, 4], True, 0.4, "tiled")
     operators = torch.ops.tilework
     torch.library.opcheck(operators.block_sparse_attention, (query, key, value, *lists, *options))
@@ -109,6 +109,7 @@ def test_autocast(implementation: str) -> None:
     assert torch.equal(output, expected)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("message", "error", "change"),
     [
@@ -145,8 +146,17 @@ def test_autocast(implementation: str) -> None:
             {"layout": BlockLayout.from_dense(MASK.expand(3, 1, 3, 3), 4)},
         ),
         ("layout must lie on", ValueError, {"layout": LAYOUT.to("meta")}),
+        (
+            "implementation='triton' cannot be used: it takes float16, bfloat16, float32",
+            ValueError,
+            {"implementation": "triton"},
+        ),
         ("scale must be a number", TypeError, {"scale": "large"}),
-        ("implementation must be one of 'tiled', 'reference'", ValueError, {"implementation": "x"}),
+        (
+            "implementation must be one of 'triton', 'tiled', 'reference'",
+            ValueError,
+            {"implementation": "x"},
+        ),
     ],
 )
 def test_bad_input(message: str, error: type[Exception], change: dict[str, Any]) -> None:
@@ -158,6 +168,20 @@ def test_bad_input(message: str, error: type[Exception], change: dict[str, Any])
     assert f"block_sparse_attention: {message}" in str(caught.value)
 
 
+@pytest.mark.untyped
 def test_options_are_keywords() -> None:
     with pytest.raises(TypeError, match="positional"):
         block_sparse_attention(QUERY, KEY, VALUE, LAYOUT, True)  # type: ignore[misc]
+
+
+@pytest.mark.untyped
+def test_sizes_that_kernels_do_not_take() -> None:
+    tensors = [tensor.float() for tensor in (QUERY, KEY, VALUE)]
+    with pytest.raises(
+        ValueError, match=r"blocks must be powers of 2 from 16 to 128, got \(4, 4\)"
+    ):
+        block_sparse_attention(*tensors, LAYOUT, implementation="triton")
+    layout = BlockLayout.from_dense(torch.ones(1, 1, 1, 1, dtype=torch.bool), 16)
+    wide = [torch.zeros(1, 1, 11, 257) for _ in range(3)]
+    with pytest.raises(ValueError, match="it takes 1 to 256 features, got 257 and 257"):
+        block_sparse_attention(*wide, layout, implementation="triton")

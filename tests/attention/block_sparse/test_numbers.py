@@ -1,6 +1,7 @@
 """Block-sparse attention against torch's attention under a mask of elements."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from tilework.attention import BlockLayout, block_sparse_attention
 
 from helpers import FLOATING, assert_exact, dtype_name
 
-IMPLEMENTATIONS = ("reference", "tiled")
+IMPLEMENTATIONS = ("reference", "tiled", "triton")
 BUILT = [
     pytest.param(implementation, dtype, id=f"{implementation}-{dtype_name(dtype)}")
     for implementation in IMPLEMENTATIONS
     for dtype in FLOATING
+    if (implementation, dtype) != ("triton", torch.float64)
 ]
 
 
@@ -132,11 +134,23 @@ def check(
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_equals_torch(implementation: str, dtype: torch.dtype, is_causal: bool) -> None:
     leaves = tensors(dtype=dtype)
-    mask = active(leaves[0], leaves[1], (8, 8), 4, 2)
-    check(leaves, mask, (8, 8), implementation, is_causal=is_causal, scale=0.4)
+    mask = active(leaves[0], leaves[1], (16, 16), 4, 2)
+    check(leaves, mask, (16, 16), implementation, is_causal=is_causal, scale=0.4)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("block", [(16, 16), (32, 16), (16, 64), (64, 32)])
+@pytest.mark.parametrize("lengths", [(1, 1), (63, 100), (40, 33)])
+@pytest.mark.parametrize("features", [(80, 16), (5, 33)])
+def test_kernels_for_blocks_lengths_and_features(
+    block: tuple[int, int], lengths: tuple[int, int], features: tuple[int, int]
+) -> None:
+    leaves = tensors(1, 2, 2, *lengths, *features)
+    mask = active(leaves[0], leaves[1], block, 2, 1)
+    for is_causal in (False, True):
+        check(leaves, mask, block, "triton", is_causal=is_causal)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tiled"])
 @pytest.mark.parametrize("block", [(8, 8), (16, 8), (8, 16), (7, 5), (5, 7), (64, 64), (1, 3)])
 @pytest.mark.parametrize("lengths", [(1, 1), (63, 100), (40, 33), (7, 64)])
 def test_blocks_and_lengths(
@@ -156,16 +170,17 @@ def test_blocks_and_lengths(
 def test_grouped_heads(
     implementation: str, heads: int, kv_heads: int, layout_heads: int, layout_batch: int
 ) -> None:
-    leaves = tensors(2, heads, kv_heads, dtype=torch.float64)
-    mask = active(leaves[0], leaves[1], (8, 8), layout_heads, layout_batch)
-    check(leaves, mask, (8, 8), implementation, is_causal=True)
+    dtype = torch.float32 if implementation == "triton" else torch.float64
+    leaves = tensors(2, heads, kv_heads, dtype=dtype)
+    mask = active(leaves[0], leaves[1], (16, 16), layout_heads, layout_batch)
+    check(leaves, mask, (16, 16), implementation, is_causal=True)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_full_layout_is_dense_attention(implementation: str, is_causal: bool) -> None:
     query, key, value = tensors(queries=37, keys=37, kv_heads=2)
-    layout = BlockLayout.from_dense(torch.ones(1, 1, 5, 5, dtype=torch.bool), 8)
+    layout = BlockLayout.from_dense(torch.ones(1, 1, 3, 3, dtype=torch.bool), 16)
     actual = block_sparse_attention(
         query,
         key,
@@ -185,10 +200,10 @@ def test_full_layout_is_dense_attention(implementation: str, is_causal: bool) ->
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
 def test_no_queries_or_no_keys(implementation: str, shape: tuple[int, int]) -> None:
     leaves = tensors(2, 2, 2, *shape)
-    mask = torch.ones(1, 1, -(-shape[0] // 4), -(-shape[1] // 4), dtype=torch.bool)
+    mask = torch.ones(1, 1, -(-shape[0] // 16), -(-shape[1] // 16), dtype=torch.bool)
     output, lse = block_sparse_attention(
         *leaves,
-        BlockLayout.from_dense(mask, 4),
+        BlockLayout.from_dense(mask, 16),
         return_lse=True,
         implementation=implementation,
     )
@@ -199,37 +214,38 @@ def test_no_queries_or_no_keys(implementation: str, shape: tuple[int, int]) -> N
         assert not gradient.any()
     empty = block_sparse_attention(
         *tensors(0, 2, 2, 5, 5),
-        BlockLayout.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool), 4),
+        BlockLayout.from_dense(torch.ones(1, 1, 1, 1, dtype=torch.bool), 16),
         implementation=implementation,
     )
     assert empty.shape == (0, 2, 5, 6)
 
 
+@pytest.mark.parametrize("implementation", ["tiled", "triton"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_blocks_that_are_not_selected_are_not_read(bad: float) -> None:
-    query, key, value = tensors(1, 2, 2, 40, 40)
+def test_blocks_that_are_not_selected_are_not_read(bad: float, implementation: str) -> None:
+    query, key, value = tensors(1, 2, 2, 80, 80)
     mask = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
     mask[0, 0, [0, 1, 2, 2, 4, 4, 4], [0, 1, 0, 4, 0, 1, 4]] = True
     poisoned = [tensor.detach().clone() for tensor in (key, value)]
     for tensor in poisoned:
-        tensor[:, :, 16:32] = bad
+        tensor[:, :, 32:64] = bad
     leaves = [query, *(tensor.requires_grad_() for tensor in poisoned)]
-    layout = BlockLayout.from_dense(mask, 8)
-    output = block_sparse_attention(*leaves, layout, is_causal=True, implementation="tiled")
-    clean = block_sparse_attention(query, key, value, layout, is_causal=True)
+    layout = BlockLayout.from_dense(mask, 16)
+    function = partial(block_sparse_attention, is_causal=True, implementation=implementation)
+    output, clean = function(*leaves, layout), function(query, key, value, layout)
     assert torch.equal(output, clean)
     gradients = torch.autograd.grad(output.sum(), leaves)
     expected = torch.autograd.grad(clean.sum(), (query, key, value))
     for gradient, truth in zip(gradients, expected, strict=True):
         assert torch.equal(gradient, truth)
-    assert not gradients[1][:, :, 16:32].any()
-    assert not gradients[2][:, :, 16:32].any()
+    assert not gradients[1][:, :, 32:64].any()
+    assert not gradients[2][:, :, 32:64].any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_extreme_scores_and_nan(implementation: str) -> None:
-    query, key, value = tensors(1, 1, 1, 16, 16)
-    layout = BlockLayout.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool), 8)
+    query, key, value = tensors(1, 1, 1, 32, 32)
+    layout = BlockLayout.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool), 16)
     large = [1e4 * query.detach(), key.detach(), value.detach()]
     actual = block_sparse_attention(*large, layout, implementation=implementation)
     truth = F.scaled_dot_product_attention(*(tensor.double() for tensor in large))
@@ -246,8 +262,8 @@ def test_extreme_scores_and_nan(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_strides_are_respected_and_nothing_is_modified(implementation: str) -> None:
-    leaves = tensors(2, 3, 3, 24, 24, features=8, values=8, dtype=torch.float64)
-    layout = BlockLayout.from_window((24, 24), 8, left=1, num_sink_blocks=1, is_causal=True)
+    leaves = tensors(2, 3, 3, 48, 48, features=8, values=8)
+    layout = BlockLayout.from_window((48, 48), 16, left=1, num_sink_blocks=1, is_causal=True)
     strided = [
         leaf.detach().permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2).requires_grad_()
         for leaf in leaves
@@ -271,11 +287,10 @@ def test_strides_are_respected_and_nothing_is_modified(implementation: str) -> N
         torch.testing.assert_close(first, second)
     for leaf, copy in zip(strided, before, strict=True):
         assert torch.equal(leaf.detach(), copy)
-    expanded = leaves[1][:, :1].expand(2, 3, 24, 8)
-    output = block_sparse_attention(leaves[0], expanded, expanded, layout, is_causal=True)
-    dense = block_sparse_attention(
-        leaves[0], expanded.contiguous(), expanded.contiguous(), layout, is_causal=True
-    )
+    expanded = leaves[1][:, :1].expand(2, 3, 48, 8)
+    function = partial(block_sparse_attention, is_causal=True, implementation=implementation)
+    output = function(leaves[0], expanded, expanded, layout)
+    dense = function(leaves[0], expanded.contiguous(), expanded.contiguous(), layout)
     torch.testing.assert_close(output, dense)
 
 
@@ -316,20 +331,26 @@ def test_properties(
             **options,
         )
         torch.testing.assert_close(moved, output)
-    bounds = value.detach().amax(2, keepdim=True), value.detach().amin(2, keepdim=True)
-    highest, lowest = (bound.repeat_interleave(2, 1).clamp(0) for bound in bounds)
-    assert (output <= torch.maximum(highest, highest.new_zeros(())) + 1e-12).all()
-    assert (output >= torch.minimum(lowest, bounds[1].repeat_interleave(2, 1)) - 1e-12).all()
+    # A weighted mean of values, or zero.
+    values = F.pad(value.detach(), (0, 0, 0, 1)).repeat_interleave(2, 1)
+    assert (output <= values.amax(2, keepdim=True) + 1e-12).all()
+    assert (output >= values.amin(2, keepdim=True) - 1e-12).all()
 
 
+@pytest.mark.parametrize("implementation", ["tiled", "triton"])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_two_calls_are_bitwise_equal(is_causal: bool) -> None:
+def test_two_calls_are_bitwise_equal(is_causal: bool, implementation: str) -> None:
     leaves = tensors(2, 4, 2)
-    layout = BlockLayout.from_dense(active(leaves[0], leaves[1], (8, 8), 2, 2), 8)
+    layout = BlockLayout.from_dense(active(leaves[0], leaves[1], (16, 16), 2, 2), 16)
     first, second = (
         solve(
             block_sparse_attention(
-                *leaves, layout, is_causal=is_causal, enable_gqa=True, return_lse=True
+                *leaves,
+                layout,
+                is_causal=is_causal,
+                enable_gqa=True,
+                return_lse=True,
+                implementation=implementation,
             ),  # type: ignore[arg-type]
             leaves,
             1,

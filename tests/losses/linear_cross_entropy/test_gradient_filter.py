@@ -178,6 +178,7 @@ def test_log_probs_are_bounded() -> None:
     assert (missing <= bound * (1 + 1e-9)).all()
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("bad", [0.0, 1.0, -0.5, float("nan")])
 def test_bad_fractions(bad: float) -> None:
     hidden, head = torch.zeros(2, 3), torch.zeros(4, 3)

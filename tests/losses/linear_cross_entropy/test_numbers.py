@@ -345,6 +345,7 @@ def test_properties(
     )
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_name)
 @pytest.mark.parametrize("every_option", [False, True])
 def test_chunks_with_the_kernel(

@@ -69,6 +69,7 @@ def test_mixed_dtypes(implementation: str, dtype: torch.dtype, centered: bool) -
         check(Problem.random(centered, (4, 9), dtype, bias=torch.bfloat16), implementation)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("features", [5, 100])
 def test_many_rows_for_each_program(features: int, centered: bool) -> None:
     """Programs go on to further tiles, the last of which is not full."""
@@ -76,6 +77,7 @@ def test_many_rows_for_each_program(features: int, centered: bool) -> None:
     check(problem, "triton")
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_strides(implementation: str, centered: bool) -> None:
     base, other = torch.randn(2, 5, 3, 4, 14)
@@ -212,6 +214,7 @@ def test_any_subset_of_gradients(features: int, implementation: str, centered: b
             torch.testing.assert_close(grad, expected[f"grad {name}"])
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradient_of_one_of_the_results(implementation: str, centered: bool) -> None:
     problem = Problem.random(centered, (5, 9), torch.bfloat16, residual=torch.float32)

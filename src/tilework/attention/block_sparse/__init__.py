@@ -82,10 +82,10 @@ def block_sparse_attention(
         \mathrm{lse}_i &= \log \sum_{j \in V_i} e^{\alpha q_i^\top k_j}, \qquad
         o_i = \sum_{j \in V_i} e^{\alpha q_i^\top k_j - \mathrm{lse}_i} v_j
 
-    A query that sees no key gives zeros, a log-sum-exp of :math:`-\infty` and zero gradients. Except
-    with ``"reference"``, time grows with the number of active blocks, and no block of keys or
-    values is read that the layout does not select. Products and sums are computed in float32 (float64 for
-    float64), the output is rounded once. Deterministic.
+    A query that sees no key gives zeros, a log-sum-exp of :math:`-\infty` and zero gradients.
+    Except with ``"reference"``, time grows with the number of active blocks, and no block of keys
+    or values is read that the layout does not select. Products and sums are computed in float32
+    (float64 for float64), the output is rounded once. Deterministic.
 
     Args:
         query: Shape ``(B, Hq, Lq, E)``.
@@ -125,9 +125,9 @@ def block_sparse_attention(
         nothing.
 
     Reference:
-        Yizhao Gao, Zhichen Zeng, Dayou Du, Shijie Cao, Hayden Kwok-Hay So, Ting Cao, Fan Yang, Mao
-        Yang. SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs. 2024.
-        arXiv:2410.13276.
+        Yizhao Gao, Zhichen Zeng, Dayou Du, Shijie Cao, Peiyuan Zhou, Jiaxing Qi, Junjie Lai, Hayden
+        Kwok-Hay So, Ting Cao, Fan Yang, Mao Yang. SeerAttention: Learning Intrinsic Sparse
+        Attention in Your LLMs. 2024. arXiv:2410.13276.
     """
     check_tensors(_NAME, query, key, value, enable_gqa)
     _check_layout(query, key, layout)

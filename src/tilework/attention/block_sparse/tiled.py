@@ -1,8 +1,8 @@
 """Block-sparse attention in plain PyTorch: gathered blocks and batched matrix products.
 
 A *row* is a block of queries with its list of key blocks; heads of a group with one list are
-one row. Rows of similar length are computed together, their lists aligned at the right, so that
-what the diagonal and the last keys cut off lies at the right and what shorter rows lack at the left.
+one row. Rows of similar length are computed together, their lists aligned at the right: there lies
+what the diagonal and the last keys cut off, and at the left what shorter rows lack.
 """
 
 from collections.abc import Iterator
@@ -150,9 +150,10 @@ class _Grid:
         )
         kv_head = torch.arange(self._batch, device=query.device)[:, None, None] * self._kv_heads
         self._first_block = ((kv_head + head) * self._column_blocks).expand(shape).reshape(-1)
-        indices = kv_indices.expand(*shape, -1).reshape(-1, kv_indices.shape[-1]).long()
+        rows = len(self._first_query)
+        indices = kv_indices.expand(*shape, -1).reshape(rows, kv_indices.shape[-1]).long()
         listed = torch.arange(indices.shape[1], device=query.device) < (
-            kv_num_blocks.expand(shape).reshape(-1, 1)
+            kv_num_blocks.expand(shape).reshape(rows, 1)
         )
         if is_causal:
             last_query = (self._first_query + self._height).clamp(max=self._queries) - 1
@@ -166,7 +167,8 @@ class _Grid:
         rows = F.pad(tensor.to(computation_dtype(tensor.dtype)), (0, 0, 0, missing)).view(
             self._batch, self._lists, self._group, self._row_blocks, self._height, features
         )
-        return rows.transpose(2, 3).reshape(-1, self._group * self._height, features).clone()
+        shape = len(self._counts), self._group * self._height, features
+        return rows.transpose(2, 3).reshape(shape).clone()
 
     def from_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of :meth:`rows_of`."""
@@ -181,7 +183,8 @@ class _Grid:
         """Keys or values as (batch * heads * blocks, keys of a block, features)."""
         missing = self._column_blocks * self._width - self._keys
         padded = F.pad(tensor.to(computation_dtype(tensor.dtype)), (0, 0, 0, missing))
-        return padded.reshape(-1, self._width, tensor.shape[-1])
+        blocks = self._batch * self._kv_heads * self._column_blocks
+        return padded.reshape(blocks, self._width, tensor.shape[-1])
 
     def from_blocks(self, blocks: Tensor, like: Tensor) -> Tensor:
         """The inverse of :meth:`blocks_of`."""

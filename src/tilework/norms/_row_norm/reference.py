@@ -19,8 +19,8 @@ def forward(
     """Normalize the sum of input and residual over its last ``dims`` dimensions; return both.
 
     ``centered`` subtracts the mean first. A weight with one dimension more than ``dims`` has a row
-    for each entry of the dimension before. The scale is that of the first ``num_measured`` elements,
-    which are all of them if ``dims`` is above 1.
+    for each entry of the dimension before. The scale is that of the first ``num_measured``
+    elements, which are all of them if ``dims`` is above 1.
     """
     dtype = computation_dtype(input.dtype)
     total = input.to(dtype)
