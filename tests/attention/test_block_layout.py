@@ -24,6 +24,7 @@ GRIDS = [
     ((100, 100), (7, 20)),
     ((20, 50), (8, 4)),
     ((64, 64), (32, 16)),
+    ((20, 5), (5, 4)),
     ((0, 20), (4, 4)),
     ((20, 0), (4, 4)),
     ((0, 0), (64, 64)),
@@ -159,6 +160,27 @@ def test_indices_in_any_order(dtype):
     assert layout.shape == (2, 3, 5, 7)
     assert torch.equal(indices, before[0])
     assert torch.equal(counts, before[1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_lists_are_contiguous():
+    scores = torch.rand(4, 5, 3, 2).permute(3, 2, 0, 1)
+    indices = torch.rand(4, 3, 7).argsort(-1).permute(1, 0, 2)[None].expand(2, -1, -1, -1)
+    counts = torch.full((3, 1, 4), 2).transpose(0, 1).expand(2, -1, -1)
+    strided = BlockLayout.from_dense(scores > 0.5)
+    for layout in (
+        strided,
+        BlockLayout.from_indices(indices, counts, 7),
+        BlockLayout.from_scores_topk(scores, 2),
+        BlockLayout.from_scores_topk(scores, 0),
+        BlockLayout.from_window((256, 256), left=[0, 1], num_sink_blocks=1),
+        strided | strided,
+        strided & strided,
+        BlockLayout.cat([strided, strided], 1),
+    ):
+        lists = layout.kv_num_blocks, layout.kv_indices, layout.q_num_blocks, layout.q_indices
+        assert all(x.is_contiguous() for x in lists)
+        assert transposed(layout) == active(layout)
 
 
 def kept_by_topk(row, k, forced, eligible):
@@ -393,7 +415,7 @@ def test_causal(drawn, known, seed):
     torch.manual_seed(seed)
     lengths, size = drawn
     rows, columns = shape_of(lengths, size)
-    shape = (2, 1, rows, columns)
+    shape = (2, 3, rows, columns)
     mask = torch.rand(shape) < 0.5
     layout = BlockLayout.from_dense(mask, size, seq_lengths=lengths if known else None)
     covered = lengths if known else (rows * size[0], columns * size[1])
@@ -405,7 +427,7 @@ def test_causal(drawn, known, seed):
         assert transposed(trimmed) == active(trimmed)
         for is_causal, kept, total in (
             (False, len(active(layout)), mask.numel()),
-            (True, len(active(trimmed)), 2 * len(live)),
+            (True, len(active(trimmed)), 6 * len(live)),
         ):
             density = same.density(is_causal=is_causal)
             assert density.dtype == torch.float32

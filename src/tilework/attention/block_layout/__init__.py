@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from tilework import _checks
-from tilework.attention.block_layout import lists
+from tilework.attention.block_layout import flex, lists
 from tilework.attention.block_layout.grid import (
     BlockSize,
     Grid,
@@ -245,7 +245,7 @@ class BlockLayout:
         columns = grid.columns
         if isinstance(k, Tensor):
             most = min(check_places(name, k, scores), columns)
-            k = k.to(scores.device).expand(scores.shape[:3])[..., None]
+            k = k.long().expand(scores.shape[:3])[..., None]
             width = None
         else:
             _checks.integer(name, "k", k)
@@ -350,10 +350,10 @@ class BlockLayout:
             stop = _column(sinks, device).clamp_max(columns).expand(-1, rows)
             width = min(max(sinks), columns)
             layout |= cls._of_intervals(grid, torch.zeros_like(stop), stop, width)
-        for block in marked:
-            if block < columns:
-                first = torch.full_like(first_diagonal, block)[None]
-                layout |= cls._of_intervals(grid, first, first + 1, 1)
+        held = [block for block in marked if block < columns]
+        if held:
+            indices = torch.tensor(held, device=device).expand(1, 1, rows, -1)
+            layout |= cls._on(grid, torch.full_like(indices[..., 0], len(held)), indices)
         return layout.trim_causal() if is_causal else layout
 
     @classmethod
@@ -377,7 +377,7 @@ class BlockLayout:
             raise _checks.bad_value(name, "document_ids", "of shape (B, L)", document_ids)
         batch, length = document_ids.shape
         size = block_pair(name, block_size)
-        found, number = torch.unique(document_ids, return_inverse=True)
+        found, number = torch.unique(document_ids.long(), return_inverse=True)
         position = torch.arange(length, device=document_ids.device)
 
         def members(block: int) -> Tensor:
@@ -515,52 +515,19 @@ class BlockLayout:
         Blocks without a hidden pair are full, also where they are short.
         """
         name = f"{_NAME}.to_flex"
-        batch, heads, _, columns = self.shape
-        group = 1
+        heads = self.shape[1]
         if num_heads is not None:
             _checks.integer(name, "num_heads", num_heads)
             if heads == 0 or num_heads < 1 or num_heads % heads:
-                raise _checks.bad_value(
-                    name, "num_heads", f"a multiple of the layout's {heads} heads", num_heads
-                )
-            group = num_heads // heads
-        queries, keys = self._grid.lengths
-        bq, bk = self.block_size
-
-        # Full blocks stand before partial ones in a row, and those before the ones not live.
-        full = live = self.kv_num_blocks
-        if is_causal:
-            live = self.trim_causal().kv_num_blocks
-            first_query = self._arange(self.shape[2])[:, None] * bq
-            last_key = ((self._or_sentinel() + 1) * bk).clamp_max(keys) - 1
-            full = (self._inside & (last_key <= first_query)).sum(-1, dtype=torch.int32)
-        place = self._arange(columns)
-        padded = F.pad(self.kv_indices, (0, 1))
-
-        def part(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-            shifted = start[..., None] + place
-            shifted = shifted.where(shifted < stop[..., None], self.kv_indices.shape[-1])
-            indices = padded.gather(-1, shifted.long())
-            return (stop - start).repeat_interleave(group, 1), indices.repeat_interleave(group, 1)
-
-        partial_counts, partial_indices = part(full, live)
-        full_counts, full_indices = part(torch.zeros_like(full), full)
-        dense = self.to_dense()
-
-        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            b = b if batch > 1 else torch.zeros_like(b)
-            h = h // group if heads > 1 else torch.zeros_like(h)
-            active = dense[b, h, q_idx // bq, kv_idx // bk]
-            return active & (kv_idx <= q_idx) if is_causal else active
-
-        return BlockMask.from_kv_blocks(
-            partial_counts,
-            partial_indices,
-            full_counts,
-            full_indices,
-            BLOCK_SIZE=self.block_size,
-            mask_mod=mask_mod,
-            seq_lengths=(queries, keys),
+                accepted = f"a multiple of the layout's {heads} heads"
+                raise _checks.bad_value(name, "num_heads", accepted, num_heads)
+        return flex.block_mask(
+            self.to_dense(),
+            self.kv_indices,
+            self.kv_num_blocks,
+            self._grid,
+            is_causal=is_causal,
+            group=1 if num_heads is None else num_heads // heads,
         )
 
     def density(self, *, is_causal: bool = False) -> Float[Tensor, ""]:
@@ -577,8 +544,8 @@ class BlockLayout:
     def trim_causal(self) -> "BlockLayout":
         """The live blocks alone."""
         last_diagonal = self._grid.diagonal(self.device)[1]
-        live = self._inside & (self.kv_indices <= last_diagonal[:, None])
-        return replace(self, kv_num_blocks=live.sum(-1, dtype=torch.int32))
+        counts = lists.count_up_to(last_diagonal[:, None], self.kv_indices, self.kv_num_blocks)
+        return replace(self, kv_num_blocks=counts)
 
     def __or__(self, other: "BlockLayout") -> "BlockLayout":
         """The blocks of either layout; sizes of 1 of batch and heads broadcast."""
@@ -675,7 +642,8 @@ class BlockLayout:
 
     @classmethod
     def _on(cls, grid: "Grid", counts: Tensor, indices: Tensor) -> "BlockLayout":
-        return cls(counts.int(), indices.int(), grid.columns, grid.block_size, grid.seq_lengths)
+        counts, indices = counts.int().contiguous(), indices.int().contiguous()
+        return cls(counts, indices, grid.columns, grid.block_size, grid.seq_lengths)
 
     @classmethod
     def _of_kept(
