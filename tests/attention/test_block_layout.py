@@ -6,7 +6,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -24,7 +24,8 @@ GRIDS = [
     ((100, 100), (7, 20)),
     ((20, 50), (8, 4)),
     ((64, 64), (32, 16)),
-    ((20, 5), (5, 4)),
+    ((20, 6), (5, 4)),
+    ((20, 20), (5, 3)),
     ((0, 20), (4, 4)),
     ((20, 0), (4, 4)),
     ((0, 0), (64, 64)),
@@ -165,8 +166,8 @@ def test_indices_in_any_order(dtype):
 @pytest.mark.filterwarnings("error")
 def test_lists_are_contiguous():
     scores = torch.rand(4, 5, 3, 2).permute(3, 2, 0, 1)
-    indices = torch.rand(4, 3, 7).argsort(-1).permute(1, 0, 2)[None].expand(2, -1, -1, -1)
-    counts = torch.full((3, 1, 4), 2).transpose(0, 1).expand(2, -1, -1)
+    indices = torch.rand(7, 4, 3, 2).argsort(0).permute(3, 2, 1, 0)
+    counts = torch.full((4, 3, 2), 2).permute(2, 1, 0)
     strided = BlockLayout.from_dense(scores > 0.5)
     for layout in (
         strided,
@@ -347,6 +348,8 @@ def windowed(lengths, size, left, right, sinks, marked, is_causal):
     st.sets(st.integers(0, 9), max_size=2),
     st.booleans(),
 )
+@example(((40, 40), (4, 4)), [0, 0], [0, 0], [0, 0], {0, 9}, False)
+@example(((40, 12), (4, 4)), [0, None], [0, 1], [0, 2], {2, 9}, False)
 def test_window(drawn, left, right, sinks, marked, is_causal):
     lengths, size = drawn
     rows, columns = shape_of(lengths, size)
@@ -840,6 +843,7 @@ def changed(tensor, value):
         (TypeError, "num_sink_blocks must be an", lambda: topk(SCORES, 2, num_sink_blocks=None)),
         (TypeError, "from_scores_threshold: scores must be", lambda: threshold(MASK, 2)),
         (TypeError, "threshold must be a number", lambda: threshold(SCORES, "0.1")),
+        (ValueError, "threshold must be a number", lambda: threshold(SCORES, math.nan)),
         (ValueError, "threshold must be broadcast", lambda: threshold(SCORES, torch.ones(4))),
         (
             ValueError,

@@ -296,6 +296,8 @@ class BlockLayout:
             _checks.same_device(name, scores=scores, threshold=threshold)
         else:
             _checks.number(name, "threshold", threshold)
+            if math.isnan(threshold):
+                raise _checks.bad_value(name, "threshold", "a number or infinite", threshold)
         return cls._of_mask(grid, forced | eligible & (scores > threshold))
 
     @classmethod
@@ -641,46 +643,38 @@ class BlockLayout:
         return text if self.seq_lengths is None else f"{text}, seq_lengths={self.seq_lengths}"
 
     @classmethod
-    def _on(cls, grid: "Grid", counts: Tensor, indices: Tensor) -> "BlockLayout":
+    def _on(cls, grid: Grid, counts: Tensor, indices: Tensor) -> "BlockLayout":
         counts, indices = counts.int().contiguous(), indices.int().contiguous()
         return cls(counts, indices, grid.columns, grid.block_size, grid.seq_lengths)
 
     @classmethod
-    def _of_kept(
-        cls, grid: "Grid", values: Tensor, keep: Tensor, width: int | None
-    ) -> "BlockLayout":
+    def _of_kept(cls, grid: Grid, values: Tensor, keep: Tensor, width: int) -> "BlockLayout":
         """Of increasing columns with repetitions, those to keep; at most ``width`` in a row."""
         counts, places = lists.positions(keep, width)
         places = places.clamp_max(max(values.shape[-1] - 1, 0)).long()
         return cls._on(grid, counts, values.gather(-1, places))
 
     @classmethod
-    def _of_mask(cls, grid: "Grid", mask: Tensor, width: int | None = None) -> "BlockLayout":
+    def _of_mask(cls, grid: Grid, mask: Tensor, width: int | None = None) -> "BlockLayout":
         return cls._on(grid, *lists.positions(mask, width))
 
     @classmethod
-    def _of_intervals(cls, grid: "Grid", first: Tensor, stop: Tensor, width: int) -> "BlockLayout":
+    def _of_intervals(cls, grid: Grid, first: Tensor, stop: Tensor, width: int) -> "BlockLayout":
         """Rows of consecutive blocks, shape ``(H, nq)``, at most ``width`` of them."""
         indices = first[..., None] + torch.arange(width, device=first.device)
         return cls._on(grid, (stop - first).clamp_min(0)[None], indices[None])
 
     @property
-    def _grid(self) -> "Grid":
-        return Grid(*self.shape[2:], self.block_size, self.seq_lengths)
-
-    @property
-    def _inside(self) -> Tensor:
-        """Which entries of ``kv_indices`` count."""
-        return lists.first(self.kv_num_blocks, self.kv_indices.shape[-1])
+    def _grid(self) -> Grid:
+        rows, columns = self.shape[2:]
+        return Grid(rows, columns, self.block_size, self.seq_lengths)
 
     def _or_sentinel(self) -> Tensor:
         """``kv_indices`` with the number of columns where nothing may be read."""
-        return self.kv_indices.where(self._inside, self.num_kv_blocks)
+        inside = lists.first(self.kv_num_blocks, self.kv_indices.shape[-1])
+        return self.kv_indices.where(inside, self.num_kv_blocks)
 
-    def _arange(self, stop: int) -> Tensor:
-        return torch.arange(stop, dtype=torch.int32, device=self.device)
-
-    def _merged(self, other: "BlockLayout", operation: str) -> tuple["Grid", Tensor]:
+    def _merged(self, other: "BlockLayout", operation: str) -> tuple[Grid, Tensor]:
         """Both layouts' columns in order, and the grid that they share."""
         name = f"{_NAME}.{operation}"
         pairs = list(zip(self.shape[:2], other.shape[:2], strict=True))

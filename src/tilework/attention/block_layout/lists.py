@@ -21,7 +21,7 @@ def highest(scores: Tensor, eligible: Tensor, places: Tensor, most: int) -> Tens
 def positions(keep: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
     """The number of True in each row, and the positions of the first ``width`` (None: of all)."""
     # The t-th True stands where their running number reaches t.
-    running = keep.cumsum(-1, dtype=torch.int32).contiguous()
+    running = keep.cumsum(-1, dtype=torch.int32)
     counts = running[..., -1:].sum(-1, dtype=torch.int32)  # without columns, 0
     width = longest(counts) if width is None else width
     wanted = torch.arange(1, width + 1, dtype=torch.int32, device=keep.device)
