@@ -145,15 +145,18 @@ def test_dense_and_back(shape, density, seed):
     assert torch.equal(mask, original)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16]
+)
 def test_indices_in_any_order(dtype):
     mask = torch.rand(2, 3, 5, 7) < 0.5
     expected = BlockLayout.from_dense(mask, 16)
-    indices = torch.full((2, 3, 5, 9), torch.iinfo(dtype).max, dtype=dtype)
-    counts = torch.zeros(2, 3, 5, dtype=dtype)
+    indices = torch.full((2, 3, 5, 9), torch.iinfo(dtype).max)
+    counts = torch.zeros(2, 3, 5, dtype=torch.int64)
     for b, h, i, j in reversed(mask.nonzero().tolist()):
         indices[b, h, i, int(counts[b, h, i])] = j
         counts[b, h, i] += 1
+    indices, counts = indices.to(dtype), counts.to(dtype)
     before = indices.clone(), counts.clone()
     layout = BlockLayout.from_indices(indices, counts, 7, 16)
     assert layout == expected
@@ -238,6 +241,14 @@ def test_topk(drawn, k, is_causal, force_diagonal, sinks, dtype, known, seed):
     if isinstance(places, int):
         most = sinks + 1 + (size[0] + size[1] - 2) // size[1]
         assert layout.kv_indices.shape[-1] <= min(columns, max(k, most))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32])
+def test_k_of_any_integer_dtype(dtype):
+    scores = torch.rand(1, 2, 3, 9)
+    k = torch.tensor([[[3, 0, 200], [1, 2, 5]]])
+    layout = BlockLayout.from_scores_topk(scores, k.to(dtype), force_diagonal=False)
+    assert layout.kv_num_blocks.tolist() == [[[3, 0, 9], [1, 2, 5]]]
 
 
 def test_topk_takes_the_earlier_of_equal_scores():
@@ -560,6 +571,7 @@ def test_flex_lists(lengths, size, is_causal):
 
 
 @pytest.mark.untyped
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     ("lengths", "size", "shape", "heads"),

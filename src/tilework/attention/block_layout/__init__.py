@@ -244,8 +244,8 @@ class BlockLayout:
         )
         columns = grid.columns
         if isinstance(k, Tensor):
-            most = min(check_places(name, k, scores), columns)
-            k = k.long().expand(scores.shape[:3])[..., None]
+            k = check_places(name, k, scores).expand(scores.shape[:3])[..., None]
+            most = min(max(lists.longest(k), 0), columns)
             width = None
         else:
             _checks.integer(name, "k", k)
