@@ -6,7 +6,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -24,6 +24,8 @@ GRIDS = [
     ((100, 100), (7, 20)),
     ((20, 50), (8, 4)),
     ((64, 64), (32, 16)),
+    ((20, 6), (5, 4)),
+    ((20, 20), (5, 3)),
     ((0, 20), (4, 4)),
     ((20, 0), (4, 4)),
     ((0, 0), (64, 64)),
@@ -143,15 +145,18 @@ def test_dense_and_back(shape, density, seed):
     assert torch.equal(mask, original)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16]
+)
 def test_indices_in_any_order(dtype):
     mask = torch.rand(2, 3, 5, 7) < 0.5
     expected = BlockLayout.from_dense(mask, 16)
-    indices = torch.full((2, 3, 5, 9), torch.iinfo(dtype).max, dtype=dtype)
-    counts = torch.zeros(2, 3, 5, dtype=dtype)
+    indices = torch.full((2, 3, 5, 9), torch.iinfo(dtype).max)
+    counts = torch.zeros(2, 3, 5, dtype=torch.int64)
     for b, h, i, j in reversed(mask.nonzero().tolist()):
         indices[b, h, i, int(counts[b, h, i])] = j
         counts[b, h, i] += 1
+    indices, counts = indices.to(dtype), counts.to(dtype)
     before = indices.clone(), counts.clone()
     layout = BlockLayout.from_indices(indices, counts, 7, 16)
     assert layout == expected
@@ -159,6 +164,27 @@ def test_indices_in_any_order(dtype):
     assert layout.shape == (2, 3, 5, 7)
     assert torch.equal(indices, before[0])
     assert torch.equal(counts, before[1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_lists_are_contiguous():
+    scores = torch.rand(4, 5, 3, 2).permute(3, 2, 0, 1)
+    indices = torch.rand(7, 4, 3, 2).argsort(0).permute(3, 2, 1, 0)
+    counts = torch.full((4, 3, 2), 2).permute(2, 1, 0)
+    strided = BlockLayout.from_dense(scores > 0.5)
+    for layout in (
+        strided,
+        BlockLayout.from_indices(indices, counts, 7),
+        BlockLayout.from_scores_topk(scores, 2),
+        BlockLayout.from_scores_topk(scores, 0),
+        BlockLayout.from_window((256, 256), left=[0, 1], num_sink_blocks=1),
+        strided | strided,
+        strided & strided,
+        BlockLayout.cat([strided, strided], 1),
+    ):
+        lists = layout.kv_num_blocks, layout.kv_indices, layout.q_num_blocks, layout.q_indices
+        assert all(x.is_contiguous() for x in lists)
+        assert transposed(layout) == active(layout)
 
 
 def kept_by_topk(row, k, forced, eligible):
@@ -215,6 +241,14 @@ def test_topk(drawn, k, is_causal, force_diagonal, sinks, dtype, known, seed):
     if isinstance(places, int):
         most = sinks + 1 + (size[0] + size[1] - 2) // size[1]
         assert layout.kv_indices.shape[-1] <= min(columns, max(k, most))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32])
+def test_k_of_any_integer_dtype(dtype):
+    scores = torch.rand(1, 2, 3, 9)
+    k = torch.tensor([[[3, 0, 200], [1, 2, 5]]])
+    layout = BlockLayout.from_scores_topk(scores, k.to(dtype), force_diagonal=False)
+    assert layout.kv_num_blocks.tolist() == [[[3, 0, 9], [1, 2, 5]]]
 
 
 def test_topk_takes_the_earlier_of_equal_scores():
@@ -325,6 +359,8 @@ def windowed(lengths, size, left, right, sinks, marked, is_causal):
     st.sets(st.integers(0, 9), max_size=2),
     st.booleans(),
 )
+@example(((40, 40), (4, 4)), [0, 0], [0, 0], [0, 0], {0, 9}, False)
+@example(((40, 12), (4, 4)), [0, None], [0, 1], [0, 2], {2, 9}, False)
 def test_window(drawn, left, right, sinks, marked, is_causal):
     lengths, size = drawn
     rows, columns = shape_of(lengths, size)
@@ -393,7 +429,7 @@ def test_causal(drawn, known, seed):
     torch.manual_seed(seed)
     lengths, size = drawn
     rows, columns = shape_of(lengths, size)
-    shape = (2, 1, rows, columns)
+    shape = (2, 3, rows, columns)
     mask = torch.rand(shape) < 0.5
     layout = BlockLayout.from_dense(mask, size, seq_lengths=lengths if known else None)
     covered = lengths if known else (rows * size[0], columns * size[1])
@@ -405,7 +441,7 @@ def test_causal(drawn, known, seed):
         assert transposed(trimmed) == active(trimmed)
         for is_causal, kept, total in (
             (False, len(active(layout)), mask.numel()),
-            (True, len(active(trimmed)), 2 * len(live)),
+            (True, len(active(trimmed)), 6 * len(live)),
         ):
             density = same.density(is_causal=is_causal)
             assert density.dtype == torch.float32
@@ -535,6 +571,7 @@ def test_flex_lists(lengths, size, is_causal):
 
 
 @pytest.mark.untyped
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     ("lengths", "size", "shape", "heads"),
@@ -818,6 +855,7 @@ def changed(tensor, value):
         (TypeError, "num_sink_blocks must be an", lambda: topk(SCORES, 2, num_sink_blocks=None)),
         (TypeError, "from_scores_threshold: scores must be", lambda: threshold(MASK, 2)),
         (TypeError, "threshold must be a number", lambda: threshold(SCORES, "0.1")),
+        (ValueError, "threshold must be a number", lambda: threshold(SCORES, math.nan)),
         (ValueError, "threshold must be broadcast", lambda: threshold(SCORES, torch.ones(4))),
         (
             ValueError,

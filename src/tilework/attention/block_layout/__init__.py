@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from tilework import _checks
-from tilework.attention.block_layout import lists
+from tilework.attention.block_layout import flex, lists
 from tilework.attention.block_layout.grid import (
     BlockSize,
     Grid,
@@ -244,8 +244,8 @@ class BlockLayout:
         )
         columns = grid.columns
         if isinstance(k, Tensor):
-            most = min(check_places(name, k, scores), columns)
-            k = k.to(scores.device).expand(scores.shape[:3])[..., None]
+            k = check_places(name, k, scores).expand(scores.shape[:3])[..., None]
+            most = min(max(lists.longest(k), 0), columns)
             width = None
         else:
             _checks.integer(name, "k", k)
@@ -296,6 +296,8 @@ class BlockLayout:
             _checks.same_device(name, scores=scores, threshold=threshold)
         else:
             _checks.number(name, "threshold", threshold)
+            if math.isnan(threshold):
+                raise _checks.bad_value(name, "threshold", "a number or infinite", threshold)
         return cls._of_mask(grid, forced | eligible & (scores > threshold))
 
     @classmethod
@@ -350,10 +352,10 @@ class BlockLayout:
             stop = _column(sinks, device).clamp_max(columns).expand(-1, rows)
             width = min(max(sinks), columns)
             layout |= cls._of_intervals(grid, torch.zeros_like(stop), stop, width)
-        for block in marked:
-            if block < columns:
-                first = torch.full_like(first_diagonal, block)[None]
-                layout |= cls._of_intervals(grid, first, first + 1, 1)
+        held = [block for block in marked if block < columns]
+        if held:
+            indices = torch.tensor(held, device=device).expand(1, 1, rows, -1)
+            layout |= cls._on(grid, torch.full_like(indices[..., 0], len(held)), indices)
         return layout.trim_causal() if is_causal else layout
 
     @classmethod
@@ -377,7 +379,7 @@ class BlockLayout:
             raise _checks.bad_value(name, "document_ids", "of shape (B, L)", document_ids)
         batch, length = document_ids.shape
         size = block_pair(name, block_size)
-        found, number = torch.unique(document_ids, return_inverse=True)
+        found, number = torch.unique(document_ids.long(), return_inverse=True)
         position = torch.arange(length, device=document_ids.device)
 
         def members(block: int) -> Tensor:
@@ -515,52 +517,19 @@ class BlockLayout:
         Blocks without a hidden pair are full, also where they are short.
         """
         name = f"{_NAME}.to_flex"
-        batch, heads, _, columns = self.shape
-        group = 1
+        heads = self.shape[1]
         if num_heads is not None:
             _checks.integer(name, "num_heads", num_heads)
             if heads == 0 or num_heads < 1 or num_heads % heads:
-                raise _checks.bad_value(
-                    name, "num_heads", f"a multiple of the layout's {heads} heads", num_heads
-                )
-            group = num_heads // heads
-        queries, keys = self._grid.lengths
-        bq, bk = self.block_size
-
-        # Full blocks stand before partial ones in a row, and those before the ones not live.
-        full = live = self.kv_num_blocks
-        if is_causal:
-            live = self.trim_causal().kv_num_blocks
-            first_query = self._arange(self.shape[2])[:, None] * bq
-            last_key = ((self._or_sentinel() + 1) * bk).clamp_max(keys) - 1
-            full = (self._inside & (last_key <= first_query)).sum(-1, dtype=torch.int32)
-        place = self._arange(columns)
-        padded = F.pad(self.kv_indices, (0, 1))
-
-        def part(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-            shifted = start[..., None] + place
-            shifted = shifted.where(shifted < stop[..., None], self.kv_indices.shape[-1])
-            indices = padded.gather(-1, shifted.long())
-            return (stop - start).repeat_interleave(group, 1), indices.repeat_interleave(group, 1)
-
-        partial_counts, partial_indices = part(full, live)
-        full_counts, full_indices = part(torch.zeros_like(full), full)
-        dense = self.to_dense()
-
-        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            b = b if batch > 1 else torch.zeros_like(b)
-            h = h // group if heads > 1 else torch.zeros_like(h)
-            active = dense[b, h, q_idx // bq, kv_idx // bk]
-            return active & (kv_idx <= q_idx) if is_causal else active
-
-        return BlockMask.from_kv_blocks(
-            partial_counts,
-            partial_indices,
-            full_counts,
-            full_indices,
-            BLOCK_SIZE=self.block_size,
-            mask_mod=mask_mod,
-            seq_lengths=(queries, keys),
+                accepted = f"a multiple of the layout's {heads} heads"
+                raise _checks.bad_value(name, "num_heads", accepted, num_heads)
+        return flex.block_mask(
+            self.to_dense(),
+            self.kv_indices,
+            self.kv_num_blocks,
+            self._grid,
+            is_causal=is_causal,
+            group=1 if num_heads is None else num_heads // heads,
         )
 
     def density(self, *, is_causal: bool = False) -> Float[Tensor, ""]:
@@ -577,8 +546,8 @@ class BlockLayout:
     def trim_causal(self) -> "BlockLayout":
         """The live blocks alone."""
         last_diagonal = self._grid.diagonal(self.device)[1]
-        live = self._inside & (self.kv_indices <= last_diagonal[:, None])
-        return replace(self, kv_num_blocks=live.sum(-1, dtype=torch.int32))
+        counts = lists.count_up_to(last_diagonal[:, None], self.kv_indices, self.kv_num_blocks)
+        return replace(self, kv_num_blocks=counts)
 
     def __or__(self, other: "BlockLayout") -> "BlockLayout":
         """The blocks of either layout; sizes of 1 of batch and heads broadcast."""
@@ -674,45 +643,38 @@ class BlockLayout:
         return text if self.seq_lengths is None else f"{text}, seq_lengths={self.seq_lengths}"
 
     @classmethod
-    def _on(cls, grid: "Grid", counts: Tensor, indices: Tensor) -> "BlockLayout":
-        return cls(counts.int(), indices.int(), grid.columns, grid.block_size, grid.seq_lengths)
+    def _on(cls, grid: Grid, counts: Tensor, indices: Tensor) -> "BlockLayout":
+        counts, indices = counts.int().contiguous(), indices.int().contiguous()
+        return cls(counts, indices, grid.columns, grid.block_size, grid.seq_lengths)
 
     @classmethod
-    def _of_kept(
-        cls, grid: "Grid", values: Tensor, keep: Tensor, width: int | None
-    ) -> "BlockLayout":
+    def _of_kept(cls, grid: Grid, values: Tensor, keep: Tensor, width: int) -> "BlockLayout":
         """Of increasing columns with repetitions, those to keep; at most ``width`` in a row."""
         counts, places = lists.positions(keep, width)
         places = places.clamp_max(max(values.shape[-1] - 1, 0)).long()
         return cls._on(grid, counts, values.gather(-1, places))
 
     @classmethod
-    def _of_mask(cls, grid: "Grid", mask: Tensor, width: int | None = None) -> "BlockLayout":
+    def _of_mask(cls, grid: Grid, mask: Tensor, width: int | None = None) -> "BlockLayout":
         return cls._on(grid, *lists.positions(mask, width))
 
     @classmethod
-    def _of_intervals(cls, grid: "Grid", first: Tensor, stop: Tensor, width: int) -> "BlockLayout":
+    def _of_intervals(cls, grid: Grid, first: Tensor, stop: Tensor, width: int) -> "BlockLayout":
         """Rows of consecutive blocks, shape ``(H, nq)``, at most ``width`` of them."""
         indices = first[..., None] + torch.arange(width, device=first.device)
         return cls._on(grid, (stop - first).clamp_min(0)[None], indices[None])
 
     @property
-    def _grid(self) -> "Grid":
-        return Grid(*self.shape[2:], self.block_size, self.seq_lengths)
-
-    @property
-    def _inside(self) -> Tensor:
-        """Which entries of ``kv_indices`` count."""
-        return lists.first(self.kv_num_blocks, self.kv_indices.shape[-1])
+    def _grid(self) -> Grid:
+        rows, columns = self.shape[2:]
+        return Grid(rows, columns, self.block_size, self.seq_lengths)
 
     def _or_sentinel(self) -> Tensor:
         """``kv_indices`` with the number of columns where nothing may be read."""
-        return self.kv_indices.where(self._inside, self.num_kv_blocks)
+        inside = lists.first(self.kv_num_blocks, self.kv_indices.shape[-1])
+        return self.kv_indices.where(inside, self.num_kv_blocks)
 
-    def _arange(self, stop: int) -> Tensor:
-        return torch.arange(stop, dtype=torch.int32, device=self.device)
-
-    def _merged(self, other: "BlockLayout", operation: str) -> tuple["Grid", Tensor]:
+    def _merged(self, other: "BlockLayout", operation: str) -> tuple[Grid, Tensor]:
         """Both layouts' columns in order, and the grid that they share."""
         name = f"{_NAME}.{operation}"
         pairs = list(zip(self.shape[:2], other.shape[:2], strict=True))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tilework import _checks
-from tilework.attention.block_layout.lists import longest
 
 _UNBOUNDED = torch.iinfo(torch.int32).max
 
@@ -160,11 +159,12 @@ def check_broadcasts(function: str, argument: str, tensor: Tensor, shape: Sequen
         raise _checks.bad_value(function, argument, f"broadcastable to {tuple(shape)}", tensor)
 
 
-def check_places(function: str, k: Tensor, scores: Tensor) -> int:
-    """The largest number of places, from a tensor."""
+def check_places(function: str, k: Tensor, scores: Tensor) -> Tensor:
+    """A number of places for each row, int64; refuse negative ones on the CPU."""
     check_integers(function, "k", k)
     check_broadcasts(function, "k", k, scores.shape[:3])
     _checks.same_device(function, scores=scores, k=k)
+    k = k.long()  # torch compares no wide unsigned integers
     if _checks.holds_values(k) and (k < 0).any():
         raise ValueError(f"{function}: k must be at least 0, got {int(k.min())}")
-    return max(longest(k), 0)
+    return k

@@ -14,7 +14,7 @@ def highest(scores: Tensor, eligible: Tensor, places: Tensor, most: int) -> Tens
     ranks = (places - 1).clamp_min(0).expand(*scores.shape[:3], 1)
     lowest = ranked.gather(-1, ranks)
     higher, equal = scores > lowest, scores == lowest
-    room = places - higher.sum(-1, keepdim=True)
+    room = places - (ranked > lowest).sum(-1, keepdim=True)
     return eligible & (higher | equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
 
 
@@ -22,11 +22,17 @@ def positions(keep: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
     """The number of True in each row, and the positions of the first ``width`` (None: of all)."""
     # The t-th True stands where their running number reaches t.
     running = keep.cumsum(-1, dtype=torch.int32)
-    counts = keep.sum(-1, dtype=torch.int32)
+    counts = running[..., -1:].sum(-1, dtype=torch.int32)  # without columns, 0
     width = longest(counts) if width is None else width
     wanted = torch.arange(1, width + 1, dtype=torch.int32, device=keep.device)
     wanted = wanted.expand(*keep.shape[:-1], -1).contiguous()
     return counts, torch.searchsorted(running, wanted, out_int32=True)
+
+
+def count_up_to(bound: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
+    """How many entries of each row, which is in order, are at most ``bound``."""
+    kept = first(counts, indices.shape[-1]) & (indices <= bound)
+    return kept.sum(-1, dtype=torch.int32)
 
 
 def transposed(columns: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
