@@ -168,7 +168,6 @@ def test_classes_of_bias_minus_infinity(implementation: str) -> None:
         torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.untyped
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_and_inf_stay_in_their_row(implementation: str, bad: float) -> None:
@@ -183,6 +182,7 @@ def test_nan_and_inf_stay_in_their_row(implementation: str, bad: float) -> None:
         assert field[[0, 1, 3, 4]].isfinite().all()
 
 
+@pytest.mark.untyped
 def test_bad_targets() -> None:
     hidden, head = torch.randn(3, 4), torch.randn(9, 4)
     with pytest.raises(IndexError, match=r"linear_log_probs: target must lie in \[0, 9\)"):
@@ -343,7 +343,6 @@ def test_forward_stores_no_logits() -> None:
 
 
 @pytest.mark.untyped
-@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("message", "error", "change"),
     [
@@ -376,6 +375,7 @@ def test_bad_input(message: str, error: type[Exception], change: dict[str, Any])
         linear_log_probs(*tensors, **arguments)
 
 
+@pytest.mark.untyped
 def test_options_are_keywords() -> None:
     with pytest.raises(TypeError, match="positional"):
         linear_log_probs(torch.zeros(3, 4), torch.zeros(9, 4), TARGET[0, :3], None)  # type: ignore[misc]

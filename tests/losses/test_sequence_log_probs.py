@@ -39,7 +39,6 @@ def test_long_sequences_of_half_precision_are_summed_in_float32() -> None:
     torch.testing.assert_close(total.double(), log_prob.double().sum(1), rtol=2**-8, atol=0)
 
 
-@pytest.mark.untyped
 def test_gradients() -> None:
     log_prob = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     for average in (False, True):
@@ -55,6 +54,7 @@ def test_gradients() -> None:
     assert torch.equal(unread.grad, (TARGET != -100).double())
 
 
+@pytest.mark.untyped
 def test_empty_and_transformed() -> None:
     empty = sequence_log_probs(torch.zeros(0, 5), torch.zeros(0, 5, dtype=torch.int64))
     assert empty.shape == (0,)
@@ -79,7 +79,6 @@ def test_takes_what_linear_log_probs_gives() -> None:
 
 
 @pytest.mark.untyped
-@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("message", "error", "change"),
     [
@@ -99,6 +98,7 @@ def test_bad_input(message: str, error: type[Exception], change: dict[str, Any])
         sequence_log_probs(arguments.pop("log_prob"), arguments.pop("target"), **arguments)
 
 
+@pytest.mark.untyped
 def test_options_are_keywords() -> None:
     with pytest.raises(TypeError, match="positional"):
         sequence_log_probs(torch.zeros(3, 4), TARGET, -100)  # type: ignore[misc]

@@ -77,7 +77,6 @@ def test_many_rows_for_each_program(features: int, centered: bool) -> None:
     check(problem, "triton")
 
 
-@pytest.mark.untyped
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_strides(implementation: str, centered: bool) -> None:
     base, other = torch.randn(2, 5, 3, 4, 14)
@@ -102,6 +101,7 @@ def test_strides(implementation: str, centered: bool) -> None:
         check(problem, implementation)
 
 
+@pytest.mark.untyped
 def test_dense_rows_are_not_copied(centered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from tilework.norms._row_norm import triton
 
@@ -214,7 +214,6 @@ def test_any_subset_of_gradients(features: int, implementation: str, centered: b
             torch.testing.assert_close(grad, expected[f"grad {name}"])
 
 
-@pytest.mark.untyped
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradient_of_one_of_the_results(implementation: str, centered: bool) -> None:
     problem = Problem.random(centered, (5, 9), torch.bfloat16, residual=torch.float32)
@@ -229,6 +228,7 @@ def test_gradient_of_one_of_the_results(implementation: str, centered: bool) -> 
     assert torch.equal(actual[1], expected["grad residual"])
 
 
+@pytest.mark.untyped
 def test_the_same_bits_every_time(centered: bool) -> None:
     problem = Problem.random(
         centered, (41, 100), torch.float16, weight=torch.float16, bias=torch.float16

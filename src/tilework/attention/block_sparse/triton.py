@@ -14,11 +14,49 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
+from tilework._operators import HALF
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 MAX_FEATURES = 256
-# Queries (of all heads) and keys of a tile at most, warps and stages, by features and bytes.
-SMALL, LARGE, WIDE = (128, 64, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2)
+
+# Queries (of all heads) and keys of a tile at most, warps and stages, for half precision and up to
+# so many features: the largest of those tried that do not spill registers.
+Tile = tuple[int, int, int, int]
+_WIDE, _SQUARE, _LOW = (128, 64, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2)
+TILES: dict[str, dict[str, dict[int, Tile]]] = {
+    "forward": {
+        "sm_80": {32: (128, 64, 8, 2), 128: _WIDE, 256: _SQUARE},
+        "sm_90": {128: _WIDE, 256: _SQUARE},
+        "sm_100": {128: _WIDE, 256: _SQUARE},
+        "gfx942": {128: (64, 32, 4, 3), 256: (64, 32, 4, 2)},
+    },
+    "query": {
+        "sm_80": {64: (128, 64, 8, 2), 256: _SQUARE},
+        "sm_90": {128: (128, 64, 8, 2), 256: (32, 32, 4, 2)},
+        "sm_100": {64: (128, 64, 8, 2), 256: _SQUARE},
+        "gfx942": {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)},
+    },
+    "key": {
+        "sm_80": {32: _SQUARE, 64: _LOW, 128: (32, 64, 8, 2), 256: (16, 16, 4, 1)},
+        "sm_90": {64: _SQUARE, 128: (32, 64, 8, 2), 256: (16, 16, 4, 1)},
+        "sm_100": {32: (64, 64, 4, 2), 128: _SQUARE, 256: (32, 64, 8, 2)},
+        "gfx942": {128: _LOW, 256: (32, 32, 4, 2)},
+    },
+}
+# Products of float32 take many registers: with more than 64 features some spill.
+FLOAT32: dict[str, dict[int, Tile]] = {
+    "forward": {128: _LOW, 256: (16, 16, 4, 1)},
+    "query": {64: _LOW, 256: (16, 16, 4, 1)},
+    "key": {64: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+}
+
+
+def choose_tile(kernel: str, arch: str, dtype: torch.dtype, features: int) -> Tile:
+    """The tile of an architecture, or that of the oldest where there is no entry."""
+    by_features = FLOAT32[kernel]
+    if dtype in HALF:
+        by_features = TILES[kernel].get(arch, TILES[kernel]["sm_80"])
+    return next(tile for most, tile in by_features.items() if features <= most)
 
 
 def refusal(block_size: tuple[int, int], features: int, values: int) -> str | None:
@@ -461,7 +499,7 @@ def forward(
     lse = query.new_empty(batch, heads, num_queries, dtype=torch.float32)
     if lse.numel() == 0:
         return output, lse
-    sizes, constants = _arguments(query, key, value, kv_indices, block_size, is_causal)
+    sizes, constants = _arguments("forward", query, key, value, kv_indices, block_size, is_causal)
     pack = _pack(query, key, kv_indices, constants)
     grid = triton.cdiv(num_queries, constants["TILE_QUERIES"]), heads // pack, batch
     forward_kernel[grid](
@@ -512,7 +550,7 @@ def backward(
     upstream = grad_output, offset, lse.masked_fill(lse == -torch.inf, 0)
     strides = *query.stride(), *key.stride(), *value.stride()
 
-    sizes, constants = _arguments(query, key, value, kv_indices, block_size, is_causal)
+    sizes, constants = _arguments("query", query, key, value, kv_indices, block_size, is_causal)
     pack = _pack(query, key, kv_indices, constants)
     grid = triton.cdiv(num_queries, constants["TILE_QUERIES"]), heads // pack, batch
     query_gradient_kernel[grid](
@@ -531,7 +569,8 @@ def backward(
     )
     if key.numel() == 0:
         return grad_query, grad_key, grad_value
-    sizes, constants = _arguments(query, key, value, q_indices, block_size, is_causal)
+    sizes, constants = _arguments("key", query, key, value, q_indices, block_size, is_causal)
+    constants.pop("ROWS")
     grid = triton.cdiv(key.shape[2], constants["TILE_KEYS"]), key.shape[1], batch
     key_gradient_kernel[grid](
         *upstream,
@@ -551,6 +590,7 @@ def backward(
 
 
 def _arguments(
+    kernel: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -574,17 +614,15 @@ def _arguments(
         list_width,
     )
     features, values = (max(16, triton.next_power_of_2(t.shape[-1])) for t in (query, value))
-    narrow = max(features, values) <= 64
-    bytes_ = max(features, values) * query.element_size()
-    rows, keys, warps, stages = (
-        SMALL if narrow and bytes_ <= 128 else LARGE if bytes_ <= 256 else WIDE
-    )
+    arch = _triton.architecture(query.device)
+    rows, keys, warps, stages = choose_tile(kernel, arch, query.dtype, max(features, values))
     constants = {
         "IS_CAUSAL": is_causal,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         "INTERPRETED": _triton.INTERPRETED,
         "QUERY_BLOCK": block_size[0],
         "KEY_BLOCK": block_size[1],
+        "ROWS": rows,
         "TILE_QUERIES": min(block_size[0], rows),
         "TILE_KEYS": min(block_size[1], keys),
         "FEATURES": features,
@@ -599,9 +637,10 @@ def _pack(query: Tensor, key: Tensor, indices: Tensor, constants: dict[str, Any]
     """How many heads of a group go together: a power of 2, as they share keys and a list."""
     heads, kv_heads, list_heads = query.shape[1], key.shape[1], indices.shape[1]
     group = heads // kv_heads
+    rows = constants.pop("ROWS")
     if list_heads not in (1, kv_heads):
         return 1
     pack = 1
-    while group % (2 * pack) == 0 and 2 * pack * constants["TILE_QUERIES"] <= SMALL[0]:
+    while group % (2 * pack) == 0 and 2 * pack * constants["TILE_QUERIES"] <= rows:
         pack *= 2
     return pack
