@@ -8,7 +8,7 @@ from tilework.bench.suites import Case, Unavailable
 from tilework.bench.suites import linear_cross_entropy as suite
 
 CPU = torch.device("cpu")
-KINDS = (suite.FORWARD, suite.TRAINING)
+KINDS = (suite.FORWARD, suite.TRAINING, suite.PEAKED)
 COMPILED = ("torch compile", "cut-cross-entropy (compiled)")
 
 
@@ -24,7 +24,7 @@ def test_the_truth_is_what_autograd_finds_in_float64(kind: str, tokens: int) -> 
     truth = suite.truth(problem, inputs)
     loss = F.cross_entropy(F.linear(inputs["input"], inputs["weight"]), inputs["target"])
     expected = {"loss": loss.detach()}
-    if kind == suite.TRAINING:
+    if kind != suite.FORWARD:
         gradients = torch.autograd.grad(loss, (inputs["input"], inputs["weight"]))
         expected |= dict(zip(("grad input", "grad weight"), gradients, strict=True))
     assert truth.keys() == expected.keys()
@@ -92,3 +92,16 @@ def test_the_runner_measures_the_suite_with_compiled_peers() -> None:
     assert rows["tilework tiled"].status == "ok"
     assert rows["torch compile"].status == "ok"
     assert rows["cut-cross-entropy (compiled)"].status in ("ok", "missing")
+
+
+def test_peaked_logits_keep_few_classes() -> None:
+    filtered = next(one for one in suite.SUITE.candidates if one.name == "tilework tiled (filter)")
+    kept = {}
+    for kind in (suite.TRAINING, suite.PEAKED):
+        problem = Case(kind, {"N": 7, "D": 12, "V": 3000})
+        inputs = suite.inputs(problem, torch.bfloat16, CPU)
+        kept[kind] = filtered.bind(problem, inputs).facts["kept"]
+    assert kept[suite.PEAKED] < 0.5
+    assert kept[suite.TRAINING] > 0.9
+    with pytest.raises(Unavailable, match="for gradients"):
+        filtered.bind(case(suite.FORWARD), inputs)

@@ -1,11 +1,13 @@
 """Cross-entropy of a linear head, forward and backward, against everything else that computes it.
 
 Sizes: ``N`` tokens, ``D`` features, ``V`` classes. Logits have a standard deviation of 1 and
-targets are uniform, as at the start of training, where no gradient is negligible.
+targets are uniform, as at the start of training, where no gradient is negligible. Peaked logits
+fall by 2 for each e-fold of a class's rank, so that few classes count, as in a trained model.
 """
 
 from collections.abc import Callable
 from importlib import import_module
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +26,10 @@ from tilework.bench.suites import (
     loss_and_gradients,
 )
 from tilework.losses import linear_cross_entropy
-from tilework.losses.linear_cross_entropy import schedule
+from tilework.losses.linear_cross_entropy import schedule, tiled
 
-FORWARD, TRAINING = "forward", "forward+backward"
+FORWARD, TRAINING, PEAKED = "forward", "forward+backward", "forward+backward, peaked"
+FILTER = 1e-3
 HALF = ("bfloat16", "float16")
 TRUTH_ROWS = 256
 
@@ -46,6 +49,7 @@ def cases(device: str) -> list[Case]:
     return [
         *(Case(kind, head, dtypes) for kind in (TRAINING, FORWARD)),
         *(Case(TRAINING, head | {"V": classes}, dtypes) for classes in series),
+        Case(PEAKED, head, dtypes),
         Case(TRAINING, large, dtypes),
         Case(TRAINING, small, dtypes, quick=True),
     ]
@@ -58,11 +62,17 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
 
     def normal(rows: int, scale: float) -> Tensor:
         values = torch.randn(rows, features, device=device, generator=generator) * scale
-        return values.to(dtype).requires_grad_(case.kind == TRAINING)
+        return values.to(dtype).requires_grad_(case.kind != FORWARD)
 
+    input, weight = normal(tokens, 1.0), normal(classes, features**-0.5)
+    if case.kind == PEAKED:
+        rank = torch.arange(1, classes + 1, device=device)
+        with torch.no_grad():
+            input[:, 0] = 1
+            weight[:, 0] = -2 * rank.log()
     return {
-        "input": normal(tokens, 1.0),
-        "weight": normal(classes, features**-0.5),
+        "input": input,
+        "weight": weight,
         "target": torch.randint(classes, (tokens,), device=device, generator=generator),
     }
 
@@ -80,14 +90,14 @@ def truth(case: Case, inputs: Inputs) -> Results:
         log_sum = logits.logsumexp(1, keepdim=True)
         row = torch.arange(len(target), device=target.device)
         total += (log_sum[:, 0] - logits[row, target]).sum()
-        if case.kind == TRAINING:
+        if case.kind != FORWARD:
             grad = logits.sub_(log_sum).exp_()
             grad[row, target] -= 1
             grad_input.append(grad @ weight)
             grad_weight.addmm_(grad.T, hidden)
     tokens = case.sizes["N"]
     results = {"loss": total / tokens}
-    if case.kind == TRAINING:
+    if case.kind != FORWARD:
         results |= {
             "grad input": torch.cat(grad_input) / tokens,
             "grad weight": grad_weight / tokens,
@@ -98,14 +108,14 @@ def truth(case: Case, inputs: Inputs) -> Results:
 def flops(case: Case) -> int:
     """One matrix product forward, two backward."""
     tokens, features, classes = case.sizes.values()
-    return (6 if case.kind == TRAINING else 2) * tokens * features * classes
+    return (6 if case.kind != FORWARD else 2) * tokens * features * classes
 
 
 def traffic(case: Case, dtype: torch.dtype) -> int:
     """Read the hidden states, the weight and the targets; write the two gradients."""
     tokens, features, classes = case.sizes.values()
     matrices = (tokens + classes) * features * dtype.itemsize
-    return (2 if case.kind == TRAINING else 1) * matrices + 8 * tokens
+    return (2 if case.kind != FORWARD else 1) * matrices + 8 * tokens
 
 
 def _step(loss: Loss, inputs: Inputs, kernel: str) -> Step:
@@ -122,7 +132,7 @@ def _upcast(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def _ours(case: Case, inputs: Inputs, implementation: str) -> Callable[[], Results]:
-    if implementation == "chunked" and case.kind != TRAINING:
+    if implementation == "chunked" and case.kind == FORWARD:
         raise Unavailable("chunks are for gradients; the loss alone is computed as by the others")
 
     def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -131,9 +141,33 @@ def _ours(case: Case, inputs: Inputs, implementation: str) -> Callable[[], Resul
     return _step(loss, inputs, "").run
 
 
+def _filtered(case: Case, inputs: Inputs) -> Step:
+    """With a gradient filter, and the part of the gradient's classes that it keeps."""
+    if case.kind == FORWARD:
+        raise Unavailable("the filter is for gradients")
+
+    def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return linear_cross_entropy(input, weight, target, gradient_filter=FILTER)
+
+    counts = []
+    choose = tiled.large_classes
+
+    def count(sizes: Tensor, budget: float) -> tuple[Tensor, float]:
+        kept, spent = choose(sizes, budget)
+        counts.append((len(kept), len(sizes)))
+        return kept, spent
+
+    run = _step(loss, inputs, "").run
+    with mock.patch.object(tiled, "large_classes", count):
+        run()
+    kept, total = (sum(column) for column in zip(*counts, strict=True))
+    kernel = f"tilework losses.linear_cross_entropy tiled, gradient_filter={FILTER}"
+    return Step(run, kernel, facts={"kept": kept / total})
+
+
 def _default(case: Case, inputs: Inputs) -> str:
     input, weight = inputs["input"], inputs["weight"]
-    if case.kind == TRAINING and schedule.prefers_chunks(input, weight):
+    if case.kind != FORWARD and schedule.prefers_chunks(input, weight):
         return "chunked"
     operator = "losses.linear_cross_entropy"
     return _operators.choose(operator, _operators.TABLES[operator], None, input)
@@ -218,6 +252,7 @@ SUITE = Suite(
     inputs=inputs,
     candidates=(
         *implementations("losses.linear_cross_entropy", _ours, _default),
+        Candidate("tilework tiled (filter)", _filtered, peer=False, devices=("cpu",), dtypes=HALF),
         Candidate("torch eager", _torch_eager),
         Candidate("torch eager (float32 logits)", _torch_upcast, dtypes=HALF),
         Candidate("torch compile", _torch_compile),

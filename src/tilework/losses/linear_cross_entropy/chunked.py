@@ -80,9 +80,11 @@ def loss_and_gradients(
 
     buffer = hidden.new_empty(min(step, len(hidden)) * len(weight), dtype=product)
     grad_hidden = hidden.new_empty(hidden.shape if needed[0] else 0)
-    grad_weight = weight.new_zeros(
+    grad_weight = weight.new_empty(
         weight.shape if needed[1] else 0, dtype=input.dtype if one_product else dtype
     )
+    if len(hidden) == 0 or product != grad_weight.dtype:
+        grad_weight.zero_()
     grad_bias = weight.new_zeros(len(weight) if needed[2] else 0, dtype=dtype)
     losses = hidden.new_empty(len(hidden), dtype=dtype)
     for tokens in slices(len(hidden), step):
@@ -101,7 +103,7 @@ def loss_and_gradients(
         )
         if needed[0]:
             grad_hidden[tokens] = logits @ weight
-        if needed[1] and one_product:
+        if needed[1] and tokens.start == 0 and product == grad_weight.dtype:
             torch.mm(logits.T, chunk, out=grad_weight)
         elif needed[1]:
             accumulate(grad_weight, logits.T, chunk)

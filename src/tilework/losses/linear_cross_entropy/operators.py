@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilework import _operators
+from tilework import _checks, _operators
 from tilework._operators import computation_dtype
 from tilework.losses.linear_cross_entropy import chunked, reference, tiled
 from tilework.losses.linear_cross_entropy.shared import Statistics
@@ -258,16 +258,20 @@ def _differentiate_sum(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | N
         taken, ctx.gradients = ctx.gradients, None
         if taken is None:
             taken = _summed_loss(*ctx.saved_tensors, *ctx.options)[1:]
-        # Plain tensors are ours alone; while tracing, the compiler sees to the memory.
-        in_place = type(grad_loss) is Tensor
-        gradients = [
-            gradient.mul_(grad_loss) if in_place else (gradient * grad_loss).to(gradient.dtype)
-            for gradient in taken
-        ]
+        gradients = [_scaled(gradient, grad_loss) for gradient in taken]
     grad_input, grad_weight, grad_bias = (
         gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)
     )
     return grad_input, grad_weight, None, grad_bias, *[None] * 7
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """The gradient times a number, in place where it is ours alone."""
+    if type(scale) is not Tensor:
+        return (gradient * scale).to(gradient.dtype)  # traced: the compiler sees to the memory
+    if _checks.holds_values(scale) and scale.item() == 1:
+        return gradient
+    return gradient.mul_(scale)
 
 
 def _differentiable_gradients(

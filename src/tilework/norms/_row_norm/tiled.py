@@ -10,7 +10,7 @@ from tilework import _checks
 from tilework._operators import HALF, computation_dtype
 
 TILE = 2**17  # elements for each thread: 512 KiB in float32
-SMALLEST = 2**20  # elements of an input that is worth the overhead
+SMALLEST = 2**21  # elements of an input that is worth the overhead
 
 
 def pays(input: Tensor, residual: Tensor | None, centered: bool) -> bool:
