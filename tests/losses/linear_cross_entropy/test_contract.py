@@ -190,8 +190,12 @@ def test_costs_of_the_schedules() -> None:
     assert chunks.extra_bytes == 512 * 50304 * 4
     assert again.extra_bytes < chunks.extra_bytes
     assert schedule.prefers_chunks(*shapes(2048, 768, 50304, torch.float32))
-    # 256 tokens of float32 logits are small beside a head of 256000 classes and 2304 features.
-    assert schedule.prefers_chunks(*shapes(1024, 2304, 256000, torch.float32))
+    # 512 tokens of float32 logits are small beside a head of 256000 classes and 2304 features.
+    large = shapes(1024, 2304, 256000, torch.float32)
+    assert schedule.costs(*large)[1].extra_bytes == 512 * 256000 * 4
+    assert schedule.prefers_chunks(*large)
+    narrow = shapes(1024, 64, 500000, torch.float32)
+    assert schedule.costs(*narrow)[1].extra_bytes == 256 * 500000 * 4
     assert not schedule.prefers_chunks(*shapes(4096, 64, 1000000, torch.float32))
 
 

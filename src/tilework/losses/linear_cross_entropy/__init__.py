@@ -85,10 +85,11 @@ def linear_cross_entropy(
             forward pass; ``"reference"`` stores the logits. None picks by device, and on the CPU
             ``"chunked"`` where its memory is small beside the gradients.
         vocab_parallel: The classes that ``linear_weight`` and ``linear_bias`` hold of a head spread
-            over processes; ``weight`` and ``target`` are those of the whole head, and every process
-            gets the whole loss and gradient of ``input``. A ``linear_weight`` that is a
-            ``DTensor`` says this itself: sharded on dimension 0 over one dimension of its mesh,
-            with ``input`` replicated, or sharded over tokens on another one.
+            over processes; ``weight`` and ``target`` are those of the whole head, ``input`` is the
+            same on all processes, and each gets the whole loss and gradient of ``input``. A
+            ``linear_weight`` that is a ``DTensor`` says this itself: sharded on dimension 0 over
+            one dimension of its mesh, with ``input`` replicated, or sharded over tokens on another
+            one.
 
     Returns:
         A scalar, or for ``"none"`` the shape of the shifted target with zeros at ignored

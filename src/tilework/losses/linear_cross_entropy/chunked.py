@@ -22,7 +22,7 @@ from tilework.losses.linear_cross_entropy.shared import (
 # Fewer tokens make the products slow, as each reads and writes the whole gradient of the weight.
 GPU_TOKENS = 4096
 CPU_TOKENS, MIN_CPU_TOKENS = 512, 256
-CPU_CHUNK = 128 * 2**20  # bytes above which a chunk has fewer tokens, down to the least
+CPU_CHUNK = 128 * 2**20  # bytes that a chunk may have, or a quarter of the weight's if that is more
 BLOCK = 2048 * 1024  # logits at a time, which stay in a CPU's last cache
 
 
@@ -32,7 +32,8 @@ def chunk_tokens(input: Tensor, linear_weight: Tensor) -> int:
     dtype = product_dtype(input)
     size = GPU_TOKENS
     if input.device.type == "cpu":
-        size = max(MIN_CPU_TOKENS, min(CPU_TOKENS, CPU_CHUNK // (classes * dtype.itemsize)))
+        most = max(CPU_CHUNK, classes * features * dtype.itemsize // 4)
+        size = max(MIN_CPU_TOKENS, min(CPU_TOKENS, most // (classes * dtype.itemsize)))
     if input.dtype in HALF and tokens <= size + 2 * features:
         return tokens
     return min(size, tokens)
