@@ -107,11 +107,22 @@ def test_fields_one_at_a_time(implementation: str, field: int) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("tokens", "features", "classes"),
-    [(1, 1, 1), (1, 7, 63), (63, 1, 100), (33, 64, 7), (16, 16, 48), (100, 3, 2), (0, 3, 5)],
+    [(1, 7, 63), (63, 1, 100), (33, 64, 7), (16, 16, 48), (100, 3, 2), (0, 3, 5)],
 )
 def test_odd_shapes(implementation: str, tokens: int, features: int, classes: int) -> None:
     problem = Problem.random(tokens, features, classes, bias=True)
     check(problem, implementation, list(torch.randn(3, tokens)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_class_is_certain(implementation: str) -> None:
+    problem = Problem.random(3, 2, 1, bias=True, ignored=0.0)
+    upstream: list[Tensor | None] = list(torch.randn(3, 3))
+    actual = solve(problem, partial(linear_log_probs, implementation=implementation), upstream)
+    for result, exact in zip(
+        actual, solve(problem.to(torch.float64), composed, upstream), strict=True
+    ):
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -100,7 +100,14 @@ def test_odd_shapes(
         mask=1,
         divergence=divergence,
     )
-    check(problem, implementation)
+    if tokens > 1:
+        check(problem, implementation)
+        return
+    # A composition is often right by luck with a single number.
+    actual = problem.solve(partial(linear_kl_div, implementation=implementation))
+    truth = problem.to(torch.float64).solve(composed)
+    for result, exact in zip(actual, truth, strict=True):
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [1e-9, 0.01, 0.5, 0.99, 1 - 1e-9])
@@ -115,11 +122,13 @@ def test_every_beta(implementation: str, scale: float, beta: float) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_close_heads(implementation: str, divergence: str) -> None:
     # The divergence is of second order in the difference, its terms are of the first.
-    problem = Problem.random(teacher_features=19, bias=True, divergence=divergence)
+    problem = Problem.random(
+        teacher_features=19, bias=True, divergence=divergence, reduction="none"
+    )
     for mine, theirs in ((1, 3), (0, 2), (4, 5)):
         noise = 1 + 0.01 * torch.randn(problem.tensors[mine].shape)  # type: ignore[union-attr]
         problem.tensors[theirs].copy_(problem.tensors[mine].detach() * noise)  # type: ignore
-    check(problem, implementation)
+    check(problem, implementation, torch.ones(problem.student_input.shape[0]))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -132,9 +141,9 @@ def test_logits_of_ten_thousand(implementation: str, dtype: torch.dtype, diverge
         head[confident, 0] = 40
     heads[1][7] = 0
     heads[1][7, 0] = -39
-    hidden, teacher_hidden = torch.zeros(2, 64, 8)
-    hidden[1:, 0] = torch.logspace(-1, 2.4, 63)
-    teacher_hidden[:, 0] = hidden[torch.randperm(64), 0]
+    hidden, teacher_hidden = torch.zeros(2, 512, 8)
+    hidden[1:, 0] = torch.logspace(-1, 2.4, 511)
+    teacher_hidden[:, 0] = hidden[torch.randperm(512), 0]
     hidden[::3] *= -1
     teacher_hidden[::4] *= -1
     problem = Problem(
@@ -144,7 +153,17 @@ def test_logits_of_ten_thousand(implementation: str, dtype: torch.dtype, diverge
         heads[1].to(dtype),
         options={"reduction": "none", "divergence": divergence},
     )
-    check(problem, implementation, torch.ones(64))
+    if divergence != "jsd":
+        check(problem, implementation, torch.ones(512))
+        return
+    # Both ways of computing it lose more than they keep of some gradients, by turns; the logits
+    # themselves are rounded to 2**-10 in float32.
+    upstream = torch.ones(512)
+    actual = problem.solve(partial(linear_kl_div, implementation=implementation), upstream)
+    truth = problem.to(torch.float64).solve(composed, upstream)
+    eps = max(2**-10, torch.finfo(dtype).eps)
+    for result, exact in zip(actual, truth, strict=True):
+        assert (result.double() - exact).norm() <= eps * exact.norm()
 
 
 def test_gradient_of_a_confident_student(implementation: str) -> None:
