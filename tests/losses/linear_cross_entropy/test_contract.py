@@ -267,7 +267,8 @@ def test_zero_token_weight_counts_for_nothing() -> None:
     token_weight = torch.tensor([1.0, 2.0, 0.0, -1.0, 3.0, 0.5])
     problem.options = {"token_weight": token_weight}
     keep = [0, 1, 3, 4, 5]
-    rest = Problem(*clones((problem.input, problem.linear_weight)), problem.target[keep])  # type: ignore
+    input, weight = clones((problem.input, problem.linear_weight))
+    rest = Problem(input, weight, problem.target[keep])  # type: ignore[arg-type]
     rest.linear_bias = problem.linear_bias
     rest.input = problem.input.detach()[keep].requires_grad_()
     rest.options = {"token_weight": token_weight[keep]}

@@ -42,5 +42,5 @@ for _dtype, _sizes in SIZES.items():
     for _num_features in _sizes:
         for _centered in (False, True):
             _launch = partial(_call, _dtype, _centered, _num_features)
-            _launch.__name__ = f"{'layer' if _centered else 'rms'} {_dtype} {_num_features}"  # type: ignore
+            _launch.__name__ = f"{'layer' if _centered else 'rms'} {_dtype} {_num_features}"  # type: ignore[attr-defined]
             LAUNCHES.append(_launch)  # type: ignore[arg-type]

@@ -256,7 +256,7 @@ def test_modes_see_the_operators() -> None:
     seen = []
 
     class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[misc]
             seen.append(str(function))
             return function(*args, **(kwargs or {}))
 

@@ -122,7 +122,7 @@ def block_sparse_attention(
     Deviations:
         The released kernels expand keys and values for grouped heads, need lengths that are
         multiples of the block, visit every block to test a flag, and give nan to a query that sees
-        nothing.
+        nothing. Only ``"reference"`` has second derivatives.
 
     Reference:
         Yizhao Gao, Zhichen Zeng, Dayou Du, Shijie Cao, Peiyuan Zhou, Jiaxing Qi, Junjie Lai, Hayden

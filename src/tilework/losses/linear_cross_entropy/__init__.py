@@ -115,11 +115,12 @@ def linear_cross_entropy(
         tensor(0.)
 
     Deviations:
-        No tile of the gradient is filtered out: the published kernel skips tiles by
-        ``softmax - onehot`` alone, which loses most of the gradient of a z-loss. Nothing is
-        accumulated with atomics. ``torch.nn.functional.linear_cross_entropy`` returns half
-        precision for half input and takes ``options``, unbatched input, probability targets and
-        K-dimensional weights, which are refused here.
+        Nothing of the gradient is left out unless ``gradient_filter`` asks for it, and then within
+        a bound: the published kernel skips tiles by ``softmax - onehot`` alone, which loses most of
+        the gradient of a z-loss. Nothing is accumulated with atomics. A head that is spread over
+        processes has no second derivative. ``torch.nn.functional.linear_cross_entropy`` returns
+        half precision for half input and takes ``options``, unbatched input, probability targets
+        and K-dimensional weights, which are refused here.
 
     Reference:
         Erik Wijmans, Brody Huval, Alexander Hertzberg, Vladlen Koltun, Philipp Krähenbühl. Cut

@@ -8,6 +8,7 @@ from torch import Tensor
 from tilework import _checks, _operators
 from tilework._operators import computation_dtype
 from tilework.losses.linear_cross_entropy import chunked, reference, tiled
+from tilework.losses.linear_cross_entropy.head import IMPLEMENTATIONS
 from tilework.losses.linear_cross_entropy.shared import Statistics
 
 
@@ -72,8 +73,6 @@ def _recomputing(implementation: str, input: Tensor) -> str:
 
 
 def _has_kernels(input: Tensor) -> bool:
-    from tilework.losses.linear_cross_entropy.head import IMPLEMENTATIONS
-
     return _operators.choose("", IMPLEMENTATIONS, None, input) == "triton"
 
 
