@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tilework import _checks, _operators
 from tilework.catalog import implements
+from tilework.losses import _class_index
 from tilework.losses.linear_cross_entropy import VocabShard, head, parallel
 
 __all__ = ["LinearLogProbs", "linear_log_probs"]
@@ -140,13 +141,13 @@ def linear_log_probs(
     )
     input, linear_weight, linear_bias = head.cast_under_autocast(input, linear_weight, linear_bias)
     head.check(_NAME, input, linear_weight, linear_bias)
-    head.check_target(_NAME, target, input)
+    _class_index.check_target(_NAME, "target", target, tuple(input.shape[:-1]))
     _checks.same_device(
         _NAME, input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias
     )
     chosen = _operators.choose(_NAME, head.IMPLEMENTATIONS, implementation, input)
 
-    inside = head.inside(_NAME, target, ignore_index, layout.classes(linear_weight))
+    inside = _class_index.inside(_NAME, target, ignore_index, layout.classes(linear_weight))
     shift, total, target_gap, _, moment, _, argmax = (
         values.reshape(target.shape)
         for values in parallel.logit_stats(

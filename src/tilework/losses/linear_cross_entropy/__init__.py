@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tilework import _checks, _operators
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
+from tilework.losses import _class_index
 from tilework.losses.linear_cross_entropy import head, operators, parallel, schedule
 from tilework.losses.linear_cross_entropy.head import IMPLEMENTATIONS
 from tilework.losses.linear_cross_entropy.parallel import VocabShard
@@ -142,7 +143,7 @@ def linear_cross_entropy(
     )
     input, linear_weight, linear_bias = head.cast_under_autocast(input, linear_weight, linear_bias)
     head.check(_NAME, input, linear_weight, linear_bias)
-    head.check_target(_NAME, target, input)
+    _class_index.check_target(_NAME, "target", target, tuple(input.shape[:-1]))
     classes = layout.classes(linear_weight)
     _check_constants(input, classes, weight, token_weight)
     if shift and (input.dim() != 3 or shift >= input.shape[1] or layout.splits_sequences):
@@ -170,7 +171,7 @@ def linear_cross_entropy(
     padded_shape = target.shape
     input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     kept = target != ignore_index
-    inside = head.inside(_NAME, target, ignore_index, classes)
+    inside = _class_index.inside(_NAME, target, ignore_index, classes)
 
     dtype = computation_dtype(input.dtype)
     # Outside the classes, a kept target makes its own position nan, in value and gradient.

@@ -83,14 +83,6 @@ def check(
         _checks.shape(function, bias_name, linear_bias, linear_weight.shape[:1])
 
 
-def check_target(function: str, target: Tensor, input: Tensor) -> None:
-    """Refuse what is not one class index for each position of ``input``."""
-    tokens = tuple(input.shape[:-1])
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        raise _checks.bad_type(function, "target", f"int64 of shape {tokens}", target)
-    _checks.shape(function, "target", target, tokens)
-
-
 def check_filter(function: str, gradient_filter: float | None) -> None:
     """Refuse what is neither None nor a number between 0 and 1."""
     if gradient_filter is None:
@@ -98,18 +90,6 @@ def check_filter(function: str, gradient_filter: float | None) -> None:
     if not 0 < _checks.number(function, "gradient_filter", gradient_filter) < 1:
         accepted = "None or a number above 0 and below 1"
         raise _checks.bad_value(function, "gradient_filter", accepted, gradient_filter)
-
-
-def inside(function: str, target: Tensor, ignore_index: int, classes: int) -> Tensor:
-    """Where a target is a class; refuse kept ones that are not, if looking is free."""
-    result = (target >= 0) & (target < classes)
-    kept = target != ignore_index
-    if _checks.holds_values(target) and not bool((result | ~kept).all()):
-        raise IndexError(
-            f"{function}: target must lie in [0, {classes}) or be ignore_index={ignore_index}, "
-            f"got {int(target[kept & ~result][0])}"
-        )
-    return result
 
 
 def cast_under_autocast(

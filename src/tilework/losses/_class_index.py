@@ -1,0 +1,145 @@
+"""The class-index layout that losses share: what they check, how they ignore and reduce.
+
+Classes lie in dimension 0 of a 1-D ``input``, otherwise in dimension 1; ``target`` has the shape of
+what is left, the positions.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilework import _checks
+from tilework._operators import computation_dtype
+
+
+class Positions(NamedTuple):
+    """Checked tensors, with which the formula of a loss is safe at every position."""
+
+    logits: Tensor
+    """In float32 or better; 0 at ignored positions, nan where the target is no class."""
+    target: Tensor
+    """A class at every position."""
+    kept: Tensor
+    class_weight: Tensor | None
+    """Of a shape that broadcasts against the logits."""
+    weights: Tensor
+    """The class weight of each position's target, 0 where ignored; a mean divides by their sum."""
+    dtype: torch.dtype
+    """What the loss is returned in."""
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the classes."""
+        return class_dim(self.logits)
+
+    def at_target(self, values: Tensor) -> Tensor:
+        """The entry of each position's target, from a tensor of the logits' shape."""
+        return values.gather(self.dim, self.target.unsqueeze(self.dim)).squeeze(self.dim)
+
+    def nll(self) -> Tensor:
+        """The negative log-likelihood of each position's target."""
+        return -self.at_target(self.logits.log_softmax(self.dim))
+
+    def cross_entropy(self, label_smoothing: float = 0.0) -> Tensor:
+        """The weighted and smoothed cross-entropy of each position, as torch defines it."""
+        if not label_smoothing:
+            return self.weights * self.nll()
+        log_probs = self.logits.log_softmax(self.dim)
+        hard = -self.weights * self.at_target(log_probs)
+        weighted = log_probs if self.class_weight is None else log_probs * self.class_weight
+        return (1 - label_smoothing) * hard - label_smoothing * weighted.mean(self.dim)
+
+    def reduce(self, losses: Tensor, reduction: str) -> Tensor:
+        """Reduce the losses of the kept positions."""
+        losses = losses.where(self.kept, 0)
+        if reduction == "sum":
+            losses = losses.sum()
+        elif reduction == "mean":
+            losses = losses.sum() / self.weights.sum()
+        return losses.to(self.dtype)
+
+
+def check_options(function: str, ignore_index: int, reduction: str) -> None:
+    """Refuse what no loss takes for these options."""
+    _checks.integer(function, "ignore_index", ignore_index)
+    _checks.one_of(function, "reduction", reduction, _checks.REDUCTIONS)
+
+
+def class_dim(input: Tensor) -> int:
+    """The dimension of the classes."""
+    return min(input.dim() - 1, 1)
+
+
+def check_input(function: str, argument: str, input: Tensor, classes: int = 1) -> None:
+    """Refuse what has no dimension of that many classes at least."""
+    _checks.floating(function, argument, input)
+    if input.dim() == 0 or input.shape[class_dim(input)] < classes:
+        accepted = f"of shape (C), (N, C) or (N, C, d1, ...), C >= {classes}"
+        raise _checks.bad_value(function, argument, accepted, input)
+
+
+def positions(
+    function: str,
+    input: Tensor,
+    target: Tensor | None,
+    ignore_index: int,
+    *,
+    weight: Tensor | None = None,
+    min_classes: int = 1,
+) -> Positions:
+    """Check the tensors of a loss and make its formula safe.
+
+    Without a target every position is kept, with the same weight.
+    """
+    check_input(function, "input", input, min_classes)
+    dim = class_dim(input)
+    classes = input.shape[dim]
+    shape = (*input.shape[:dim], *input.shape[dim + 1 :])
+    if weight is not None:
+        _checks.constant(function, "weight", weight, (classes,))
+    dtype = computation_dtype(input.dtype)
+    logits = input.to(dtype)
+    class_weight = None
+    if weight is not None:
+        class_weight = weight.to(dtype).reshape(-1, *[1] * (input.dim() - dim - 1))
+    if target is None:
+        target = torch.zeros(shape, dtype=torch.int64, device=input.device)
+        kept = torch.ones_like(target, dtype=torch.bool)
+        return Positions(logits, target, kept, class_weight, kept.to(dtype), result_dtype(input))
+
+    check_target(function, "target", target, shape)
+    _checks.same_device(function, input=input, target=target, weight=weight)
+    kept = target != ignore_index
+    known = kept & inside(function, target, ignore_index, classes)
+    filling = torch.zeros_like(kept, dtype=dtype).masked_fill(kept, torch.nan)
+    logits = logits.where(known.unsqueeze(dim), filling.unsqueeze(dim))
+    target = target.where(known, 0)
+    weights = kept.to(dtype) if weight is None else weight.to(dtype)[target].where(kept, 0)
+    return Positions(logits, target, kept, class_weight, weights, result_dtype(input))
+
+
+def check_target(function: str, argument: str, target: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse what is not one class index for each position."""
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        raise _checks.bad_type(function, argument, f"int64 of shape {shape}", target)
+    _checks.shape(function, argument, target, shape)
+
+
+def inside(function: str, target: Tensor, ignore_index: int, classes: int) -> Tensor:
+    """Where a target is a class; refuse kept ones that are not, if looking is free."""
+    result = (target >= 0) & (target < classes)
+    kept = target != ignore_index
+    if _checks.holds_values(target) and not bool((result | ~kept).all()):
+        raise IndexError(
+            f"{function}: target must lie in [0, {classes}) or be ignore_index={ignore_index}, "
+            f"got {int(target[kept & ~result][0])}"
+        )
+    return result
+
+
+def result_dtype(input: Tensor) -> torch.dtype:
+    """The dtype of a loss: its input's, and as torch's losses under autocast, float32 for half."""
+    device = input.device.type
+    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return computation_dtype(input.dtype) if lowered else input.dtype

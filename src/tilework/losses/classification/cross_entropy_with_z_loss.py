@@ -1,0 +1,177 @@
+"""Cross-entropy with the penalty on the squared log-partition function beside it."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from tilework import _checks
+from tilework.catalog import implements
+from tilework.losses import _class_index
+from tilework.losses._class_index import Positions
+from tilework.losses._criterion import Criterion
+
+__all__ = ["CrossEntropyWithZLoss", "cross_entropy_with_z_loss"]
+
+_NAME = "cross_entropy_with_z_loss"
+_PAPER = implements(
+    "Small-scale proxies for large-scale Transformer training instabilities",
+    year=2023,
+    arxiv="2309.14322",
+)
+
+
+@_PAPER
+def cross_entropy_with_z_loss(
+    input: Float[Tensor, "..."],
+    target: Int64[Tensor, "..."] | Float[Tensor, "..."],
+    weight: Float[Tensor, " classes"] | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 1e-4,
+) -> Float[Tensor, "..."]:
+    r"""``F.cross_entropy`` plus a penalty on the squared log-sum-exp of the logits.
+
+    With the logits :math:`z_i` of a position of ``input``, :math:`\zeta` = ``z_loss`` and the
+    weighted, smoothed cross-entropy :math:`\mathrm{CE}_i` of ``F.cross_entropy``:
+
+    .. math::
+
+        \ell_i = \mathrm{CE}_i + \zeta \Big( \log \sum_v \exp z_{iv} \Big)^2
+
+    Class weights do not multiply the penalty. ``"mean"`` divides the whole sum by the summed class
+    weights of the kept targets; for probabilities as targets, by the number of positions.
+
+    Args:
+        input: Logits, shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``.
+        target: Classes, int64 of shape ``()``, ``(N)`` or ``(N, d1, ...)``; or probabilities of the
+            classes, of the shape of ``input`` and any floating dtype.
+        weight: A weight for each class, shape ``(C)``; a constant.
+        ignore_index: Targets of this value do not count; for classes only.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: The part of the target, from 0 to 1, that is spread evenly over the
+            classes.
+        z_loss: Coefficient of the penalty, at least 0.
+
+    Returns:
+        A scalar, or for ``"none"`` one number for each position with zeros where ignored; of the
+        dtype of ``input``, for half precision under autocast float32. ``"mean"`` over nothing is
+        nan.
+
+    Raises:
+        ValueError: A shape or option is not one of those above, ``weight`` requires a gradient, or
+            ``ignore_index`` is a class and the targets are probabilities.
+        TypeError: ``input`` is not of a floating dtype, or ``target`` is neither that nor int64.
+        IndexError: On the CPU, a target is neither a class nor ``ignore_index``. Elsewhere its loss
+            is nan.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import cross_entropy_with_z_loss
+        >>> input, target = torch.zeros(4, 10), torch.tensor([1, 2, 3, -100])
+        >>> cross_entropy_with_z_loss(input, target, z_loss=1.0)  # log(10) + log(10)**2
+        tensor(7.6045)
+
+    Deviations:
+        The paper has neither class weights nor smoothing; they are those of ``F.cross_entropy``,
+        and leave the penalty alone.
+
+    Reference:
+        Mitchell Wortsman, Peter J. Liu, Lechao Xiao, and others. Small-scale proxies for
+        large-scale Transformer training instabilities. 2023. arXiv:2309.14322.
+    """
+    _check_options(ignore_index, reduction, label_smoothing, z_loss)
+    if isinstance(target, Tensor) and target.is_floating_point():
+        positions, likelihood = _soft(input, target, weight, ignore_index, label_smoothing)
+    else:
+        positions = _class_index.positions(_NAME, input, target, ignore_index, weight=weight)
+        likelihood = positions.cross_entropy(label_smoothing)
+    log_sum = torch.logsumexp(positions.logits, positions.dim)
+    return positions.reduce(likelihood + z_loss * log_sum.square(), reduction)
+
+
+def _soft(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Positions, Tensor]:
+    """The positions, and their cross-entropy with probabilities as targets."""
+    positions = _class_index.positions(_NAME, input, None, ignore_index, weight=weight)
+    _checks.shape(_NAME, "target", target, input.shape)
+    _checks.same_device(_NAME, input=input, target=target, weight=weight)
+    if ignore_index >= 0:
+        accepted = "negative where the targets are probabilities"
+        raise _checks.bad_value(_NAME, "ignore_index", accepted, ignore_index)
+    target = (1 - label_smoothing) * target.to(positions.logits.dtype)
+    target = target + label_smoothing / input.shape[positions.dim]
+    if positions.class_weight is not None:
+        target = target * positions.class_weight
+    return positions, -(target * positions.logits.log_softmax(positions.dim)).sum(positions.dim)
+
+
+@_PAPER
+class CrossEntropyWithZLoss(Criterion):
+    """:func:`cross_entropy_with_z_loss` as a module, in place of ``nn.CrossEntropyLoss``.
+
+    Args:
+        weight: A weight for each class, shape ``(C)``; a buffer.
+        ignore_index: Targets of this value do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: The part of the target that is spread evenly over the classes.
+        z_loss: Coefficient of the penalty, at least 0.
+
+    Raises:
+        ValueError: An option is not one of those above.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import CrossEntropyWithZLoss
+        >>> criterion = CrossEntropyWithZLoss(label_smoothing=0.1)
+        >>> criterion(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
+        tensor(2.3031)
+
+    Reference:
+        As :func:`cross_entropy_with_z_loss`.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        _check_options(ignore_index, reduction, label_smoothing, z_loss)
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss; shapes as in :func:`cross_entropy_with_z_loss`."""
+        return cross_entropy_with_z_loss(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
+
+
+def _check_options(
+    ignore_index: int, reduction: str, label_smoothing: float, z_loss: float
+) -> None:
+    _class_index.check_options(_NAME, ignore_index, reduction)
+    _checks.fraction(_NAME, "label_smoothing", label_smoothing)
+    _checks.at_least(_NAME, "z_loss", z_loss, 0)

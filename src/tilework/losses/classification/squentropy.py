@@ -1,0 +1,125 @@
+"""Cross-entropy plus the mean square of the wrong classes' logits."""
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from tilework.catalog import implements
+from tilework.losses import _class_index
+from tilework.losses._criterion import Criterion
+
+__all__ = ["SquentropyLoss", "squentropy"]
+
+_NAME = "squentropy"
+_PAPER = implements("Cut your Losses with Squentropy", year=2023, arxiv="2302.03952")
+
+
+@_PAPER
+def squentropy(
+    input: Float[Tensor, "..."],
+    target: Int64[Tensor, "..."],
+    weight: Float[Tensor, " classes"] | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Float[Tensor, "..."]:
+    r"""Cross-entropy plus the mean square of the wrong classes' logits.
+
+    With the logits :math:`z_i` of a position of ``input``, its class :math:`y_i` in ``target``,
+    :math:`C` classes and :math:`w` = ``weight``:
+
+    .. math::
+
+        \ell_i = w_{y_i} \Big( -\log \mathrm{softmax}(z_i)_{y_i}
+            + \frac{1}{C - 1} \sum_{j \ne y_i} z_{ij}^2 \Big)
+
+    ``"mean"`` is :math:`\sum_i \ell_i / \sum_i w_{y_i}` over the kept positions. The square pulls
+    the logits themselves to 0: the loss is not invariant to a shift of them.
+
+    Args:
+        input: Logits, shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``, ``C >= 2``.
+        target: Classes, int64 of shape ``()``, ``(N)`` or ``(N, d1, ...)``.
+        weight: A weight for each class, shape ``(C)``; a constant.
+        ignore_index: Targets of this value do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or for ``"none"`` the shape of ``target`` with zeros where ignored; of the dtype
+        of ``input``, for half precision under autocast float32. ``"mean"`` over nothing is nan.
+
+    Raises:
+        ValueError: A shape or option is not one of those above, or ``weight`` requires a gradient.
+        TypeError: ``input`` is not of a floating dtype, or ``target`` is not int64.
+        IndexError: On the CPU, a target is neither a class nor ``ignore_index``. Elsewhere its loss
+            is nan.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import squentropy
+        >>> input = torch.tensor([[0.0, 2.0, -2.0]])
+        >>> squentropy(input, torch.tensor([0]))  # log(1 + 2 * cosh(2)) + (2**2 + 2**2) / 2
+        tensor(6.1429)
+
+    Deviations:
+        ``weight`` and ``ignore_index`` are those of ``F.cross_entropy``; the paper has neither.
+
+    Reference:
+        Like Hui, Mikhail Belkin, Stephen Wright. Cut your Losses with Squentropy. 2023.
+        arXiv:2302.03952.
+    """
+    _class_index.check_options(_NAME, ignore_index, reduction)
+    positions = _class_index.positions(
+        _NAME, input, target, ignore_index, weight=weight, min_classes=2
+    )
+    dim = positions.dim
+    wrong = positions.logits.scatter(dim, positions.target.unsqueeze(dim), 0)
+    squares = wrong.square().sum(dim) / (input.shape[dim] - 1)
+    return positions.reduce(positions.weights * (positions.nll() + squares), reduction)
+
+
+@_PAPER
+class SquentropyLoss(Criterion):
+    """:func:`squentropy` as a module.
+
+    Args:
+        weight: A weight for each class, shape ``(C)``; a buffer.
+        ignore_index: Targets of this value do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        ValueError: An option is not one of those above.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import SquentropyLoss
+        >>> criterion = SquentropyLoss(reduction="sum")
+        >>> criterion(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
+        tensor(9.2103)
+
+    Reference:
+        As :func:`squentropy`.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _class_index.check_options(_NAME, ignore_index, reduction)
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss; shapes as in :func:`squentropy`."""
+        return squentropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )

@@ -1,0 +1,76 @@
+"""Squentropy, against torch's cross-entropy and a masked mean of squares."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tilework.losses import SquentropyLoss, squentropy
+
+from losses.samples import Sample, class_index
+
+
+def definition(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    classes = input.shape[1]
+    losses = F.cross_entropy(input, target, weight, ignore_index=ignore_index, reduction="none")
+    kept = target != ignore_index
+    index = target.where(kept, 0)
+    weights = kept.to(input.dtype) if weight is None else weight[index] * kept
+    wrong = 1 - F.one_hot(index, classes).to(input.dtype)
+    losses = losses + weights * (input.square() * wrong).sum(1) / (classes - 1)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / weights.sum()
+
+
+SAMPLES = [
+    Sample(squentropy, definition, SquentropyLoss),
+    Sample(squentropy, definition, SquentropyLoss, lambda: class_index(13, weight=True)),
+]
+
+
+@given(st.integers(2, 100), st.integers(0, 10**6))
+def test_gradient_of_the_true_logit_is_that_of_cross_entropy(classes: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    input = torch.randn(5, classes, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(classes, (5,))
+    (actual,) = torch.autograd.grad(squentropy(input, target), input)
+    (expected,) = torch.autograd.grad(F.cross_entropy(input, target), input)
+    at_target = target[:, None]
+    torch.testing.assert_close(actual.gather(1, at_target), expected.gather(1, at_target))
+    others = torch.ones_like(actual).scatter(1, at_target, 0) * 2 * input / (classes - 1) / 5
+    torch.testing.assert_close(actual - expected, others.detach())
+
+
+def test_is_not_invariant_to_a_shift_but_to_a_permutation() -> None:
+    input, target = class_index(9).values()
+    assert not torch.isclose(squentropy(input + 1, target), squentropy(input, target))
+    order = torch.randperm(7)
+    moved = torch.argsort(order)[target.clamp(min=0)].where(target >= 0, -100)
+    torch.testing.assert_close(squentropy(input[:, order], moved), squentropy(input, target))
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("message", "error", "change"),
+    [
+        ("input must be of shape .*, C >= 2", ValueError, {"input": torch.zeros(4, 1)}),
+        ("weight must be of shape", ValueError, {"weight": torch.ones(4)}),
+        ("weight must not require", ValueError, {"weight": torch.ones(3, requires_grad=True)}),
+    ],
+)
+def test_bad_input(message: str, error: type[Exception], change: dict[str, Any]) -> None:
+    arguments = {"input": torch.zeros(4, 3), "target": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(error, match=f"squentropy: {message}"):
+        squentropy(**(arguments | change))

@@ -1,0 +1,69 @@
+"""The z-loss, against torch's logsumexp."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tilework.losses import ZLoss, z_loss
+
+from losses.samples import Sample, class_index
+
+
+def definition(
+    input: Tensor,
+    target: Tensor | None = None,
+    *,
+    coefficient: float = 1e-4,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    losses = coefficient * torch.logsumexp(input, 1) ** 2
+    if target is not None:
+        losses = (
+            losses[target != ignore_index]
+            if reduction != "none"
+            else losses.where(target != ignore_index, 0)
+        )
+    return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+SAMPLES = [
+    Sample(z_loss, definition, ZLoss, options=({}, {"coefficient": 0.5})),
+    Sample(
+        z_loss,
+        definition,
+        ZLoss,
+        lambda: {"input": torch.randn(5, 4, 3, dtype=torch.float64)},
+        batched=("input",),
+        class_index=False,
+    ),
+]
+
+
+def test_rows_of_log_sum_0_add_nothing() -> None:
+    input = class_index(9)["input"].log_softmax(1)
+    torch.testing.assert_close(z_loss(input, coefficient=1.0), torch.zeros(()).double())
+
+
+def test_is_the_mean_of_squares() -> None:
+    input = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
+    expected = (math.log(2) ** 2 + math.log(4) ** 2) / 2
+    assert z_loss(input, coefficient=1.0).item() == pytest.approx(expected)
+    target = torch.tensor([-100, 0])
+    assert z_loss(input, target, coefficient=1.0).item() == pytest.approx(math.log(4) ** 2)
+
+
+def test_coefficient_0_gives_0() -> None:
+    assert z_loss(class_index(9)["input"], coefficient=0.0) == 0
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("coefficient", [-1e-3, math.inf, math.nan])
+def test_bad_coefficient(coefficient: float) -> None:
+    for make in (ZLoss, lambda **options: z_loss(torch.zeros(2, 3), **options)):
+        with pytest.raises(ValueError, match="z_loss: coefficient must be a finite number of at"):
+            make(coefficient=coefficient)
+    with pytest.raises(TypeError, match="z_loss: coefficient must be a number"):
+        ZLoss(coefficient="1")  # type: ignore[arg-type]

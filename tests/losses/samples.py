@@ -1,0 +1,97 @@
+"""What the tests of every loss run on: sample inputs and a definition of each loss."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = dict[str, Tensor]
+
+
+def class_index(
+    *positions: int, classes: int = 7, scale: float = 2.0, weight: bool = False
+) -> Arguments:
+    """Logits in float64 and classes, one in five ignored, for (N, d1, ...) positions or ()."""
+    input = scale * torch.randn(*positions[:1], classes, *positions[1:], dtype=torch.float64)
+    target = torch.randint(classes, positions).masked_fill(torch.rand(positions) < 0.2, -100)
+    tensors = {"input": input, "target": target}
+    return tensors | ({"weight": torch.rand(classes).double() + 0.1} if weight else {})
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One loss: the function, tensors to call it with, and its definition.
+
+    The definition takes the same tensors and options, and computes in the dtype of the tensors by
+    torch's own operations or by loops: the truth in float64, what is compared with elsewhere.
+    """
+
+    function: Callable[..., Tensor]
+    definition: Callable[..., Tensor]
+    module: Callable[..., torch.nn.Module] | None
+    tensors: Callable[[], Arguments] = lambda: class_index(13)
+    """Draws the tensor arguments, in order; floating ones in float64."""
+    options: tuple[dict[str, Any], ...] = ({},)
+    differentiable: tuple[str, ...] = ("input",)
+    batched: tuple[str, ...] = ("input", "target")
+    """Arguments whose first dimension is that of the positions."""
+    owned: tuple[str, ...] = ("weight",)
+    """Tensors that the module takes in its constructor."""
+    class_index: bool = True
+    """Whether the class-index layout and its rules hold."""
+    mean_of_nothing: float = torch.nan
+    twice: bool = True
+    """Whether a second derivative exists."""
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def reductions(self) -> tuple[dict[str, Any], ...]:
+        if "reduction" not in inspect.signature(self.function).parameters:
+            return ({},)
+        return tuple({"reduction": name} for name in ("none", "sum", "mean"))
+
+    def draw(self, dtype: torch.dtype = torch.float64) -> Arguments:
+        """Tensors of a dtype, of which the differentiable ones require gradients."""
+        return self.leaves(self.tensors(), dtype)
+
+    def leaves(self, tensors: Arguments, dtype: torch.dtype) -> Arguments:
+        """The same tensors in another dtype, as leaves."""
+        return {
+            name: tensor.detach()
+            .to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            .requires_grad_(name in self.differentiable)
+            for name, tensor in tensors.items()
+        }
+
+    def gradients(
+        self, result: Tensor, tensors: Arguments, upstream: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        leaves = [tensors[name] for name in self.differentiable]
+        weights = torch.ones_like(result) if upstream is None else upstream.to(result.dtype)
+        return torch.autograd.grad(result, leaves, weights)
+
+    def call_module(self, tensors: Arguments, options: dict[str, Any]) -> Tensor:
+        assert self.module is not None
+        owned = {name: tensors[name] for name in self.owned if name in tensors}
+        others = {name: tensor for name, tensor in tensors.items() if name not in owned}
+        result: Tensor = self.module(**owned, **options)(**others)
+        return result
+
+
+def samples() -> list[Sample]:
+    """The samples of all test files, which hold them as ``SAMPLES``."""
+    folder = Path(__file__).parent
+    found = []
+    for path in sorted(folder.rglob("test_*.py")):
+        if "\nSAMPLES = [" in path.read_text():
+            parts = path.relative_to(folder.parent).with_suffix("").parts
+            found += importlib.import_module(".".join(parts)).SAMPLES
+    return found
