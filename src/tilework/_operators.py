@@ -7,6 +7,7 @@ signature. ``torch.compile`` sees one node. A missing rule is taken from the ref
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -140,6 +141,20 @@ def second_derivative(
     return results[:count], results[count:]
 
 
+_shardings: list[tuple[Any, Callable[..., Any]]] = []
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _register_shardings() -> None:
+    """Tell distributed tensors about the operators, once there may be such tensors."""
+    if _shardings and "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.experimental import register_sharding
+
+        while _shardings:
+            operator, sharding = _shardings.pop()
+            register_sharding(operator)(sharding)
+
+
 def define(
     schema: str,
     kernel: Callable[..., Any],
@@ -147,11 +162,13 @@ def define(
     *,
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    sharding: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register ``tilework::<schema>`` and return the callable that differentiates and batches.
 
     ``setup_context`` and ``backward`` are those of :class:`torch.autograd.Function`. Batched calls
-    run the kernel once per element of the batch.
+    run the kernel once per element of the batch. ``sharding`` is the operator's rule for
+    ``torch.distributed.tensor.experimental.register_sharding``.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -159,6 +176,8 @@ def define(
     kernel = without_autocast(kernel)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     operator = getattr(torch.ops.tilework, name).default
+    if sharding is not None:
+        _shardings.append((operator, sharding))
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         results = []
@@ -194,6 +213,7 @@ def define(
 
     def apply(*args: Any) -> Any:
         if torch.compiler.is_compiling():
+            _register_shardings()
             return operator(*args)
         # Autograd formulas of operators do not compose with torch.func, those of functions do.
         if torch._C._are_functorch_transforms_active():
@@ -206,6 +226,7 @@ def define(
         for arg in args:
             if isinstance(arg, Tensor):
                 if type(arg) not in (Tensor, torch.nn.Parameter):
+                    _register_shardings()
                     return operator(*args)
                 needs_grad |= arg.requires_grad
         return eager.apply(*args) if needs_grad and torch.is_grad_enabled() else kernel(*args)

@@ -238,6 +238,19 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     return *(results.get(name) for name in _DIFFERENTIABLE), *[None] * 10
 
 
+def _spread(*args: Any) -> Any:
+    """The rule for distributed tensors, which is imported on its first use."""
+    from tilework.norms._row_norm import sharding
+
+    return sharding.forward(*args)
+
+
+def _spread_backward(*args: Any) -> Any:
+    from tilework.norms._row_norm import sharding
+
+    return sharding.backward(*args)
+
+
 _DIFFERENTIABLE = ("grad_output", "grad_total", "total", "weight", "bias")
 _OPTIONS = "int dims, SymInt num_measured, float eps, float weight_offset, bool centered"
 _operator = _operators.define(
@@ -247,6 +260,7 @@ _operator = _operators.define(
     _forward_fake,
     setup_context=_save,
     backward=_differentiate,
+    sharding=_spread,
 )
 _operator_backward = _operators.define(
     "row_norm_backward(Tensor grad_output, Tensor? grad_total, Tensor total, Tensor? weight, "
@@ -256,4 +270,5 @@ _operator_backward = _operators.define(
     _backward_fake,
     setup_context=_save_backward,
     backward=_differentiate_backward,
+    sharding=_spread_backward,
 )
