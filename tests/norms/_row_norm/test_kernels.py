@@ -49,6 +49,20 @@ def test_configurations_cover_every_size(dtype: torch.dtype, arch: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
+def test_cuda_graph(centered: bool) -> None:
+    options = {"weight": torch.bfloat16, "residual": torch.bfloat16}
+    problem = Problem.random(centered, (300, 1000), torch.bfloat16, **options).to(device="cuda")
+    expected = problem.solve(lambda one: one.run("triton"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = problem.solve(lambda one: one.run("triton"))
+    graph.replay()
+    for name, result in captured.items():
+        assert torch.equal(result, expected[name])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=dtype_name)
 @pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def forward(
     mean = input.new_zeros(input.shape[:-dims] if centered else 0, dtype=dtype)
     rate = input.new_zeros(input.shape[:-dims], dtype=dtype)
     gain, shift = _parameters(weight, bias, dims, weight_offset, dtype)
+    ones = rate.new_ones(input.shape[-dims:].numel())
     tensors = (input, residual, output, None if residual is None else total)
     statistics = (mean if centered else None, rate)
     for some, branch, result, kept, means, rates in _tiles(weight, dims, tensors, statistics):
@@ -54,9 +55,10 @@ def forward(
                 rows, rows.shape[-1:], None if gain is None else gain[0], shift, eps
             )
             if kept is not None and kept.dtype != dtype:
-                # The backward starts from the rounded sum, and so do its statistics.
+                # The backward starts from the rounded sum, and so do its statistics, which have the
+                # dtype of the gain.
                 _, tile_mean, tile_rate = torch.native_layer_norm(
-                    kept, kept.shape[-1:], None, None, eps
+                    kept, kept.shape[-1:], ones, None, eps
                 )
             means.copy_(tile_mean[..., 0])
         else:
