@@ -5,6 +5,7 @@ one row. Rows of similar length are computed together, their lists aligned at th
 what the diagonal and the last keys cut off, and at the left what shorter rows lack.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tilework._operators import computation_dtype
 
-SCORES = 2**20  # scores at a time: 4 MiB in float32, which stay in a CPU's cache
+SCORES = 2**20  # scores at a time, for which 4 MiB of a mask may be needed in float32
 
 
 def forward(
@@ -31,23 +32,22 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.block_sparse_attention``."""
     grid = _Grid(query, key, kv_num_blocks, kv_indices, block_size, is_causal)
-    queries = grid.rows_of(query).mul_(scale)
-    keys, values = grid.blocks_of(key), grid.blocks_of(value)
-    output = queries.new_zeros(*queries.shape[:2], value.shape[-1])
+    features = max(query.shape[-1], value.shape[-1])
+    queries = grid.rows_of(query, features)
+    keys, values = grid.blocks_of(key, features), grid.blocks_of(value, features)
+    output = torch.zeros_like(queries)
     lse = queries.new_full(queries.shape[:2], -torch.inf)
     for batch in grid.batches():
-        scores = batch.scores(queries, keys)
-        peak = scores.amax(-1, keepdim=True)
-        if batch.may_be_blind:
-            peak = peak.where(peak != -torch.inf, 0)
-        weights = scores.sub_(peak).exp_()
-        total = weights.sum(-1, keepdim=True)
-        result = weights @ batch.gather(values)
-        lse.index_copy_(0, batch.rows, (peak + total.log())[..., 0])
-        if batch.may_be_blind:
-            total = total.where(total != 0, 1)
-        output.index_copy_(0, batch.rows, result.div_(total))
-    return grid.from_rows(output, query.dtype), grid.from_rows(lse[..., None], lse.dtype)[..., 0]
+        blocks = batch.gather(keys), batch.gather(values)
+        result, log_sum = _attend(queries[batch.rows], *blocks, batch.mask, scale)
+        if batch.may_be_blind and batch.mask is not None:
+            log_sum = log_sum.masked_fill((batch.mask == -torch.inf).all(-1), -torch.inf)
+        output.index_copy_(0, batch.rows, result)
+        lse.index_copy_(0, batch.rows, log_sum)
+    return (
+        grid.from_rows(output[..., : value.shape[-1]], query.dtype),
+        grid.from_rows(lse[..., None], lse.dtype)[..., 0],
+    )
 
 
 def backward(
@@ -68,37 +68,98 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     grid = _Grid(query, key, kv_num_blocks, kv_indices, block_size, is_causal)
-    queries = grid.rows_of(query).mul_(scale)
-    keys, values = grid.blocks_of(key), grid.blocks_of(value)
-    grad_outputs = grid.rows_of(grad_output)
-    dtype = queries.dtype
-    offset = (grad_output.to(dtype) * output.to(dtype)).sum(-1) - grad_lse
-    offsets = grid.rows_of(offset[..., None])
-    shifts = grid.rows_of(lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    if bool(grad_lse.any()):
+        # One feature more, of which the values are 0, makes grad_output . output what it must be.
+        grad_output = torch.cat([grad_output.to(lse.dtype), torch.ones_like(lse)[..., None]], -1)
+        output = torch.cat([output.to(lse.dtype), -grad_lse[..., None]], -1)
+    features = max(query.shape[-1], output.shape[-1])
+    queries, outputs, upstream = (
+        grid.rows_of(tensor, features) for tensor in (query, output, grad_output)
+    )
+    keys, values = grid.blocks_of(key, features), grid.blocks_of(value, features)
+    log_sums = grid.rows_of(lse.masked_fill(lse == -torch.inf, 0)[..., None], 1)[..., 0]
     grad_queries = torch.zeros_like(queries)
     grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
     for batch in grid.batches():
-        weights = batch.scores(queries, keys).sub_(shifts[batch.rows]).exp_()
-        upstream = grad_outputs[batch.rows]
-        batch.scatter_add_(grad_values, weights.mT @ upstream)
-        grad_scores = upstream @ batch.gather(values).mT
-        grad_scores.sub_(offsets[batch.rows]).mul_(weights)
-        grad_queries.index_copy_(0, batch.rows, grad_scores @ batch.gather(keys))
-        batch.scatter_add_(grad_keys, grad_scores.mT @ queries[batch.rows])
+        rows = batch.rows
+        grads = _attend_backward(
+            upstream[rows],
+            queries[rows],
+            batch.gather(keys),
+            batch.gather(values),
+            outputs[rows],
+            log_sums[rows],
+            batch.mask,
+            scale,
+        )
+        grad_queries.index_copy_(0, rows, grads[0])
+        batch.scatter_add_(grad_keys, grads[1])
+        batch.scatter_add_(grad_values, grads[2])
     return (
-        grid.from_rows(grad_queries.mul_(scale), query.dtype),
+        grid.from_rows(grad_queries[..., : query.shape[-1]], query.dtype),
         grid.from_blocks(grad_keys, key),
         grid.from_blocks(grad_values, value),
     )
 
 
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Dense attention of each row to its keys, and the log-sum-exp.
+
+    Queries that see no key have an output of 0 and any log-sum-exp.
+    """
+    if query.device.type == "cpu":
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(tensor[:, None] for tensor in (query, key, value)),
+            attn_mask=None if mask is None else mask[:, None],
+            scale=scale,
+        )
+        return output[:, 0], lse[:, 0]
+    scores = _scores(query, key, mask, scale)
+    lse = scores.logsumexp(-1)
+    lse = lse.masked_fill(lse == -torch.inf, 0)
+    return scores.sub_(lse[..., None]).exp_() @ value, lse
+
+
+def _attend_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value of :func:`_attend`."""
+    if query.device.type == "cpu":
+        tensors = (grad_output, query, key, value, output, lse)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(tensor[:, None] for tensor in tensors),
+            0.0,
+            False,
+            attn_mask=None if mask is None else mask[:, None],
+            scale=scale,
+        )
+        return grads[0][:, 0], grads[1][:, 0], grads[2][:, 0]
+    weights = _scores(query, key, mask, scale).sub_(lse[..., None]).exp_()
+    slope = (grad_output @ value.mT).sub_((grad_output * output).sum(-1, keepdim=True))
+    slope.mul_(weights).mul_(scale)
+    return slope @ key, slope.mT @ query, weights.mT @ grad_output
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    scores = (query @ key.mT).mul_(scale)
+    return scores if mask is None else scores.add_(mask)
+
+
 class _Batch(NamedTuple):
-    """Rows that are computed together, and what of their blocks they do not see."""
+    """Rows that are computed together."""
 
     rows: Tensor  # (R,)
     blocks: Tensor  # (R, W): a shorter row repeats its first block at the left
-    repeated: Tensor  # (R, 1, 1, keys): of the keys at the left, those of repeated blocks
-    cut: Tensor  # (R, 1, queries, keys): of the keys at the right, those that a query does not see
+    mask: Tensor | None  # (R or 1, queries, keys): -inf where a query does not see a key, else 0
     may_be_blind: bool  # whether a query may see no key
 
     def gather(self, blocks: Tensor) -> Tensor:
@@ -108,16 +169,7 @@ class _Batch(NamedTuple):
 
     def scatter_add_(self, blocks: Tensor, values: Tensor) -> None:
         """Add what belongs to the keys or values of each row to their blocks."""
-        blocks.index_add_(0, self.blocks.flatten(), values.view(-1, *blocks.shape[1:]))
-
-    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """The scores of each row, -inf where a key is not seen."""
-        scores = queries[self.rows] @ self.gather(keys).mT
-        by_head = scores.view(len(self.rows), -1, self.cut.shape[2], scores.shape[-1])
-        by_head[..., : self.repeated.shape[-1]].masked_fill_(self.repeated, -torch.inf)
-        first = scores.shape[-1] - self.cut.shape[-1]
-        by_head[..., first:].masked_fill_(self.cut, -torch.inf)
-        return scores
+        blocks.index_add_(0, self.blocks.flatten(), values.reshape(-1, *blocks.shape[1:]))
 
 
 class _Grid:
@@ -133,6 +185,7 @@ class _Grid:
         is_causal: bool,
     ) -> None:
         self._height, self._width = block_size
+        self._dtype = computation_dtype(query.dtype)
         self._is_causal = is_causal
         self._batch, heads, self._queries, _ = query.shape
         self._kv_heads, self._keys = key.shape[1:3]
@@ -160,15 +213,15 @@ class _Grid:
             listed &= indices * self._width <= last_query[:, None]
         self._indices, self._counts = indices, listed.sum(1)
 
-    def rows_of(self, tensor: Tensor) -> Tensor:
+    def rows_of(self, tensor: Tensor, features: int) -> Tensor:
         """Queries, or what they have, as (rows, group * queries of a block, features)."""
         missing = self._row_blocks * self._height - self._queries
-        features = tensor.shape[-1]
-        rows = F.pad(tensor.to(computation_dtype(tensor.dtype)), (0, 0, 0, missing)).view(
+        more = features - tensor.shape[-1]
+        rows = F.pad(tensor.to(computation_dtype(tensor.dtype)), (0, more, 0, missing)).view(
             self._batch, self._lists, self._group, self._row_blocks, self._height, features
         )
         shape = len(self._counts), self._group * self._height, features
-        return rows.transpose(2, 3).reshape(shape).clone()
+        return rows.transpose(2, 3).reshape(shape)
 
     def from_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of :meth:`rows_of`."""
@@ -179,17 +232,19 @@ class _Grid:
         shape = self._batch, self._lists * self._group, self._row_blocks * self._height, features
         return tensor.reshape(shape)[:, :, : self._queries].to(dtype).contiguous()
 
-    def blocks_of(self, tensor: Tensor) -> Tensor:
+    def blocks_of(self, tensor: Tensor, features: int) -> Tensor:
         """Keys or values as (batch * heads * blocks, keys of a block, features)."""
         missing = self._column_blocks * self._width - self._keys
-        padded = F.pad(tensor.to(computation_dtype(tensor.dtype)), (0, 0, 0, missing))
+        more = features - tensor.shape[-1]
+        padded = F.pad(tensor.to(computation_dtype(tensor.dtype)), (0, more, 0, missing))
         blocks = self._batch * self._kv_heads * self._column_blocks
-        return padded.reshape(blocks, self._width, tensor.shape[-1])
+        return padded.reshape(blocks, self._width, features)
 
     def from_blocks(self, blocks: Tensor, like: Tensor) -> Tensor:
         """The inverse of :meth:`blocks_of`."""
-        shape = *like.shape[:2], self._column_blocks * self._width, like.shape[-1]
-        return blocks.view(shape)[:, :, : self._keys].to(like.dtype).contiguous()
+        shape = *like.shape[:2], self._column_blocks * self._width, blocks.shape[-1]
+        grad = blocks.view(shape)[:, :, : self._keys, : like.shape[-1]]
+        return grad.to(like.dtype).contiguous()
 
     def batches(self) -> Iterator[_Batch]:
         """The rows that see something, the shortest first."""
@@ -199,6 +254,10 @@ class _Grid:
         while end > 0 and lengths[end - 1] > 0:
             size = self._group * self._height * self._width * lengths[end - 1]
             start = max(0, end - max(1, SCORES // size))
+            # Rows of one length need no mask at the left.
+            longest = max(start, bisect_left(lengths, lengths[end - 1]))
+            if 2 * (end - longest) >= end - start:
+                start = longest
             while lengths[start] == 0:
                 start += 1
             yield self._gathered(order[start:end], lengths[start], lengths[end - 1])
@@ -223,7 +282,19 @@ class _Grid:
             cut = cut | (keys > queries)
             may_be_blind = bool((indices[:, 0] * self._width > self._first_query[rows]).any())
         blocks = indices + self._first_block[rows, None]
-        return _Batch(rows, blocks, repeated[:, None, None], cut[:, None], may_be_blind)
+        return _Batch(rows, blocks, self._mask(repeated, cut, longest), may_be_blind)
+
+    def _mask(self, repeated: Tensor, cut: Tensor, longest: int) -> Tensor | None:
+        """The mask of rows, of which the keys at the left repeat and those at the right are cut."""
+        if repeated.shape[1] == cut.shape[2] == 0:
+            return None
+        if repeated.shape[1] == 0 and bool((cut == cut[:1]).all()):
+            cut = cut[:1]  # as where each row ends with the diagonal
+        keys = longest * self._width
+        mask = torch.zeros(len(cut), self._height, keys, dtype=self._dtype, device=cut.device)
+        mask[..., : repeated.shape[1]].masked_fill_(repeated[: len(cut), None], -torch.inf)
+        mask[..., keys - cut.shape[2] :].masked_fill_(cut, -torch.inf)
+        return mask.repeat(1, self._group, 1)
 
     def _cut_blocks(self, longest: int) -> int:
         """How many blocks at the right of a list may be seen in part."""
