@@ -164,6 +164,18 @@ def test_blocks_and_lengths(
         check(leaves, mask, block, implementation, is_causal=is_causal)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_tiles_on_other_devices(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
+    """Where torch has no fused attention that would do."""
+    from tilework.attention.block_sparse import tiled
+
+    monkeypatch.setattr(tiled, "FUSED", ())
+    for block, lengths in (((8, 8), (37, 45)), ((7, 5), (40, 33)), ((5, 7), (7, 64))):
+        leaves = tensors(2, 4, 2, *lengths, dtype=torch.float64)
+        mask = active(leaves[0], leaves[1], block, 2, 1)
+        check(leaves, mask, block, "tiled", is_causal=is_causal)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "layout_heads", "layout_batch"),

@@ -33,7 +33,7 @@ IMPLEMENTATIONS = _operators.TABLES["attention.block_sparse_attention"] = (
         "tiled",
         devices=(),
         dtypes=_FLOATING,
-        memory="query, key and value in float32, and 4 MiB of scores",
+        memory="query, key and value in float32, and the blocks of a million scores",
         backward="first order; forward mode by the reference",
         deterministic=True,
         checked_on="CPU",

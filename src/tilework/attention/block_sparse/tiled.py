@@ -16,6 +16,7 @@ from torch import Tensor
 from tilework._operators import computation_dtype
 
 SCORES = 2**20  # scores at a time, for which 4 MiB of a mask may be needed in float32
+FUSED = ("cpu",)  # where torch has a fused attention that returns the log-sum-exp, for every dtype
 
 
 def forward(
@@ -109,7 +110,7 @@ def _attend(
 
     Queries that see no key have an output of 0 and any log-sum-exp.
     """
-    if query.device.type == "cpu":
+    if query.device.type in FUSED:
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(tensor[:, None] for tensor in (query, key, value)),
             attn_mask=None if mask is None else mask[:, None],
@@ -133,7 +134,7 @@ def _attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value of :func:`_attend`."""
-    if query.device.type == "cpu":
+    if query.device.type in FUSED:
         tensors = (grad_output, query, key, value, output, lse)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(tensor[:, None] for tensor in tensors),
