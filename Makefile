@@ -10,7 +10,7 @@ OUT ?= runs/gpu
 BIN := $(VENV)/bin
 ENV := env -u PYTHONPATH
 
-.PHONY: help demo test lint bench gpu docs mutants clean
+.PHONY: help demo test lint bench scaling gpu docs mutants clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -42,12 +42,11 @@ lint: $(VENV)/.installed-lint ## ruff format, ruff check, mypy
 bench: $(VENV)/.installed-bench,peers ## measure; ARGS='linear_cross_entropy --out results.jsonl'
 	$(ENV) $(BIN)/tilework bench $(ARGS)
 
+scaling: $(VENV)/.installed-bench ## how time grows with work; ARGS='--out scaling.jsonl --resume'
+	$(ENV) $(BIN)/tilework bench --scaling --seconds 2 --no-memory $(ARGS)
+
 gpu: ## check every kernel on this machine's GPU, then measure; needs no network and no install
-	mkdir -p '$(OUT)'
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} timeout 240 $(PYTHON) -m pytest tests -m gpu -q \
-		| tee '$(OUT)/checks.txt'
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} timeout 240 $(PYTHON) -m tilework.bench bench \
-		--device cuda --out '$(OUT)/results.jsonl' | tee '$(OUT)/results.txt'
+	PYTHON='$(PYTHON)' OUT='$(OUT)' benchmarks/gpu.sh
 
 docs: $(VENV)/.installed-docs ## build the documentation site in build/docs
 	$(ENV) $(BIN)/python -m sphinx -q -W --keep-going docs build/docs

@@ -1,3 +1,7 @@
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,7 +87,14 @@ def test_doctor_tells_the_costs_of_a_head() -> None:
         (("bench", "--seconds", "-1"), "--seconds"),
         (("bench", "--compare", "no_file.jsonl"), "--compare: no_file.jsonl cannot be read"),
         (("bench", "--filter", "n=1000", "--out", "."), "--out: cannot be written"),
+        (("bench", "--resume"), "--resume: needs --out"),
+        (("bench", "--filter", "n=8", "--resume", "--out", "."), "--out: . cannot be read"),
+        (("bench", "--quick", "--scaling"), "--scaling: has no quick cases"),
         (("plot", "no_file.jsonl"), "RESULTS: no_file.jsonl cannot be read"),
+        (("table", "no_file.jsonl"), "RESULTS: no_file.jsonl cannot be read"),
+        (("page", "no_page.md"), "PAGE: no_page.md cannot be read"),
+        (("tune", "no_kernel"), "KERNEL: must be one of linear_cross_entropy.forward,"),
+        (("tune", "linear_cross_entropy.forward", "--device", "cpu"), "measured on a GPU"),
     ],
 )
 def test_bad_input_names_the_argument_and_ends_with_2(
@@ -167,3 +178,175 @@ def test_plot_refuses_results_without_a_measurement(tmp_path: Path) -> None:
     result = run("plot", write(tmp_path / "r.jsonl", row))
     assert result.exit_code == 2
     assert "nothing to plot" in result.stderr
+
+
+def test_resume_measures_only_what_is_not_there(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    options = ("bench", "--out", out, "--against", "none", *FAST)
+    run(*options, "--filter", "n=1000")
+    first = out.read_text()
+    assert len(first.splitlines()) == 2
+
+    out.write_text(first + first[:50])  # a run that was killed
+    again = run(*options, "--filter", "000", "--resume")
+    assert again.exit_code == 0
+    assert "2 rows are in" in again.stdout
+    assert "1 cases are left" in again.stdout
+    assert "n=4000" in again.stdout
+    assert "4 rows in" in again.stdout
+    assert out.read_text().startswith(first)
+    assert [row.sizes["n"] for row in results.read(out)] == [1000, 1000, 4000, 4000]
+
+    everything = out.read_text()
+    assert "0 cases are left" in run(*options, "--filter", "000", "--resume").stdout
+    assert out.read_text() == everything
+    run(*options, "--filter", "000")
+    assert len(out.read_text().splitlines()) == 8
+
+
+def test_resume_measures_again_what_other_software_measured(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    options = ("bench", "--out", out, "--against", "none", "--filter", "n=1000", *FAST)
+    run(*options)
+    rows = results.read(out)
+    out.unlink()
+    write(out, *(results.Row(**{**row.__dict__, "commit": "elsewhere"}) for row in rows))
+    result = run(*options, "--resume")
+    assert "already" not in result.stdout
+    assert len(out.read_text().splitlines()) == 4
+
+
+def test_rows_that_are_there_already_are_compared_too(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    options = ("--filter", "n=1000", "--against", "none", *FAST)
+    run("bench", *options, "--out", out)
+    old = slower(out, 100.0)
+    result = run("bench", *options, "--out", out, "--resume", "--compare", old)
+    assert result.exit_code == 1
+    assert "regression: tiny_suite square n=1000 float32" in result.stdout
+
+
+def test_out_of_time_names_what_was_not_measured(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    options = ("--filter", "000", "--against", "none", "--out", out, *FAST)
+    result = run("bench", "--minutes", "1e-9", *options)
+    assert result.exit_code == 0
+    assert (
+        "Out of time, not measured: tiny_suite square n=1000 float32, "
+        "tiny_suite square n=4000 float32"
+    ) in " ".join(result.stdout.split())
+    assert out.read_text() == ""
+    assert "Out of time" not in run("bench", "--minutes", "5", *options).stdout
+
+
+def test_quick_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilework.bench import cli
+
+    monkeypatch.setattr(cli, "QUICK_MINUTES", 1e-9)
+    assert "Out of time" in run("bench", "--quick", *FAST).stdout
+    options = ("bench", "--quick", "--minutes", "5", "--against", "none", *FAST)
+    assert "Out of time" not in run(*options).stdout
+
+
+def test_scaling_measures_growing_work_without_peers(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    assert run("bench", "--scaling", "--filter", "n=1", "--out", out, *FAST).exit_code == 0
+    rows = results.read(out)
+    assert {row.peer for row in rows} == {False}
+    assert [row.sizes["n"] for row in rows[::2]] == [16, 128, 1024]
+
+
+def test_a_device_that_does_not_answer_ends_the_run_with_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tilework.bench import runner
+
+    monkeypatch.setattr(runner, "answers", lambda device: False)
+    out = tmp_path / "r.jsonl"
+    result = run("bench", "--filter", "000", "--against", "none", "--out", out, *FAST)
+    assert result.exit_code == 3
+    assert "go on with --resume" in result.stdout
+    assert {row.sizes["n"] for row in results.read(out)} == {1000}
+
+
+def test_table_prints_markdown(tmp_path: Path) -> None:
+    file = write(tmp_path / "r.jsonl", ROW)
+    result = run("table", file)
+    assert result.exit_code == 0
+    assert "| **tilework s** | 1 s |" in result.stdout
+    result = run("table", file, "--filter", "n=7")
+    assert result.exit_code == 2
+    assert "--filter: no case matches 'n=7'" in " ".join(result.stderr.split())
+
+
+def test_page_writes_the_tables_into_a_page(tmp_path: Path) -> None:
+    write(tmp_path / "r.jsonl", ROW)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table r.jsonl -->\n<!-- end -->\n")
+    assert run("page", page).exit_code == 0
+    assert "| **tilework s** | 1 s |" in page.read_text()
+
+
+@pytest.mark.untyped
+def test_tune_prints_the_entry_for_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from tilework.bench import cli, tune
+
+    monkeypatch.undo()
+    monkeypatch.setattr(cli, "_device", lambda name: torch.device("cuda"))
+    problems = []
+
+    class Problem:
+        def __init__(self, kernel, place, device):
+            problems.append(place)
+
+    entry = {"block_rows": 1, "block_columns": 2, "block_inner": 3, "num_warps": 4, "num_stages": 5}
+    outcome = tune.Outcome(entry, (1e-3, 2e-3), 9, [(entry, "no")], "the time is over")
+    monkeypatch.setattr(tune, "Problem", Problem)
+    monkeypatch.setattr(tune, "search", lambda problem, seconds, report: outcome)
+    from tilework import _triton
+
+    monkeypatch.setattr(_triton, "architecture", lambda device: "sm_90")
+    arguments = ("tune", "linear_cross_entropy.backward", "--size", "N=64", "--size", "D=32")
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert 'BACKWARD: "sm_90": Config(1, 2, 3, num_warps=4, num_stages=5),' in result.stdout
+    assert "9 entries tried, 1 skipped: the time is over." in result.stdout
+    assert "1 ms; the entry in the table 2 ms" in result.stdout
+    (place,) = problems
+    assert place.case.kind == "forward+backward"
+    assert (place.case.sizes["N"], place.case.sizes["D"]) == (64, 32)
+    assert place.dtype == torch.bfloat16
+    for wrong in ("Q=3", "N=x", "N", "N=0"):
+        result = run(*arguments, "--size", wrong)
+        assert result.exit_code == 2
+        assert "must be one of N=NUMBER, D=NUMBER" in " ".join(result.stderr.split())
+    outcome.best = None
+    assert run(*arguments).exit_code == 1
+
+
+@pytest.mark.untyped
+def test_a_real_interrupt_leaves_valid_rows(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    code = """if True:
+        from bench import tiny_suite
+        from tilework.bench import suites
+        from tilework.bench.cli import app
+        suites.discover = lambda: {"tiny_suite": tiny_suite.SUITE}
+        app()
+    """
+    options = ("bench", "--seconds", "2", "--no-memory", "--device", "cpu", "--filter", "000")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *options, "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 120
+    while not (out.exists() and out.read_bytes().count(b"\n")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert b"Traceback" not in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert {row.case for row in results.read(out)} == {"square n=1000"}

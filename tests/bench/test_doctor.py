@@ -1,3 +1,4 @@
+import importlib.util
 import io
 
 import pytest
@@ -105,6 +106,44 @@ def test_problems_have_hints(monkeypatch: pytest.MonkeyPatch) -> None:
         "bfloat16",
     ):
         assert word in found
+
+
+def test_old_packages_and_those_that_do_not_belong_together_are_problems(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    versions = {"torch": "2.10.1+cpu", "triton": "3.10.0"}
+    monkeypatch.setattr(doctor.results, "version", versions.get)
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["triton==3.7.1; linux", "sympy"])
+    found = problems()
+    assert "torch 2.10.1+cpu is older than 2.11" in found
+    assert "triton 3.10.0 is older" not in found
+    assert "Triton 3.10.0 is not the release" in found
+    assert "pip install triton==3.7.1" in found
+    monkeypatch.setattr(doctor.results, "version", {"torch": "2.13.0", "triton": "3.7.1"}.get)
+    assert "older" not in problems()
+    assert "release" not in problems()
+
+
+@pytest.mark.parametrize(("capability", "old"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
+def test_a_gpu_older_than_the_kernels_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], old: bool
+) -> None:
+    here = [torch.device("cpu"), torch.device("cuda", 0)]
+    monkeypatch.setattr(doctor, "devices", lambda: here)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert ("cuda:0 is older than sm_80" in problems()) == old
+
+
+def test_tables_say_where_size_decides() -> None:
+    assert doctor.CHOICES.keys() <= _operators.TABLES.keys()
+    shown = " ".join(text(doctor.implementations("norms.rms_norm")).split())
+    assert "tiled in place of torch on a CPU, from 2097152 elements" in shown
+
+
+def test_packages_that_pip_alone_does_not_install_have_another_hint() -> None:
+    shown = " ".join(text(doctor.packages()).split())
+    if importlib.util.find_spec("quack") is None:
+        assert "pip install 'tilework[peers-gpu]'" in shown
 
 
 def test_a_healthy_machine_has_no_problems(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,5 +67,5 @@ def test_the_module_runs_and_the_library_does_not_import_it() -> None:
         [sys.executable, "-m", "tilework.bench", "--help"], capture_output=True, text=True
     )
     assert result.returncode == 0
-    for command in ("list", "show", "doctor", "bench", "plot"):
+    for command in ("list", "show", "doctor", "bench", "plot", "table", "page", "tune"):
         assert command in result.stdout

@@ -3,10 +3,12 @@ import itertools
 from pathlib import Path
 
 import pytest
+from bench import tiny_suite
 from bench.test_results import ROW
+from bench.test_scaling import grown
 from matplotlib.image import imread
 
-from tilework.bench import plot
+from tilework.bench import plot, scaling, suites
 from tilework.bench.results import Row
 
 
@@ -31,15 +33,21 @@ def rows(*, sizes: tuple[int, ...] = (64, 128, 256)) -> list[Row]:
     ]
 
 
-def test_bars_and_series_are_saved_in_both_formats(tmp_path: Path) -> None:
-    paths = plot.save(rows(), tmp_path / "new", "r")
+def test_figures_are_saved_in_both_formats(tmp_path: Path) -> None:
+    limits = {"matmul_flops_per_second": 4e9, "copy_bytes_per_second": 4e9}
+    limited = [dataclasses.replace(row, limits=limits, traffic_bytes=10) for row in rows()]
+    paths = plot.save(limited, tmp_path / "new", "r")
     assert sorted(path.name for path in paths) == [
+        "r-s-roofline.png",
+        "r-s-roofline.svg",
         "r-s-work-bars.png",
         "r-s-work-bars.svg",
         "r-s-work-by-n.png",
         "r-s-work-by-n.svg",
     ]
-    for path in paths:
+    again = plot.save(limited, tmp_path / "again", "r")
+    for path, same in zip(paths, again, strict=True):
+        assert path.read_bytes() == same.read_bytes()
         if path.suffix == ".png":
             image = imread(path)
             assert image.shape[1] >= 1000
@@ -62,6 +70,62 @@ def test_bars_show_the_largest_case_sorted_and_ours_in_bold() -> None:
     assert "2.56 s" in labels
     assert "256 MB" in labels
     assert "not measured" in labels
+
+
+def test_a_roofline_has_every_row_under_the_limits_of_the_run() -> None:
+    limits = {"matmul_flops_per_second": 400e9, "copy_bytes_per_second": 40e9}
+    drawn = [
+        dataclasses.replace(
+            row, flops=row.sizes["n"] * 10**9, traffic_bytes=10**8, limits=limits, dtype="float32"
+        )
+        for row in rows()
+        if row.dtype == "float32"
+    ]
+    figure = plot.roofline(drawn)
+    (axes,) = figure.axes
+    roof, *points = axes.get_lines()
+    x, y = roof.get_data()
+    assert max(y) == 400
+    assert y[0] == pytest.approx(40 * x[0])
+    middle = [line for line in points if line.get_color() == plot._colors(drawn)["peer a"]]
+    for line, row in zip(middle, [one for one in drawn if one.candidate == "peer a"], strict=True):
+        (place,), (height,) = line.get_data()
+        assert place == pytest.approx(row.flops / 1e8)
+        assert height == pytest.approx(row.flops / row.median / 1e9)
+    assert len(points) == len(drawn)
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["matrix product 400 GFLOP/s", "copy 40 GB/s"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["tilework s", "peer a", "peer b"]
+
+
+def test_limits_that_differ_make_a_band() -> None:
+    first, second = (
+        dataclasses.replace(
+            ROW,
+            flops=10**9,
+            traffic_bytes=10**8,
+            limits={"matmul_flops_per_second": rate, "copy_bytes_per_second": 1e9},
+        )
+        for rate in (1e9, 3e9)
+    )
+    (axes,) = plot.roofline([first, second]).axes
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert {1.0, 3.0} <= set(heights)
+    assert max(axes.get_lines()[0].get_ydata()) == 2
+
+
+def test_growth_is_drawn_with_its_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(suites, "discover", lambda: {"tiny_suite": tiny_suite.SUITE})
+    (fit,) = scaling.fits(grown())
+    figure = plot.growth([fit])
+    axes = figure.axes[0]
+    points, line = axes.get_lines()
+    assert list(points.get_ydata()) == [row.median for row in fit.rows]
+    assert list(line.get_ydata()) == pytest.approx([row.median for row in fit.rows])
+    assert axes.get_legend().get_texts()[0].get_text() == "square: 1.50 ± 0.00, expected 2.00"
+    names = {path.name for path in plot.save(grown(), tmp_path, "r")}
+    assert {"r-scaling.png", "r-scaling.svg"} <= names
 
 
 def test_a_series_needs_three_values_of_one_size() -> None:

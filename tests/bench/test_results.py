@@ -121,5 +121,48 @@ def test_the_commit_is_that_of_this_checkout_or_none() -> None:
 
 
 def test_versions_name_what_was_measured() -> None:
-    assert set(results.versions()) == {"python", "torch", "triton", "tilework"}
+    assert set(results.versions()) == {"python", "torch", "triton", "tilework", "sources"}
     assert results.version("no-such-package") is None
+
+
+def test_sources_have_a_digest_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("__init__.py", "deep/one.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr(results.tilework, "__file__", str(tmp_path / "__init__.py"))
+    first = results.sources.__wrapped__()
+    assert results.sources.__wrapped__() == first
+    (tmp_path / "deep" / "one.py").write_text("x = 2\n")
+    changed = results.sources.__wrapped__()
+    (tmp_path / "deep" / "one.py").rename(tmp_path / "deep" / "two.py")
+    assert len({first, changed, results.sources.__wrapped__()}) == 3
+
+
+def test_a_file_is_taken_up_where_a_killed_run_left_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    assert results.take_up(path) == []
+    write(path, ROW)
+    whole = path.read_bytes()
+    assert results.take_up(path) == [ROW]
+    path.write_bytes(whole + whole[:40])
+    assert results.take_up(path) == [ROW]
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:40])
+    assert results.take_up(path) == []
+    assert path.read_bytes() == b""
+    path.write_bytes(b"not ours\n" + whole)
+    with pytest.raises(ValueError, match="line 1 must be"):
+        results.take_up(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        results.take_up(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"commit": "1"}, {"versions": {"torch": "9"}}, {"device_name": "?"}, {"threads": 7}],
+)
+def test_rows_of_other_software_or_devices_have_another_origin(change: dict[str, object]) -> None:
+    assert results.same_origin(ROW, timed(9.0))
+    assert not results.same_origin(ROW, dataclasses.replace(ROW, **change))

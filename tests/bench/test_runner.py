@@ -30,7 +30,8 @@ def test_a_right_candidate_is_measured(rows: dict[str, Row]) -> None:
     assert 2 <= row.runs <= 4
     assert row.others_cpus is None or row.others_cpus >= 0
     assert 0 < row.errors["square"] <= row.allowed["square"] < 3e-7
-    assert (row.default, row.peer, row.kernel) == (True, False, "kernel of tilework square")
+    assert (row.default, row.peer) == (True, False)
+    assert row.kernel == "kernel of tilework square (aten::mul)"
     assert row.extra == {"kept": 0.25}
     assert (row.sizes, row.dtype, row.device, row.case) == (
         {"n": 1000},
@@ -133,3 +134,81 @@ def test_the_plan() -> None:
     assert {job.dtype for job in runner.plan(suites, CPU, dtypes=("float16",))} == {"float16"}
     assert [job.case.sizes["n"] for job in runner.plan(suites, CPU, pattern="n=8")] == [8, 8]
     assert runner.plan(suites, CPU, pattern="no such case") == []
+    growing = runner.plan(suites, CPU, growth=True)
+    assert [job.case.sizes["n"] for job in growing] == [2**power for power in range(3, 11)]
+
+
+def test_the_first_cases_of_all_suites_come_first() -> None:
+    one = dataclasses.replace(tiny_suite.SUITE, module="x.one")
+    jobs = runner.plan([one, tiny_suite.SUITE], CPU, dtypes=("float32", "float64"))
+    ordered = runner.most_important_first(jobs)
+    assert [(job.suite.name, job.case.sizes["n"], job.dtype) for job in ordered[:6]] == [
+        ("one", 8, "float32"),
+        ("one", 8, "float64"),
+        ("tiny_suite", 8, "float32"),
+        ("tiny_suite", 8, "float64"),
+        ("one", 1000, "float32"),
+        ("one", 1000, "float64"),
+    ]
+    assert len(ordered) == len(jobs)
+
+
+def test_what_was_measured_with_the_same_software_is_known(rows: dict[str, Row]) -> None:
+    there = {row.key: row for row in rows.values()}
+    assert runner.measured(JOB, SETTINGS, there) == list(rows.values())
+    ours = runner.measured(JOB, SETTINGS, there, lambda candidate: not candidate.peer)
+    assert [row.candidate for row in ours] == ["tilework square", "tilework wrong"]
+
+    square = rows["tilework square"]
+    less = {key: row for key, row in there.items() if key != square.key}
+    assert runner.measured(JOB, SETTINGS, less) is None
+    other = dataclasses.replace(square, commit="elsewhere")
+    assert runner.measured(JOB, SETTINGS, there | {square.key: other}) is None
+    with_memory = dataclasses.replace(SETTINGS, memory=True)
+    assert runner.measured(JOB, with_memory, there) is None
+    noted = {key: dataclasses.replace(row, peak_bytes=1, notes=[]) for key, row in there.items()}
+    assert runner.measured(JOB, with_memory, noted) is not None
+    unknown = dataclasses.replace(square, notes=["memory: nobody knows"])
+    assert runner.measured(JOB, with_memory, noted | {square.key: unknown}) is not None
+
+
+@pytest.mark.parametrize("part", ["inputs", "truth"])
+def test_without_inputs_or_truth_every_row_says_why(part: str) -> None:
+    def fail(*arguments: object) -> Results:
+        raise MemoryError("too large")
+
+    suite = dataclasses.replace(tiny_suite.SUITE, **{part: fail})
+    job = dataclasses.replace(JOB, suite=suite)
+    rows = list(runner.measure(job, SETTINGS, lambda candidate: not candidate.peer))
+    assert [row.candidate for row in rows] == ["tilework square", "tilework wrong"]
+    assert {row.reason for row in rows} == {"nothing to check with: MemoryError: too large"}
+    assert {row.status for row in rows} == {results.FAILED}
+
+
+def test_results_may_be_compared_in_another_form_than_they_are_timed() -> None:
+    suite = dataclasses.replace(
+        tiny_suite.SUITE, compared=lambda found: {"square": found["square"] * 2}
+    )
+    rows = list(runner.measure(dataclasses.replace(JOB, suite=suite), SETTINGS))
+    assert rows[0].errors["square"] == pytest.approx(1, rel=1e-3)
+
+
+def test_a_failing_profiler_costs_a_note_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> list[str]:
+        raise RuntimeError("no profiler")
+
+    monkeypatch.setattr(runner.kernels, "names", fail)
+    row = next(runner.measure(JOB, SETTINGS))
+    assert (row.status, row.kernel) == (results.OK, "kernel of tilework square")
+    assert "kernels: RuntimeError: no profiler" in row.notes
+
+
+def test_a_device_after_an_invalid_access_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    assert not runner.answers(torch.device("cuda"))
+    assert runner.answers(CPU)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert runner.answers(torch.device("cuda"))

@@ -5,7 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tilework.bench.suites import Candidate, Case, Inputs, Results, Step, Suite, Unavailable
+from tilework.bench.suites import (
+    Candidate,
+    Case,
+    Growth,
+    Inputs,
+    Results,
+    Step,
+    Suite,
+    Unavailable,
+)
 
 
 def cases(device: str) -> list[Case]:
@@ -71,4 +80,7 @@ SUITE = Suite(
     truth=truth,
     flops=lambda case: 10**6 * case.sizes["n"],
     traffic=lambda case, dtype: 2 * dtype.itemsize * case.sizes["n"],
+    growth=(
+        Growth("n", tuple(Case("square", {"n": 2**power}, ("float32",)) for power in range(3, 11))),
+    ),
 )

@@ -1,8 +1,12 @@
-"""The commands of ``tilework``. Bad input ends with status 2, a regression with 1."""
+"""The commands of ``tilework``.
+
+Bad input ends with status 2, a regression with 1, a device that stops to answer with 3.
+"""
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +17,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 import tilework
 from tilework import catalog
-from tilework.bench import browse, doctor, report, results, runner, suites
+from tilework.bench import browse, doctor, pages, report, results, runner, suites
 from tilework.bench.suites import Candidate, Suite
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-QUICK_SECONDS = 2.0
+QUICK_SECONDS, QUICK_MINUTES = 2.0, 4.5
+NO_ANSWER = 3
 
 app = typer.Typer(
     help="Tilework: which papers it implements, what this machine can run, and how fast.",
@@ -96,16 +101,27 @@ def bench(
         list[str] | None,
         typer.Option(help="Only peers whose name contains this; 'none' for none; repeatable."),
     ] = None,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Cases of growing work, without peers.")
+    ] = False,
     filter_: Annotated[
         str, typer.Option("--filter", help="Only cases whose name contains this.")
     ] = "",
     seconds: Annotated[
         float | None, typer.Option(min=0, help="Time for the timing of one case.")
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Start no case beyond this, and the most important ones first."),
+    ] = None,
     memory: Annotated[bool, typer.Option(help="Measure the peak memory.")] = True,
     out: Annotated[
         Path | None, typer.Option(help="Append the rows to this JSON lines file.")
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep what --out holds from this device and software."),
+    ] = False,
     compare: Annotated[
         Path | None, typer.Option(help="Earlier results; status 1 if something is slower now.")
     ] = None,
@@ -117,7 +133,11 @@ def bench(
         _console().print(report.suites_table(chosen_suites, where.type))
         return
     _check_dtypes(dtype)
-    candidates = _candidates(chosen_suites, against)
+    if quick and scaling:
+        raise _refuse("--scaling", "has no quick cases; leave out --quick")
+    if resume and out is None:
+        raise _refuse("--resume", "needs --out, the file to take up")
+    candidates = _candidates(chosen_suites, ["none"] if scaling and against is None else against)
     old = _read(compare, "--compare") if compare is not None else []
     settings = runner.Settings(where, memory=memory)
     if quick or seconds is not None:
@@ -125,15 +145,35 @@ def bench(
             settings, seconds=QUICK_SECONDS if seconds is None else seconds
         )
     jobs = runner.plan(
-        chosen_suites, where, dtypes=tuple(dtype or ()), quick=quick, pattern=filter_
+        chosen_suites,
+        where,
+        dtypes=tuple(dtype or ()),
+        quick=quick,
+        growth=scaling,
+        pattern=filter_,
     )
     if not jobs:
         raise _refuse("--filter", f"no case matches {filter_!r}; see `tilework bench --list`")
 
-    console, rows = _console(), list[results.Row]()
+    def wanted(candidate: Candidate) -> bool:
+        return candidate.name in candidates
+
+    console, rows, until = _console(), list[results.Row](), None
+    if quick and minutes is None:
+        minutes = QUICK_MINUTES
+    if minutes is not None:
+        until = time.monotonic() + 60 * minutes
+        jobs = runner.most_important_first(jobs)
+    if resume and out is not None:
+        kept = {row.key: row for row in _read(out, "--out", results.take_up)}
+        here = [runner.measured(job, settings, kept, wanted) for job in jobs]
+        rows = [row for found in here for row in found or ()]
+        jobs = [job for job, found in zip(jobs, here, strict=True) if found is None]
+        if rows:
+            console.print(f"{len(rows)} rows are in {out} already, {len(jobs)} cases are left.")
     with _log(out) as log:
         try:
-            for row in _measure(console, jobs, settings, candidates):
+            for row in _measure(console, jobs, settings, wanted, until):
                 rows.append(row)
                 if log is not None:
                     log.write(row)
@@ -151,7 +191,7 @@ def plot(
     file: Annotated[Path, typer.Argument(metavar="RESULTS", help="What `bench --out` wrote.")],
     out: Annotated[Path | None, typer.Option(help="A folder; by default that of RESULTS.")] = None,
 ) -> None:
-    """Plot time and memory, by size and against the peers, as PNG and SVG."""
+    """Plot time and memory, by size and against the peers, and rooflines, as PNG and SVG."""
     rows = _read(file, "RESULTS")
     try:
         from tilework.bench import plot as plots
@@ -171,10 +211,100 @@ def plot(
         typer.echo(str(path))
 
 
+@app.command()
+def table(
+    file: Annotated[Path, typer.Argument(metavar="RESULTS", help="What `bench --out` wrote.")],
+    filter_: Annotated[
+        str, typer.Option("--filter", help="Only cases whose suite, name or dtype contains this.")
+    ] = "",
+) -> None:
+    """Print recorded results as Markdown tables."""
+    rows = _read(file, "RESULTS")
+    try:
+        typer.echo(pages.tables(rows, filter_))
+    except ValueError as error:
+        raise _refuse("--filter", str(error)) from None
+
+
+@app.command()
+def page(
+    file: Annotated[Path, typer.Argument(metavar="PAGE", help="A Markdown page with blocks.")],
+) -> None:
+    """Fill the tables of a page in, from the recorded results that its blocks name."""
+    try:
+        text = pages.refresh(file)
+    except ValueError as error:
+        raise _refuse("PAGE", str(error)) from None
+    file.write_text(text, encoding="utf-8")
+
+
+@app.command()
+def tune(
+    kernel: Annotated[str, typer.Argument(help="Such as linear_cross_entropy.forward.")],
+    seconds: Annotated[float, typer.Option(min=0, help="Begin no trial beyond this.")] = 120.0,
+    device: Annotated[str | None, typer.Option(help="cuda, or one of several.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="In place of the case's own.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE in place of the case's; repeatable.")
+    ] = None,
+) -> None:
+    """Measure block sizes of a kernel on this GPU, and print the entry for its table."""
+    from tilework.bench import tune as tuning
+
+    if kernel not in tuning.KERNELS:
+        accepted = ", ".join(tuning.KERNELS)
+        raise _refuse("KERNEL", f"must be one of {accepted}, got {kernel!r}")
+    where = _device(device)
+    if where.type != "cuda":
+        raise _refuse("--device", "block sizes are measured on a GPU, and this is the CPU")
+    try:
+        from tilework import _triton
+    except ImportError as error:
+        raise _refuse("KERNEL", f"needs Triton: {error}") from None
+    chosen = tuning.KERNELS[kernel]
+    cases = suites.discover()[chosen.suite].cases(where.type)
+    case = next(one for one in cases if one.kind == chosen.kind)
+    case = dataclasses.replace(case, sizes=dict(case.sizes) | _sizes(size, case))
+    _check_dtypes([dtype] if dtype else None)
+    name = dtype or case.dtypes[0]
+    place = tuning.Place(_triton.architecture(where), getattr(torch, name), case)
+    console = _console()
+    console.print(f"{kernel} on {place.arch}: {case.name} {name}")
+    outcome = tuning.search(tuning.Problem(chosen, place, where), seconds, console.print)
+    console.print(
+        f"{outcome.tried} entries tried, {len(outcome.skipped)} skipped: {outcome.ended}."
+    )
+    if outcome.best is None:
+        console.print("No entry works.")
+        raise typer.Exit(1)
+    if outcome.seconds is not None:
+        best, now = outcome.seconds
+        console.print(f"{best * 1e3:.4g} ms; the entry in the table {now * 1e3:.4g} ms")
+    console.print(chosen.line(place, outcome.best), markup=False)
+
+
+def _sizes(texts: list[str] | None, case: suites.Case) -> dict[str, int]:
+    given = {}
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        if name not in case.sizes or not value.isdecimal() or int(value) == 0:
+            accepted = ", ".join(f"{name}=NUMBER" for name in case.sizes)
+            raise _refuse("--size", f"must be one of {accepted}, got {text!r}")
+        given[name] = int(value)
+    return given
+
+
 def _measure(
-    console: Console, jobs: list[runner.Job], settings: runner.Settings, candidates: set[str]
+    console: Console,
+    jobs: list[runner.Job],
+    settings: runner.Settings,
+    wanted: Callable[[Candidate], bool],
+    until: float | None,
 ) -> Iterator[results.Row]:
-    """Yield the rows of all jobs, with a table after each job and a bar with the time left."""
+    """Yield the rows of all jobs, with a table after each job and a bar with the time left.
+
+    A job that would last beyond ``until`` if it took as long as the one before is not begun.
+    """
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
     with Progress(
         *columns,
@@ -185,16 +315,26 @@ def _measure(
         disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task("", total=len(jobs))
+        begin, last = time.monotonic(), 0.0
         for position, job in enumerate(jobs):
+            if until is not None and begin + last > until:
+                left = ", ".join(job.name for job in jobs[position:])
+                console.print(f"Out of time, not measured: {left}")
+                break
 
             def advance(what: str, part: float, position: int = position) -> None:
                 progress.update(task, description=what, completed=position + part)
 
             rows = []
-            for row in runner.measure(job, settings, lambda one: one.name in candidates, advance):
+            for row in runner.measure(job, settings, wanted, advance):
                 rows.append(row)
                 yield row
-            console.print(report.table(rows, job.suite.composition))
+            if rows:
+                console.print(report.table(rows, job.suite.composition))
+            if not runner.answers(settings.device):
+                console.print(f"{settings.device} does not answer any more; go on with --resume")
+                raise typer.Exit(NO_ANSWER)
+            begin, last = time.monotonic(), time.monotonic() - begin
 
 
 def _suites(names: list[str] | None) -> list[Suite]:
@@ -242,9 +382,11 @@ def _candidates(chosen: list[Suite], against: list[str] | None) -> set[str]:
     return {candidate.name for candidate in candidates if wanted(candidate)}
 
 
-def _read(path: Path, argument: str) -> list[results.Row]:
+def _read(
+    path: Path, argument: str, read: Callable[[Path], list[results.Row]] = results.read
+) -> list[results.Row]:
     try:
-        return results.read(path)
+        return read(path)
     except ValueError as error:
         raise _refuse(argument, str(error)) from None
 

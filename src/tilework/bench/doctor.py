@@ -4,8 +4,10 @@ import contextlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
 from rich.console import Group, RenderableType
@@ -17,13 +19,23 @@ from tilework import _operators, catalog
 from tilework._operators import Implementation
 from tilework.bench import results, suites
 from tilework.losses.linear_cross_entropy import schedule
+from tilework.norms._row_norm import tiled
 
 # What the optional packages that no suite names are for.
 OPTIONAL = {
     "matplotlib": "tilework plot",
-    "transformers": "tilework.integrations",
+    "psutil": "make demo",
     "nvidia-cutlass-dsl": "torch's own fast RMSNorm on sm_90 and sm_100",
 }
+# Where size decides too, which a table of implementations does not say.
+CHOICES = {
+    "losses.linear_cross_entropy": "chunked in place of tiled on a CPU, for gradients and where a "
+    "chunk's logits are small beside them; --head tells",
+    "norms.rms_norm": f"tiled in place of torch on a CPU, from {tiled.SMALLEST} elements",
+    "norms.layer_norm": f"tiled in place of torch on a CPU, from {tiled.SMALLEST} elements, in "
+    "half precision with a residual",
+}
+OLDEST = {"torch": (2, 11), "triton": (3, 6)}
 _NOT_A_GPU = ("", "CPU", "Triton's interpreter")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,6 +109,8 @@ def implementations(operator: str) -> Table:
             entry.memory,
             "yes" if entry.deterministic else "no",
         )
+    if operator in CHOICES:
+        result.caption, result.caption_justify = CHOICES[operator], "left"
     return result
 
 
@@ -166,11 +180,12 @@ def peers() -> dict[str, str]:
 
 def packages() -> Table:
     """The optional packages: what they are for, and the version found."""
+    hints = suites.INSTALL
     uses = OPTIONAL | dict.fromkeys(peers(), "a peer of tilework bench")
     table = Table("package", "for", "version", title="optional packages", title_justify="left")
     for name, use in uses.items():
         found = results.version(name)
-        missing = Text(f"missing: pip install {name}", style="dim")
+        missing = Text(f"missing: {hints.get(name, f'pip install {name}')}", style="dim")
         table.add_row(name, use, missing if found is None else found)
     return table
 
@@ -193,6 +208,7 @@ def find_problems() -> list[Problem]:
                 "On Linux, pip install the Triton release that goes with this torch.",
             )
         )
+    problems += _versions()
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         problems.append(
@@ -203,6 +219,14 @@ def find_problems() -> list[Problem]:
                 else "With a GPU in the machine, install a torch that is built for it.",
             )
         )
+    for device in devices()[1:]:
+        if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+            problems.append(
+                Problem(
+                    f"{device} is older than sm_80, for which the kernels are made.",
+                    "Pass implementation='tiled' where a kernel fails.",
+                )
+            )
     if os.environ.get("TRITON_INTERPRET") == "1":
         problems.append(
             Problem(
@@ -222,6 +246,31 @@ def find_problems() -> list[Problem]:
             Problem(
                 "This CPU does not multiply bfloat16: half precision is slower than float32.",
                 "Use float32 on this CPU.",
+            )
+        )
+    return problems
+
+
+def _versions() -> list[Problem]:
+    """Packages that are older than the library takes, or do not belong together."""
+    problems = []
+    for name, oldest in OLDEST.items():
+        found = results.version(name)
+        if found is not None and tuple(map(int, re.findall(r"\d+", found)[:2])) < oldest:
+            wanted = ".".join(map(str, oldest))
+            problems.append(
+                Problem(
+                    f"{name} {found} is older than {wanted}, the oldest that is tested.",
+                    f"pip install '{name}>={wanted}'",
+                )
+            )
+    required = re.search(r"\btriton==([\w.]+)", " ".join(metadata.requires("torch") or ()))
+    triton = results.version("triton")
+    if required and triton and required[1] != triton:
+        problems.append(
+            Problem(
+                f"Triton {triton} is not the release that torch {torch.__version__} was made for.",
+                f"pip install triton=={required[1]}",
             )
         )
     return problems

@@ -1,21 +1,29 @@
 """``tilework plot``: figures from rows alone, so that any machine's results can be drawn."""
 
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from tilework.bench import report
+from tilework.bench import report, scaling
 from tilework.bench.results import OK, Row
 
+T = TypeVar("T")
+
 FORMATS = ("png", "svg")
+PRODUCT, COPY = "matmul_flops_per_second", "copy_bytes_per_second"
 FEWEST_POINTS = 3  # of a series over one size
-OURS = ("#0b6e4f", "#4fb286", "#a3d9c0")
+OURS = ("#0b6e4f", "#4fb286", "#a3d9c0", "#7fb800")
 PEERS = ("#d1495b", "#edae49", "#00798c", "#7b5ea7", "#8d6a4f", "#5f6b7a", "#c06c9a", "#9aa84f")
 
 
@@ -43,7 +51,7 @@ def save(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
     """Draw all figures that the rows allow, and return the files written.
 
     Bars for the largest case of each kind of work, a series where one size takes at least three
-    values while the others stay.
+    values while the others stay, a roofline for each suite, and the fits of growing work.
     """
     measured = [row for row in rows if row.status == OK and row.median is not None]
     figures: dict[str, Figure] = {}
@@ -57,13 +65,24 @@ def save(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
         figures[f"{name}-bars"] = bars([row for row in group if row.case == largest])
         for size, points in series(group):
             figures[f"{name}-by-{size}"] = lines(points, size)
+    by_suite = _group(
+        [row for row in measured if row.limits], lambda row: (row.suite, row.device_name)
+    )
+    for number, group in enumerate(by_suite):
+        name = f"{stem}-{group[0].suite}-roofline"
+        figures[f"{name}-{number}" if name in figures else name] = roofline(group)
+    fits = scaling.fits(measured)
+    if fits:
+        figures[f"{stem}-scaling"] = growth(fits)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
         safe = re.sub(r"[^\w.-]+", "-", name)
         for suffix in FORMATS:
             path = folder / f"{safe}.{suffix}"
-            figure.savefig(path, dpi=130)
+            # The same rows give the same file.
+            with matplotlib.rc_context({"svg.hashsalt": "tilework"}):
+                figure.savefig(path, dpi=130, metadata={"Date": None} if suffix == "svg" else {})
             paths.append(path)
     return paths
 
@@ -175,9 +194,124 @@ def lines(rows: Sequence[Row], size: str) -> Figure:
     return figure
 
 
-def _title(row: Row, what: str) -> str:
+def roofline(rows: Sequence[Row]) -> Figure:
+    """Operations per second over operations per byte, under the limits of the same run.
+
+    Both count what the definition needs, so that work done twice looks slow. The limits are those
+    beside the rows, which differ a little between cases: the band has their extremes. Candidates
+    of one intensity stand side by side.
+    """
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    figure = Figure(figsize=(10, 1.4 + 3.6 * len(dtypes)), layout="constrained")
+    figure.suptitle(_title(rows[0], "operations per second by operational intensity"))
+    panels = figure.subplots(len(dtypes), 1, squeeze=False)
+    colors = _colors(rows)
+    markers = dict(zip(dict.fromkeys(row.kind for row in rows), "osD^vP*X<>", strict=False))
+    for dtype, axes in zip(dtypes, panels[:, 0], strict=True):
+        members = [row for row in rows if row.dtype == dtype]
+        grid = _draw_roof(axes, members)
+        names = [name for name in colors if any(row.candidate == name for row in members)]
+        for row in members:
+            aside = (names.index(row.candidate) - (len(names) - 1) / 2) * 0.007
+            axes.plot(
+                _intensity(row) * (grid[-1] / grid[0]) ** aside,
+                (row.flops or 0) / (row.median or 1.0) / 1e9,
+                markers.get(row.kind, "o"),
+                color=colors[row.candidate],
+                markersize=6 if row.peer else 9,
+                markeredgecolor="white",
+                zorder=2 if row.peer else 3,
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.set_xlabel("operations per byte")
+        axes.set_ylabel("GFLOP/s")
+        axes.set_title(dtype, fontsize=10, loc="left")
+        axes.grid(color="#eeeeee", linewidth=0.6)
+        _quiet(axes)
+    handles = [
+        Line2D([], [], color=color, marker="s", linestyle="", label=name)
+        for name, color in colors.items()
+    ]
+    if len(markers) > 1:
+        handles += [
+            Line2D([], [], color="#333333", marker=marker, linestyle="", label=kind)
+            for kind, marker in markers.items()
+        ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _intensity(row: Row) -> float:
+    return (row.flops or 0) / (row.traffic_bytes or 1)
+
+
+def _draw_roof(axes: Axes, rows: Sequence[Row]) -> list[float]:
+    """The limits, from a bit left of all rows to a bit right of them and of the ridge."""
+    limits = [(row.limits[PRODUCT] / 1e9, row.limits[COPY] / 1e9) for row in rows]
+    products, copies = zip(*limits, strict=True)
+    ridges = [product / copy for product, copy in limits]
+    places = [_intensity(row) for row in rows]
+    grid = np.geomspace(min(places + ridges) / 3, max(places + ridges) * 3, 200)
+    low, middle, high = (
+        np.minimum(pick(products), grid * pick(copies)) for pick in (min, statistics.median, max)
+    )
+    axes.fill_between(grid, low, high, color="#dddddd", linewidth=0, zorder=0)
+    axes.plot(grid, middle, color="#555555", linewidth=1.5, zorder=1)
+    product, copy = statistics.median(products), statistics.median(copies)
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "color": "#555555"}
+    axes.annotate(
+        f"matrix product {product:,.0f} GFLOP/s", (grid[-1], product), (0, 6), ha="right", **style
+    )
+    axes.annotate(
+        f"copy {copy:,.0f} GB/s", (grid[0], min(product, grid[0] * copy)), (8, -12), **style
+    )
+    return [float(place) for place in grid]
+
+
+def growth(fits: Sequence[scaling.Fit]) -> Figure:
+    """Measured times over each growing size, with the fitted power law."""
+    groups = _group(fits, lambda fit: (fit.rows[0].suite, fit.over))
+    height = -(-len(groups) // 2)
+    figure = Figure(figsize=(10, 0.9 + 3.3 * height), layout="constrained")
+    figure.suptitle(
+        _title(fits[0].rows[0], "time of the default implementation by size", suite=False)
+    )
+    panels = figure.subplots(height, 2, squeeze=False).flat
+    for axes, group in zip(panels, groups, strict=False):
+        for fit, color in zip(group, (OURS[0], *PEERS), strict=False):
+            times = [row.median for row in fit.rows]
+            axes.plot(fit.sizes, times, "o", color=color, markersize=5)
+            axes.plot(
+                fit.sizes,
+                [fit.scale * size**fit.exponent for size in fit.sizes],
+                color=color,
+                linewidth=1.3,
+                label=f"{fit.rows[0].kind}: {fit.exponent:.2f} ± {fit.error:.2f}, "
+                f"expected {fit.expected:.2f}",
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel(group[0].over)
+        axes.set_ylabel("s")
+        axes.set_title(f"{group[0].rows[0].suite}", fontsize=10, loc="left")
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
+        axes.margins(y=0.25)
+        _quiet(axes)
+    for axes in panels:
+        axes.set_axis_off()
+    return figure
+
+
+def _title(row: Row, what: str, *, suite: bool = True) -> str:
     threads = f", {row.threads} threads" if row.threads else ""
-    return f"{row.suite}: {what}\n{row.device_name}{threads}, torch {row.versions.get('torch')}"
+    title = f"{row.suite}: {what}" if suite else what
+    return f"{title}\n{row.device_name}{threads}, torch {row.versions.get('torch')}"
 
 
 def _colors(rows: Sequence[Row]) -> dict[str, str]:
@@ -193,8 +327,8 @@ def _quiet(axes: Axes) -> None:
     axes.tick_params(labelsize=9)
 
 
-def _group(rows: Sequence[Row], key: Callable[[Row], object]) -> list[list[Row]]:
-    groups: dict[object, list[Row]] = {}
+def _group(rows: Sequence[T], key: Callable[[T], object]) -> list[list[T]]:
+    groups: dict[object, list[T]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return list(groups.values())

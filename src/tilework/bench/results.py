@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -110,6 +111,35 @@ def read(path: Path) -> list[Row]:
     return list({row.key: row for row in rows}.values())
 
 
+def take_up(path: Path) -> list[Row]:
+    """The rows of a file that is to be appended to, none if there is no such file.
+
+    A last line without an end, left by a run that was killed, is cut off.
+
+    Raises:
+        ValueError: The file cannot be read, or a line is not a row of this schema.
+    """
+    if not path.exists():
+        return []
+    try:
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with path.open("r+b") as file:
+                file.truncate(whole)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return read(path) if whole else []
+
+
+def same_origin(one: Row, other: Row) -> bool:
+    """Whether two rows were measured with the same software, on the same device and threads."""
+    return all(
+        getattr(one, name) == getattr(other, name)
+        for name in ("device_name", "threads", "versions", "commit")
+    )
+
+
 def _parse(line: str, where: str) -> Row:
     accepted = f"a row that `tilework bench --out` wrote, schema {SCHEMA}"
     try:
@@ -167,7 +197,18 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "tilework": tilework.__version__,
+        "sources": sources(),
     }
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of the package's files, which a commit does not tell where there is no git."""
+    package = Path(tilework.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def version(distribution: str) -> str | None:

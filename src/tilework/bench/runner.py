@@ -4,12 +4,12 @@ import datetime
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from tilework.bench import accuracy, memory, results, timing
+from tilework.bench import accuracy, kernels, memory, results, timing
 from tilework.bench.results import FAILED, MISSING, REFUSED, Row
 from tilework.bench.suites import Candidate, Case, Inputs, Results, Step, Suite, Unavailable
 
@@ -63,6 +63,7 @@ def plan(
     *,
     dtypes: tuple[str, ...] = (),
     quick: bool = False,
+    growth: bool = False,
     pattern: str = "",
 ) -> list[Job]:
     """The jobs: the cases of the suites whose name contains the pattern, in each dtype.
@@ -72,15 +73,59 @@ def plan(
         device: Chooses the cases.
         dtypes: In place of each case's own.
         quick: Take the quick cases instead of the full ones.
+        growth: Take the cases of growing work instead.
         pattern: A part of the case's name.
     """
-    return [
+    jobs = [
         Job(suite, case, dtype)
         for suite in suites
-        for case in suite.cases(device.type)
+        for case in (_growing(suite) if growth else suite.cases(device.type))
         if case.quick == quick and pattern in case.name
         for dtype in dtypes or case.dtypes
     ]
+    return list({(job.suite.name, job.case.name, job.dtype): job for job in jobs}.values())
+
+
+def _growing(suite: Suite) -> list[Case]:
+    return [case for growth in suite.growth for case in growth.cases]
+
+
+def most_important_first(jobs: Iterable[Job]) -> list[Job]:
+    """The first cases of all suites, then the second ones, and so on."""
+    cases: dict[str, list[Case]] = {}
+    ranked = []
+    for job in jobs:
+        seen = cases.setdefault(job.suite.name, [])
+        if job.case not in seen:
+            seen.append(job.case)
+        ranked.append((seen.index(job.case), job))
+    return [job for _, job in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def measured(
+    job: Job,
+    settings: Settings,
+    rows: Mapping[results.Key, Row],
+    chosen: Callable[[Candidate], bool] = lambda candidate: True,
+) -> list[Row] | None:
+    """The rows that a job would measure again with the same software, if all of them are there."""
+    found = []
+    for candidate in _candidates(job):
+        if not chosen(candidate):
+            continue
+        expected = _row(job, candidate, settings.device)
+        row = rows.get(expected.key)
+        if row is None or not results.same_origin(row, expected):
+            return None
+        with_memory = row.peak_bytes is not None or any("memory" in note for note in row.notes)
+        if row.status == results.OK and settings.memory and not with_memory:
+            return None
+        found.append(row)
+    return found
+
+
+def _candidates(job: Job) -> Collection[Candidate]:
+    return [one for one in job.suite.candidates if not one.dtypes or job.dtype in one.dtypes]
 
 
 def measure(
@@ -102,17 +147,26 @@ def measure(
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # compiled code of earlier cases counts towards its limit
     progress(f"{job.name}: truth", 0.0)
-    inputs = suite.inputs(case, dtype, device)
-    truth = suite.truth(case, inputs)
+    try:
+        inputs = suite.inputs(case, dtype, device)
+        truth = suite.truth(case, inputs)
+    except Exception as error:
+        for candidate in filter(chosen, _candidates(job)):
+            row = _row(job, candidate, device)
+            row.status, row.reason = FAILED, f"nothing to check with: {describe(error)}"
+            yield row
+        progress(job.name, 1.0)
+        return
 
-    candidates = [one for one in suite.candidates if not one.dtypes or job.dtype in one.dtypes]
     # The yardstick first; the table keeps the suite's order.
-    entries = {one.name: _Entry(one, _row(job, one, device)) for one in candidates}
+    entries = {one.name: _Entry(one, _row(job, one, device)) for one in _candidates(job)}
     composition = entries[suite.composition]
     rest = [one for one in entries.values() if one is not composition and chosen(one.candidate)]
     for number, entry in enumerate([composition, *rest]):
         progress(f"{job.name}: checking {entry.candidate.name}", CHECKING * number / len(entries))
         _check(entry, job, inputs, truth, composition)
+        if entry.step is not None and chosen(entry.candidate):
+            _name_kernels(entry, device)
     del truth
     entries = {name: entry for name, entry in entries.items() if chosen(entry.candidate)}
 
@@ -131,7 +185,7 @@ def measure(
     rates = {name: work / min(timed.pop(name).samples) for name, (work, _) in limits.items()}
     for name, times in timed.items():
         if times.error is not None:
-            entries[name].drop(FAILED, _describe(times.error))
+            entries[name].drop(FAILED, describe(times.error))
         else:
             _record_time(entries[name].row, times.samples, rates)
             entries[name].row.others_cpus = busy
@@ -178,13 +232,14 @@ def _check(entry: _Entry, job: Job, inputs: Inputs, truth: Results, composition:
         try:
             step = entry.candidate.bind(job.case, inputs)
             found = step.run()
+            found = job.suite.compared(found)
             errors = accuracy.errors(found, truth)
         except Unavailable as reason:
             return entry.drop(MISSING, str(reason))
         except ImportError as error:
-            return entry.drop(MISSING, _describe(error))
+            return entry.drop(MISSING, describe(error))
         except Exception as error:
-            return entry.drop(FAILED, _describe(error))
+            return entry.drop(FAILED, describe(error))
         finally:
             row.notes = sorted({str(one.message).strip().partition("\n")[0] for one in caught})
     row.kernel, row.default, row.extra = step.kernel, step.default, dict(step.facts)
@@ -200,6 +255,16 @@ def _check(entry: _Entry, job: Job, inputs: Inputs, truth: Results, composition:
     if objection is not None:
         return entry.drop(REFUSED, objection)
     entry.step = step
+
+
+def _name_kernels(entry: _Entry, device: torch.device) -> None:
+    assert entry.step is not None
+    try:
+        found = kernels.names(entry.step.run, device)
+    except Exception as error:
+        entry.row.notes.append(f"kernels: {describe(error)}")
+        return
+    entry.row.kernel = f"{entry.step.kernel} ({', '.join(found)})"
 
 
 def _record_time(row: Row, samples: list[float], rates: dict[str, float]) -> None:
@@ -229,7 +294,18 @@ def _record_memory(entry: _Entry, job: Job, device: torch.device) -> None:
         entry.row.notes.append(f"memory: {reason}")
 
 
-def _describe(error: Exception) -> str:
+def answers(device: torch.device) -> bool:
+    """Whether a device still computes: after an invalid access, a GPU does not in this process."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return False
+    return True
+
+
+def describe(error: Exception) -> str:
+    """An error in one line."""
     gc.collect()  # the traceback held the tensors of a failed run
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -65,3 +65,28 @@ def test_the_runner_measures_the_suite_with_its_peers() -> None:
     rows = {row.candidate: row.status for row in runner.measure(job, settings)}
     assert rows["tilework tiled"] == rows["torch compile"] == "ok"
     assert rows["liger-kernel"] == rows["tilework triton"] == "missing"
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [7, 2**11])
+def test_the_default_is_what_runs(
+    kind: str, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tilework.norms import _row_norm
+
+    problem = Case(kind, {"M": rows, "N": 1024})
+    inputs = suite.inputs(problem, dtype, CPU)
+    ran = []
+    for module, name in ((_row_norm.native, "torch"), (_row_norm, "tiled")):
+        attribute = "forward" if name == "torch" else "_operator"
+        original = getattr(module, attribute)
+
+        def spy(*arguments, name=name, original=original):
+            ran.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(module, attribute, spy)
+    _ = suite._ours(problem, inputs, None)()
+    assert set(ran) == {suite._default(problem, inputs)}

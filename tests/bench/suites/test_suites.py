@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tilework import _operators
-from tilework.bench import suites
+from tilework.bench import scaling, suites
 from tilework.bench.suites import Case
 
 
@@ -24,6 +24,12 @@ def test_every_suite_is_complete(suite: suites.Suite) -> None:
         for case in cases:
             assert suite.flops(case) > 0
             assert suite.traffic(case, torch.bfloat16) < suite.traffic(case, torch.float32)
+    for growth in suite.growth:
+        sizes = [case.sizes[growth.over] for case in growth.cases]
+        assert sizes == sorted(set(sizes))
+        assert len(sizes) >= scaling.FEWEST
+        work = [suite.flops(case) for case in growth.cases]
+        assert work[-1] >= scaling.TWO_ORDERS * work[0]
     for candidate in suite.candidates:
         assert (candidate.package is None) == (candidate.distribution is None)
 
@@ -53,3 +59,19 @@ def test_gradients_are_those_of_the_inputs_that_require_one() -> None:
 
     without = {"a": torch.tensor(3.0)}
     assert suites.loss_and_gradients(lambda: without["a"] ** 2, without)() == {"loss": 9}
+
+
+def test_the_core_operators_grow_in_each_of_their_sizes() -> None:
+    found = suites.discover()
+    grown = {name: {growth.over for growth in suite.growth} for name, suite in found.items()}
+    assert grown["linear_cross_entropy"] == {"N", "V"}
+    assert grown["norms"] == {"M", "N"}
+    assert grown["block_sparse_attention"] == {"L", "K"}
+
+
+def test_a_package_that_needs_more_than_its_name_says_so() -> None:
+    for name, how in suites.INSTALL.items():
+        peer = suites.Candidate("peer", lambda *_: None, package="no_such", distribution=name)
+        with pytest.raises(suites.Unavailable, match="is not installed") as error:
+            peer.bind(Case("", {}), {"input": torch.zeros(1)})
+        assert how in str(error.value)

@@ -18,6 +18,13 @@ Inputs = dict[str, Tensor]
 Results = dict[str, Tensor]
 
 
+INSTALL = {
+    "quack-kernels": "pip install 'tilework[peers-gpu]'",
+    "flash-attn": "pip install flash-attn --no-build-isolation, with CUDA's compiler",
+}
+"""How to install the packages that a plain ``pip install`` is not enough for or too much."""
+
+
 class Unavailable(Exception):
     """A candidate cannot run here. The message says why, and becomes the row's reason."""
 
@@ -35,6 +42,19 @@ class Case:
     def name(self) -> str:
         """The case in one line, such as ``forward N=2048 D=768 V=50304``."""
         return " ".join([self.kind, *(f"{name}={size}" for name, size in self.sizes.items())])
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Cases in which work grows by two orders of magnitude, for the page on scaling.
+
+    Attributes:
+        over: The size that grows.
+        cases: The cases, smallest first.
+    """
+
+    over: str
+    cases: tuple[Case, ...]
 
 
 @dataclass(frozen=True)
@@ -86,9 +106,8 @@ class Candidate:
         if self.devices and device not in self.devices:
             raise Unavailable(f"it runs on {', '.join(self.devices)}, not on {device}")
         if self.package is not None and importlib.util.find_spec(self.package) is None:
-            raise Unavailable(
-                f"the package {self.distribution} is not installed: pip install {self.distribution}"
-            )
+            how = INSTALL.get(self.distribution or "", f"pip install {self.distribution}")
+            raise Unavailable(f"the package {self.distribution} is not installed: {how}")
         return self.build(case, inputs)
 
 
@@ -106,6 +125,8 @@ class Suite:
         truth: The results in float64, computed independently of all candidates.
         flops: The operations that the definition needs. Work done twice does not count.
         traffic: The bytes that any implementation must move: inputs once, results once.
+        growth: The series of the page on scaling.
+        compared: What of the results is compared with the truth; not timed.
     """
 
     module: str
@@ -117,6 +138,8 @@ class Suite:
     truth: Callable[[Case, Inputs], Results]
     flops: Callable[[Case], int]
     traffic: Callable[[Case, torch.dtype], int]
+    growth: tuple[Growth, ...] = ()
+    compared: Callable[[Results], Results] = lambda results: results
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ from tilework.attention import BlockLayout, block_sparse_attention
 from tilework.bench.suites import (
     Candidate,
     Case,
+    Growth,
     Inputs,
     Results,
     Step,
@@ -45,6 +46,17 @@ def cases(device: str) -> list[Case]:
         *(Case(TRAINING, sizes | {"K": blocks // part}, dtypes) for part in (32, 16, 4)),
         Case(TRAINING, {"L": 512, "H": 2, "E": 32, "K": 3}, dtypes, quick=True),
     ]
+
+
+def growth() -> tuple[Growth, ...]:
+    """The length at an eighth of the blocks, then the blocks of one length."""
+    lengths = [1024 * factor for factor in (1, 2, 3, 4, 6, 8, 12, 16)]
+    by_length = [{"L": length, "H": 1, "E": 64, "K": length // BLOCK // 8} for length in lengths]
+    by_blocks = [{"L": 8192, "H": 1, "E": 64, "K": 2**power} for power in range(8)]
+    return tuple(
+        Growth(over, tuple(Case(TRAINING, sizes, ("float32",)) for sizes in series))
+        for over, series in (("L", by_length), ("K", by_blocks))
+    )
 
 
 def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -197,4 +209,5 @@ SUITE = Suite(
     truth=truth,
     flops=flops,
     traffic=traffic,
+    growth=growth(),
 )

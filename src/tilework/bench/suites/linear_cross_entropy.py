@@ -17,6 +17,7 @@ from tilework import _operators
 from tilework.bench.suites import (
     Candidate,
     Case,
+    Growth,
     Inputs,
     Results,
     Step,
@@ -53,6 +54,18 @@ def cases(device: str) -> list[Case]:
         Case(TRAINING, large, dtypes),
         Case(TRAINING, small, dtypes, quick=True),
     ]
+
+
+def growth() -> tuple[Growth, ...]:
+    """Tokens, then classes."""
+    sizes = {"N": 512, "D": 128, "V": 4096}
+    return tuple(
+        Growth(over, tuple(Case(TRAINING, sizes | {over: size}, ("float32",)) for size in powers))
+        for over, powers in (
+            ("N", [2**power for power in range(7, 15)]),
+            ("V", [2**power for power in range(10, 18)]),
+        )
+    )
 
 
 def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -275,4 +288,5 @@ SUITE = Suite(
     truth=truth,
     flops=flops,
     traffic=traffic,
+    growth=growth(),
 )

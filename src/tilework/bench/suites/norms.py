@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tilework import _operators
 from tilework.bench.suites import (
     Candidate,
     Case,
+    Growth,
     Inputs,
     Results,
     Step,
@@ -23,6 +25,7 @@ from tilework.bench.suites import (
     implementations,
 )
 from tilework.norms import layer_norm, rms_norm
+from tilework.norms._row_norm import tiled
 
 EPS = 1e-5
 ROWS = 32768
@@ -41,6 +44,20 @@ def cases(device: str) -> list[Case]:
     heads = Case("rms forward", {"M": 32 * rows, "N": 128}, dtypes)
     small = [Case(f"{norm} backward", {"M": 256, "N": 1024}, dtypes, quick=True) for norm in _NORMS]
     return [*full, heads, *small]
+
+
+def growth() -> tuple[Growth, ...]:
+    """Rows and features, from 2 MB to 268 MB in float32."""
+    kinds = ("rms forward", "rms backward", "layer backward")
+    powers = [2**power for power in range(11, 19)]
+    return tuple(
+        Growth(
+            over,
+            tuple(Case(kind, {"M": 256, "N": 256} | {over: size}, ("float32",)) for size in powers),
+        )
+        for kind in kinds
+        for over in ("M", "N")
+    )
 
 
 _NORMS = ("rms", "layer")
@@ -173,6 +190,14 @@ def _ours(case: Case, inputs: Inputs, implementation: str) -> Callable[[], Resul
     return _step(norm, case, inputs, "").run
 
 
+def _default(case: Case, inputs: Inputs) -> str:
+    input, operator = inputs["input"], "norms.rms_norm"
+    chosen = _operators.choose(operator, _operators.TABLES[operator], None, input)
+    if chosen == "torch" and tiled.pays(input, inputs.get("residual"), "layer" in case.kind):
+        return "tiled"
+    return chosen
+
+
 def _eager(case: Case, inputs: Inputs) -> Step:
     name = "layer_norm" if "layer" in case.kind else "rms_norm"
     return _step(_torch, case, inputs, f"F.{name}{' of a sum' * ('residual' in case.kind)}")
@@ -248,7 +273,7 @@ SUITE = Suite(
     cases=cases,
     inputs=inputs,
     candidates=(
-        *implementations("norms.rms_norm", _ours),
+        *implementations("norms.rms_norm", _ours, _default),
         Candidate("torch eager", _eager),
         Candidate("torch compile", _compiled),
         _peer("liger-kernel", _liger, "liger_kernel"),
@@ -259,4 +284,5 @@ SUITE = Suite(
     truth=truth,
     flops=flops,
     traffic=traffic,
+    growth=growth(),
 )
