@@ -283,6 +283,26 @@ def test_every_implementation_takes_it(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", FILTERING)
+def test_entropies_of_flat_rows_are_bounded(implementation: str) -> None:
+    # Where entropies are large, so is what they bring to the gradient of the total.
+    dtype = torch.float32 if implementation == "triton" else torch.float64
+    hidden = torch.linspace(-3, 0, CLASSES, dtype=dtype)[None].requires_grad_()
+    function = partial(
+        linear_log_probs,
+        hidden,
+        torch.eye(CLASSES, dtype=dtype),
+        torch.tensor([CLASSES - 1]),
+        implementation=implementation,
+    )
+    gradients = [
+        torch.autograd.grad(function(gradient_filter=fraction).entropy.sum(), hidden)[0]
+        for fraction in (None, 0.3)
+    ]
+    missing = (gradients[0] - gradients[1]).abs().sum()
+    assert 0 < missing <= 0.3
+
+
+@pytest.mark.parametrize("implementation", FILTERING)
 @pytest.mark.parametrize("fields", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_log_probs_are_bounded(implementation: str, fields: tuple[int, ...], tokens: int) -> None:
