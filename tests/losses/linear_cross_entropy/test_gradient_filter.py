@@ -389,6 +389,7 @@ def test_ignore_index_may_be_a_class(implementation: str) -> None:
         torch.testing.assert_close(result, truth)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("needed", [*itertools.product([False, True], repeat=3)])
 def test_any_subset_of_gradients(needed: tuple[bool, ...]) -> None:
     function = partial(linear_cross_entropy, implementation="triton", gradient_filter=0.1)

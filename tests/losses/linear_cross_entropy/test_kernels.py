@@ -51,7 +51,7 @@ def test_offsets_within_a_tile_fit_32_bits() -> None:
         {"implementation": "triton"},
         {"implementation": "triton", "gradient_filter": 1e-6},
     ],
-    ids=["tiled", "chunked", "triton", "filter"],
+    ids=["tiled", "chunked", "triton", "triton-filter"],
 )
 @pytest.mark.parametrize(("tokens", "classes"), [(3, 600), (600, 5)])
 def test_addresses_beyond_32_bits(options: dict[str, Any], tokens: int, classes: int) -> None:
@@ -85,7 +85,7 @@ def test_addresses_beyond_32_bits(options: dict[str, Any], tokens: int, classes:
         {"implementation": "triton", "gradient_filter": 0.1},
         {"implementation": "chunked"},
     ],
-    ids=["triton", "filter", "chunked"],
+    ids=["triton", "triton-filter", "chunked"],
 )
 def test_cuda_graph(options: dict[str, Any]) -> None:
     problem = Problem.random(64, 32, 500, torch.bfloat16).on("cuda")
