@@ -93,9 +93,10 @@ def linear_log_probs(
             other fields are computed there too.
         gradient_filter: None is exact. With :math:`\varphi` in (0, 1), the backward pass may leave
             out gradients of logits whose absolute values add up, in each position, to at most
-            :math:`\varphi (|\alpha - \beta| + |\gamma|) / t` with the gradients :math:`\alpha`,
-            :math:`\beta`, :math:`\gamma` of the first three fields; never that of the target.
-            ``"tiled"`` does so on the CPU; others leave nothing out.
+            :math:`\varphi |\gamma| / t` with the gradients :math:`\alpha`, :math:`\beta`,
+            :math:`\gamma` of the first three fields, :math:`\varphi |\alpha - \beta| / t` where
+            :math:`\gamma = 0`; never that of the target. ``"triton"`` does so, and ``"tiled"`` on
+            the CPU.
         implementation: ``"triton"`` (CUDA), ``"tiled"`` or ``"reference"`` (stores the logits).
             ``"chunked"`` stands for the first of these that the device has, as chunks take their
             gradients early, for a loss known beforehand. None picks by device.

@@ -94,14 +94,17 @@ def test_the_runner_measures_the_suite_with_compiled_peers() -> None:
     assert rows["cut-cross-entropy (compiled)"].status in ("ok", "missing")
 
 
-def test_peaked_logits_keep_few_classes() -> None:
-    filtered = next(one for one in suite.SUITE.candidates if one.name == "tilework tiled (filter)")
+@pytest.mark.untyped
+@pytest.mark.parametrize("implementation", ["tiled", "triton"])
+def test_peaked_logits_keep_few_classes(implementation: str) -> None:
+    name = f"tilework {implementation} (filter)"
+    filtered = next(one for one in suite.SUITE.candidates if one.name == name)
     kept = {}
     for kind in (suite.TRAINING, suite.PEAKED):
         problem = Case(kind, {"N": 7, "D": 12, "V": 3000})
         inputs = suite.inputs(problem, torch.bfloat16, CPU)
-        kept[kind] = filtered.bind(problem, inputs).facts["kept"]
-    assert kept[suite.PEAKED] < 0.5
+        kept[kind] = filtered.build(problem, inputs).facts["kept"]
+    assert kept[suite.PEAKED] < 0.6
     assert kept[suite.TRAINING] > 0.9
     with pytest.raises(Unavailable, match="for gradients"):
-        filtered.bind(case(suite.FORWARD), inputs)
+        filtered.build(case(suite.FORWARD), inputs)

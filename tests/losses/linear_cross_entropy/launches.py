@@ -23,7 +23,9 @@ def _call(dtype: torch.dtype, every_option: bool) -> None:
     triton.forward(*arguments, *options, every_option, None)
     vectors = list(torch.randn(6, tokens))
     upstream = [*vectors[:3], vectors[3] if every_option else None]
-    triton.backward(*upstream, *arguments, *vectors[4:], *options, None, [True, True, every_option])
+    for gradient_filter in (None, 1e-3):
+        needed = [True, True, every_option]
+        triton.backward(*upstream, *arguments, *vectors[4:], *options, gradient_filter, needed)
     triton.logit_gradient_(
         torch.randn(tokens, classes).to(dtype),
         *arguments[2:],

@@ -7,6 +7,7 @@ fall by 2 for each e-fold of a class's rank, so that few classes count, as in a 
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,7 +28,7 @@ from tilework.bench.suites import (
     loss_and_gradients,
 )
 from tilework.losses import linear_cross_entropy
-from tilework.losses.linear_cross_entropy import schedule, tiled
+from tilework.losses.linear_cross_entropy import schedule
 
 FORWARD, TRAINING, PEAKED = "forward", "forward+backward", "forward+backward, peaked"
 FILTER = 1e-3
@@ -154,28 +155,43 @@ def _ours(case: Case, inputs: Inputs, implementation: str) -> Callable[[], Resul
     return _step(loss, inputs, "").run
 
 
-def _filtered(case: Case, inputs: Inputs) -> Step:
-    """With a gradient filter, and the part of the gradient's classes that it keeps."""
-    if case.kind == FORWARD:
-        raise Unavailable("the filter is for gradients")
+# What an implementation chooses to keep with, and how much of how much that is.
+_CHOICES: dict[str, tuple[str, Callable[[Any, Any], tuple[int, int]]]] = {
+    "tiled": ("large_classes", lambda sizes, result: (len(result[0]), len(sizes))),
+    "triton": ("kept_tiles", lambda masses, result: (int(result.sum()), result.numel())),
+}
 
-    def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return linear_cross_entropy(input, weight, target, gradient_filter=FILTER)
 
-    counts = []
-    choose = tiled.large_classes
+def _filtered(implementation: str) -> Callable[[Case, Inputs], Step]:
+    """With a gradient filter, and the part of the gradient's classes or tiles that it keeps."""
 
-    def count(sizes: Tensor, budget: float) -> tuple[Tensor, float]:
-        kept, spent = choose(sizes, budget)
-        counts.append((len(kept), len(sizes)))
-        return kept, spent
+    def build(case: Case, inputs: Inputs) -> Step:
+        if case.kind == FORWARD:
+            raise Unavailable("the filter is for gradients")
 
-    run = _step(loss, inputs, "").run
-    with mock.patch.object(tiled, "large_classes", count):
-        run()
-    kept, total = (sum(column) for column in zip(*counts, strict=True))
-    kernel = f"tilework losses.linear_cross_entropy tiled, gradient_filter={FILTER}"
-    return Step(run, kernel, facts={"kept": kept / total})
+        def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+            return linear_cross_entropy(
+                input, weight, target, gradient_filter=FILTER, implementation=implementation
+            )
+
+        module = import_module(f"tilework.losses.linear_cross_entropy.{implementation}")
+        name, size = _CHOICES[implementation]
+        choose = getattr(module, name)
+        counts = []
+
+        def count(*args: Any) -> Any:
+            result = choose(*args)
+            counts.append(size(args[0], result))
+            return result
+
+        run = _step(loss, inputs, "").run
+        with mock.patch.object(module, name, count):
+            run()
+        kept, total = (sum(column) for column in zip(*counts, strict=True))
+        kernel = f"tilework losses.linear_cross_entropy {implementation}, gradient_filter={FILTER}"
+        return Step(run, kernel, facts={"kept": kept / total})
+
+    return build
 
 
 def _default(case: Case, inputs: Inputs) -> str:
@@ -265,7 +281,16 @@ SUITE = Suite(
     inputs=inputs,
     candidates=(
         *implementations("losses.linear_cross_entropy", _ours, _default),
-        Candidate("tilework tiled (filter)", _filtered, peer=False, devices=("cpu",), dtypes=HALF),
+        *(
+            Candidate(
+                f"tilework {implementation} (filter)",
+                _filtered(implementation),
+                peer=False,
+                devices=(device,),
+                dtypes=HALF,
+            )
+            for implementation, device in (("tiled", "cpu"), ("triton", "cuda"))
+        ),
         Candidate("torch eager", _torch_eager),
         Candidate("torch eager (float32 logits)", _torch_upcast, dtypes=HALF),
         Candidate("torch compile", _torch_compile),

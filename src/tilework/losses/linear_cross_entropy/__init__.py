@@ -79,8 +79,8 @@ def linear_cross_entropy(
             out gradients of logits whose absolute values add up, in each position, to at most
             :math:`\varphi` times the coefficients of its probabilities, :math:`|\tau_i| ((1 - s)
             w_{y_i} + \tfrac{s}{V} \sum_v w_v + 2 \zeta |\mathrm{lse}_i|)`; never that of the
-            target. ``"tiled"`` does so on the CPU, where it is the default then; others leave
-            nothing out.
+            target. ``"triton"`` does so by tiles of logits, ``"tiled"`` on the CPU, where it is the
+            default then, by classes; ``"reference"`` leaves nothing out.
         implementation: ``"triton"`` (CUDA) and ``"tiled"`` compute tiles of logits twice;
             ``"chunked"`` computes chunks of tokens once, and the gradients of a mean or sum in the
             forward pass; ``"reference"`` stores the logits. None picks by device, and on the CPU

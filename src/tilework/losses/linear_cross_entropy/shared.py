@@ -43,6 +43,18 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
+def filter_scale(grad_total: Tensor, grad_moment: Tensor | None, total: Tensor) -> Tensor:
+    """What ``gradient_filter`` is a fraction of, for each row.
+
+    It is the coefficient of the probabilities, or that of the entropy alone where it has one, as
+    the gradient of the total then says nothing about the others: it holds the entropy itself.
+    """
+    coefficient = grad_total
+    if grad_moment is not None:
+        coefficient = grad_moment.where(grad_moment != 0, grad_total)
+    return coefficient.abs() * total
+
+
 def kept_rows(ignored: Tensor, *tensors: Tensor) -> tuple[Tensor | None, list[Tensor]]:
     """The rows that count: their indices (None for all of them), and the tensors' rows there."""
     if ignored.device.type != "cpu":

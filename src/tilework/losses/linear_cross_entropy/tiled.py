@@ -12,6 +12,7 @@ from tilework.losses.linear_cross_entropy.shared import (
     NEGLIGIBLE,
     Head,
     Statistics,
+    filter_scale,
     kept_rows,
     spread,
     tile_width,
@@ -153,8 +154,9 @@ def backward(
             # What a tile does not use of its share of the bound is left to the next ones.
             share = gradient_filter * grad.shape[1] / len(linear_weight)
             budget = unspent.get(tokens.start, 0.0) + share
-            coefficient = sum((part.abs() for part in extra), grad_sum.abs()) * row_total
-            sizes = (grad / coefficient[:, None]).abs_().amax(0)
+            scale = filter_scale(grad_sum, extra[0] if extra else None, row_total)
+            scale.clamp_(min=torch.finfo(scale.dtype).tiny)  # rows without gradients lose nothing
+            sizes = (grad / scale[:, None]).abs_().amax(0)
             sizes[column[inside]] = torch.inf
             large, spent = large_classes(sizes, budget)
             unspent[tokens.start] = budget - spent

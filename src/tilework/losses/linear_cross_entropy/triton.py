@@ -3,8 +3,9 @@
 Forward: a program takes a block of tokens and a share of the classes and keeps running statistics;
 a second kernel merges the shares. Backward: a kernel writes the gradient of a panel of logits, and
 the library's matrix products turn it into gradients. There are no locks and no atomics, and the
-order of every sum depends on the number of classes alone. For the chunked schedule, one kernel
-turns logits into their gradients in place.
+order of every sum depends on the number of classes alone. With a gradient filter, a kernel chooses
+the tiles of a panel that count, and the products are kernels that pass over the others. For the
+chunked schedule, one kernel turns logits into their gradients in place.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._triton import Config
-from tilework.losses.linear_cross_entropy.shared import Statistics, accumulate
+from tilework.losses.linear_cross_entropy.shared import Statistics, accumulate, filter_scale
 
 # Classes per share at least, and shares at most: statistics of a share are 12 bytes per token.
 SHARE = 2048
@@ -23,6 +24,7 @@ MAX_SHARES = 64
 PANEL_TOKENS = 8192
 PANEL_CLASSES = 4096
 ROW_BLOCK = 4096  # logits that a program turns into gradients at a time
+_IGNORED = -1  # the target of ignored rows where classes are in an order of their own
 # The exponential of its negative is 0, and so is its product with that.
 NEGLIGIBLE_GAP = tl.constexpr(1000.0)
 
@@ -308,6 +310,7 @@ def backward_kernel(
     grad_moment_ptr,
     panel_ptr,
     column_sum_ptr,
+    mass_ptr,
     num_tokens,
     first_class,
     num_classes,
@@ -325,6 +328,7 @@ def backward_kernel(
     HAS_CLASS_WEIGHT: tl.constexpr,
     HAS_MOMENT: tl.constexpr,
     NEED_COLUMN_SUM: tl.constexpr,
+    NEED_MASS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -334,7 +338,7 @@ def backward_kernel(
 ):
     """The gradient of a panel of logits: ``num_tokens`` rows, ``num_classes`` from ``first_class``.
 
-    The token arguments start at the panel's first token. Programs walk in groups of ``GROUP``
+    All but targets start at the panel's first token or class. Programs walk in groups of ``GROUP``
     blocks of rows, so that they share blocks of the weight in the cache.
     """
     program = tl.program_id(0)
@@ -356,8 +360,8 @@ def backward_kernel(
     kept = row_mask & (target != ignore_index)
     logits = _outputs(
         input_ptr + first_row * input_stride_row,
-        weight_ptr + (first_class + first_column) * weight_stride_row,
-        bias_ptr + (first_class + first_column) * bias_stride if HAS_BIAS else bias_ptr,
+        weight_ptr + first_column * weight_stride_row,
+        bias_ptr + first_column * bias_stride if HAS_BIAS else bias_ptr,
         num_tokens - first_row,
         num_classes - first_column,
         num_features,
@@ -394,11 +398,14 @@ def backward_kernel(
     is_target = tl.arange(0, BLOCK_COLUMNS)[None, :] == place[:, None]
     grad -= tl.where(is_target, grad_target_gap[:, None], 0.0)
     if HAS_CLASS_WEIGHT:
-        weights = tl.load(
-            class_weight_ptr + first_class + panel_columns, mask=column_mask, other=0.0
-        )
+        weights = tl.load(class_weight_ptr + panel_columns, mask=column_mask, other=0.0)
         grad_class_gap = tl.load(grad_class_gap_ptr + rows, mask=kept, other=0.0)
         grad -= grad_class_gap[:, None] * weights[None, :]
+    if NEED_MASS:
+        mass = tl.sum(tl.where(column_mask[None, :], tl.abs(grad), 0.0), 1)
+        mass = tl.where(place >= 0, float("inf"), mass)
+        offsets = column_block.to(tl.int64) * num_tokens + rows
+        tl.store(mass_ptr + offsets, tl.where(kept, mass, 0.0), mask=row_mask)
     grad *= slope * inverse_temperature
     grad = tl.where(kept[:, None] & column_mask[None, :], grad, 0.0)
     if NEED_COLUMN_SUM:
@@ -410,6 +417,109 @@ def backward_kernel(
         grad.to(panel_ptr.dtype.element_ty),
         mask=row_mask[:, None] & column_mask[None, :],
     )
+
+
+@triton.jit
+def keep_kernel(
+    mass_ptr,
+    scale_ptr,
+    left_ptr,
+    kept_ptr,
+    num_tokens,
+    num_classes,
+    fraction,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Which tiles of a panel's gradient to keep, for one block of rows.
+
+    ``fraction`` is what a class brings to what its row may lose. What a row has left after a tile
+    is there for the next ones. A tile is left out if all of its rows can afford it.
+    """
+    row_block = tl.program_id(0).to(tl.int64)
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < num_tokens
+    column_blocks = tl.cdiv(num_classes, BLOCK_COLUMNS)
+    allowed = fraction * tl.load(scale_ptr + rows, mask=inside, other=0.0)
+    left = tl.load(left_ptr + rows, mask=inside, other=0.0)
+    kept_ptr += row_block * column_blocks
+    mass_ptr += rows
+    for block in range(column_blocks):
+        mass = tl.load(mass_ptr, mask=inside, other=0.0)
+        left += allowed * tl.minimum(num_classes - block * BLOCK_COLUMNS, BLOCK_COLUMNS)
+        # False for nan, and for the infinite mass of a target's tile whatever is left.
+        fits = (mass <= left) & (mass < float("inf"))
+        keep = 1 - tl.min(fits.to(tl.int32), 0)
+        left -= tl.where(keep == 0, mass, 0.0)
+        tl.store(kept_ptr + block, keep.to(tl.int8))
+        mass_ptr += num_tokens
+    tl.store(left_ptr + rows, left, mask=inside)
+
+
+@triton.jit
+def kept_product_kernel(
+    left_ptr,
+    right_ptr,
+    total_ptr,
+    tiles_ptr,
+    count_ptr,
+    num_rows,
+    num_inner,
+    num_columns,
+    num_tiles,
+    left_stride_row,
+    left_stride_inner,
+    right_stride_inner,
+    right_stride_column,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+):
+    """Add ``left @ right`` to a block of ``total``, over the tiles of ``left`` that are kept.
+
+    A row of ``tiles`` has the indices of a block of rows, the ``count`` kept ones first; a tile is
+    ``BLOCK_ROWS`` x ``TILE``.
+    """
+    row_block = tl.program_id(1).to(tl.int64)
+    count = tl.load(count_ptr + row_block).to(tl.int32)
+    if count == 0:
+        return
+    tiles_ptr += row_block * num_tiles
+    first_row = row_block * BLOCK_ROWS
+    first_column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS
+    rows = tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    inner = tl.arange(0, BLOCK_INNER)
+    row_mask = rows < num_rows - first_row
+    column_mask = columns < num_columns - first_column
+    left_ptr += first_row * left_stride_row
+    right_ptr += first_column * right_stride_column
+    left_offsets = rows[:, None] * left_stride_row + inner[None, :] * left_stride_inner
+    right_offsets = inner[:, None] * right_stride_inner + columns[None, :] * right_stride_column
+    STEPS: tl.constexpr = TILE // BLOCK_INNER
+    product = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for step in range(0, count * STEPS):
+        first = tl.load(tiles_ptr + step // STEPS) * TILE + step % STEPS * BLOCK_INNER
+        inner_mask = inner < num_inner - first
+        left = tl.load(
+            left_ptr + first * left_stride_inner + left_offsets,
+            mask=row_mask[:, None] & inner_mask[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            right_ptr + first * right_stride_inner + right_offsets,
+            mask=inner_mask[:, None] & column_mask[None, :],
+            other=0.0,
+        )
+        product = _triton.dot(left, right, product, PRECISION, INTERPRETED)
+    total_ptr += first_row * num_columns + first_column
+    offsets = rows[:, None] * num_columns + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    product += tl.load(total_ptr + offsets, mask=mask, other=0.0)
+    tl.store(total_ptr + offsets, product, mask=mask)
 
 
 @triton.jit
@@ -622,26 +732,41 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; an empty tensor for each that is not needed.
 
-    None is left out: to know how much is small, the host would have to wait.
+    With ``gradient_filter``, tiles whose gradients are small in every row are left out of the
+    products for input and weight. Classes are taken in the order of their mean logits, so that
+    small gradients share tiles.
     """
     input, linear_weight = _short_strides(input), _short_strides(linear_weight)
     num_tokens, num_features = input.shape
     num_classes = len(linear_weight)
     config = choose_config(BACKWARD, _triton.architecture(input.device), input.dtype)
+    if not (needed[0] or needed[1]):
+        gradient_filter = None  # the bias is no product
+    filters = gradient_filter is not None
+    tile = config.block_rows, config.block_columns
     # Ignored rows have no gradient, and their hidden states are never read.
-    hidden = input.masked_fill((target == ignore_index)[:, None], 0) if needed[1] else input
+    ignored = target == ignore_index
+    hidden = input.masked_fill(ignored[:, None], 0) if needed[1] or filters else input
+    order = None
+    if filters:
+        order = _by_mean_logit(hidden, ignored, linear_weight, linear_bias)
+        target, ignore_index = _places(target, ignored, order), _IGNORED
     tokens = max(1, min(num_tokens, PANEL_TOKENS))
     classes = min(num_classes, PANEL_CLASSES)
     buffer = input.new_empty(tokens * classes)
-    column_sums = torch.empty(
-        triton.cdiv(tokens, config.block_rows) * classes if needed[2] else 0,
-        dtype=torch.float32,
-        device=input.device,
+    column_sums, masses = (
+        torch.empty(size, dtype=torch.float32, device=input.device)
+        for size in (
+            triton.cdiv(tokens, config.block_rows) * classes if needed[2] else 0,
+            triton.cdiv(classes, config.block_columns) * tokens if filters else 0,
+        )
     )
-    target, class_weight = target.contiguous(), _contiguous(class_weight)
+    target = target.contiguous()
     upstream = [
         _contiguous(grad) for grad in (grad_total, grad_target_gap, grad_class_gap, grad_moment)
     ]
+    scale = filter_scale(grad_total, grad_moment, total)
+    left = torch.zeros_like(scale)
 
     grad_input = input.new_zeros(input.shape if needed[0] else 0, dtype=torch.float32)
     grad_weight = input.new_empty(linear_weight.shape if needed[1] else 0)
@@ -649,6 +774,10 @@ def backward(
     for first_class in range(0, num_classes, classes):
         panel_classes = slice(first_class, min(first_class + classes, num_classes))
         width = panel_classes.stop - panel_classes.start
+        members = panel_classes if order is None else order[panel_classes]
+        weight = linear_weight[members]
+        bias = None if linear_bias is None else linear_bias[members]
+        class_weights = None if class_weight is None else class_weight[members].contiguous()
         weight_tile = input.new_zeros(
             (width, num_features) if needed[1] else 0, dtype=torch.float32
         )
@@ -659,44 +788,139 @@ def backward(
             row_blocks = triton.cdiv(height, config.block_rows)
             backward_kernel[(row_blocks * triton.cdiv(width, config.block_columns),)](
                 input[panel_tokens],
-                linear_weight,
-                linear_bias,
+                weight,
+                bias,
                 target[panel_tokens],
-                class_weight,
+                class_weights,
                 shift[panel_tokens],
                 *(None if grad is None else grad[panel_tokens] for grad in upstream),
                 panel,
                 column_sums,
+                masses,
                 height,
                 first_class,
                 width,
                 num_features,
                 *input.stride(),
-                *linear_weight.stride(),
-                0 if linear_bias is None else linear_bias.stride(0),
+                *weight.stride(),
+                0 if bias is None else bias.stride(0),
                 softcap or 0.0,
                 1 / temperature,
                 ignore_index,
-                HAS_BIAS=linear_bias is not None,
+                HAS_BIAS=bias is not None,
                 HAS_SOFTCAP=softcap is not None,
                 HAS_CLASS_WEIGHT=class_weight is not None,
                 HAS_MOMENT=grad_moment is not None,
                 NEED_COLUMN_SUM=needed[2],
+                NEED_MASS=filters,
                 PRECISION=_precision(),
                 INTERPRETED=_triton.INTERPRETED,
                 GROUP=8,
                 **config.arguments(),
             )
+            kept = None
+            if gradient_filter is not None:
+                kept = kept_tiles(
+                    masses,
+                    scale[panel_tokens],
+                    left[panel_tokens],
+                    width,
+                    gradient_filter / num_classes,
+                    config,
+                )
             if needed[0]:
-                accumulate(grad_input[panel_tokens], panel, linear_weight[panel_classes])
+                _accumulate(grad_input[panel_tokens], panel, weight, kept, config, tile)
             if needed[1]:
-                accumulate(weight_tile, panel.T, hidden[panel_tokens])
+                transposed = None if kept is None else kept.T
+                rows = hidden[panel_tokens]
+                _accumulate(weight_tile, panel.T, rows, transposed, config, tile[::-1])
             if needed[2]:
                 partials = column_sums[: row_blocks * width].view(row_blocks, width)
-                grad_bias[panel_classes] += partials.sum(0)
+                grad_bias[members] += partials.sum(0)
         if needed[1]:
-            grad_weight[panel_classes] = weight_tile
+            grad_weight[members] = weight_tile.to(grad_weight.dtype)
     return grad_input.to(input.dtype), grad_weight, grad_bias.to(input.dtype)
+
+
+def kept_tiles(
+    masses: Tensor,
+    scale: Tensor,
+    left: Tensor,
+    num_classes: int,
+    fraction: float,
+    config: Config,
+) -> Tensor:
+    """Which tiles of a panel's gradient count, as numbers; what rows have left is updated."""
+    row_blocks = triton.cdiv(len(scale), config.block_rows)
+    column_blocks = triton.cdiv(num_classes, config.block_columns)
+    kept = torch.empty(row_blocks, column_blocks, dtype=torch.int8, device=masses.device)
+    keep_kernel[(row_blocks,)](
+        masses,
+        scale,
+        left,
+        kept,
+        len(scale),
+        num_classes,
+        fraction,
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_COLUMNS=config.block_columns,
+    )
+    return kept
+
+
+def _accumulate(
+    total: Tensor,
+    left: Tensor,
+    right: Tensor,
+    kept: Tensor | None,
+    config: Config,
+    tile: tuple[int, int],
+) -> None:
+    """Add ``left @ right`` to a total in float32, over the tiles of ``left`` that are kept."""
+    if kept is None:
+        accumulate(total, left, right)
+        return
+    kept = kept.contiguous()
+    num_columns = total.shape[1]
+    block_rows, block_inner = tile
+    kept_product_kernel[(triton.cdiv(num_columns, config.block_columns), len(kept))](
+        left,
+        right,
+        total,
+        kept.argsort(dim=1, descending=True, stable=True),
+        kept.sum(1),
+        *left.shape,
+        num_columns,
+        kept.shape[1],
+        *left.stride(),
+        *right.stride(),
+        PRECISION=_precision(),
+        INTERPRETED=_triton.INTERPRETED,
+        TILE=block_inner,
+        # The compiler gives half of the stages to reading the list of tiles ahead.
+        **config.arguments() | {"BLOCK_ROWS": block_rows, "num_stages": 2 * config.num_stages - 1},
+    )
+
+
+def _by_mean_logit(
+    hidden: Tensor, ignored: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
+) -> Tensor:
+    """Classes from small to large mean logits, before softcap; ignored rows are zeros."""
+    mean = hidden.sum(0, dtype=torch.float32) / ignored.logical_not().sum()
+    logits = linear_weight @ mean.to(hidden.dtype)
+    if linear_bias is not None:
+        logits = logits + linear_bias
+    return logits.argsort(stable=True)
+
+
+def _places(target: Tensor, ignored: Tensor, order: Tensor) -> Tensor:
+    """Where targets lie in an order of classes; beyond it for those that are no classes."""
+    num_classes = len(order)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(num_classes, device=order.device)
+    inside = (target >= 0) & (target < num_classes)
+    places = place[target.where(inside, 0)].where(inside, num_classes)
+    return places.masked_fill(ignored, _IGNORED)
 
 
 def logit_gradient_(
