@@ -173,7 +173,7 @@ def test_operators(divergence: str, bias: bool) -> None:
     teacher = (problem.teacher_input, problem.teacher_weight, problem.teacher_bias)
     counted = torch.tensor([True, True, False, True, True])
     options = (3.0, None, 0.7, divergence, 0.4)
-    arguments = (*student, *teacher, counted, *options)
+    arguments = (*student, *teacher, counted, *options, "tiled")
     torch.library.opcheck(torch.ops.tilework.linear_kl_div, arguments)
     _, statistics = torch.ops.tilework.linear_kl_div(*arguments)
     for needed in itertools.product([False, True], [True], [False, bias]):
@@ -181,7 +181,7 @@ def test_operators(divergence: str, bias: bool) -> None:
             torch.ops.tilework.linear_kl_div_backward,
             (
                 *(torch.randn(5), *student, *teacher, counted, statistics.detach()),
-                *(*options, list(needed)),
+                *(*options, list(needed), "tiled"),
             ),
         )
 

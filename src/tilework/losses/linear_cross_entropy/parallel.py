@@ -17,7 +17,7 @@ from torch import Tensor
 from tilework import _checks
 from tilework.catalog import implements
 from tilework.losses.linear_cross_entropy import operators
-from tilework.losses.linear_cross_entropy.shared import Statistics
+from tilework.losses.linear_cross_entropy.shared import Statistics, merge_exponentials
 
 __all__ = ["VocabShard"]
 
@@ -304,13 +304,7 @@ def logit_stats(
         values.index_select(0, place)
         for values in (shifts, totals, target_gaps, class_gaps, *extra)
     )
-    shifts = shifts.detach()
-    # A shard of logits of -inf has no shift to speak of.
-    shift = shifts.where(totals != 0, -torch.inf).amax(0)
-    shift = shift.where(shift != -torch.inf, 0)
-    gaps = shift - shifts
-    decays = gaps.neg().exp().where(totals != 0, 0)
-    total = (totals * decays).sum(0)
+    shift, total, gaps, decays = merge_exponentials(shifts, totals)
     holds = (target >= starts) & (target < stops)
     target_gap = (target_gaps + gaps).where(holds, 0).sum(0).where(holds.any(0), torch.nan)
     class_gap = torch.zeros_like(total)

@@ -114,7 +114,7 @@ def linear_kl_div(
         gradient_filter: What the backward pass may leave out, None or in (0, 1), as in
             :func:`linear_cross_entropy`; nothing is left out so far.
         implementation: ``"tiled"`` computes tiles of logits, twice in training and once more for
-            ``"reverse"`` and ``"jsd"``; ``"reference"`` stores the logits. None is ``"tiled"``.
+            ``"jsd"``; ``"reference"`` stores the logits. None is ``"tiled"``.
 
     Returns:
         A scalar, or for ``"none"`` the shape of the positions with zeros where none is counted;
