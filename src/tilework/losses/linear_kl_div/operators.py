@@ -45,13 +45,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _differentiate(ctx: Any, grad_divergence: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:3])
+def gradients(ctx: Any, grad_divergence: Tensor, needed: list[bool]) -> list[Tensor | None]:
+    """Those of the student's input, weight and bias; None for each that is not needed."""
     results = _divergences_backward(
         grad_divergence, *ctx.saved_tensors, *ctx.options, needed, ctx.implementation
     )
-    gradients = (result if need else None for result, need in zip(results, needed, strict=True))
-    return *gradients, *[None] * 10
+    return [result if need else None for result, need in zip(results, needed, strict=True)]
+
+
+def _differentiate(ctx: Any, grad_divergence: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *gradients(ctx, grad_divergence, list(ctx.needs_input_grad[:3])), *[None] * 10
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
