@@ -14,14 +14,19 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._triton import Config
+from tilework.losses._head_kernels import (
+    MAX_SHARES,
+    PANEL_CLASSES,
+    PANEL_TOKENS,
+    SHARE,
+    choose_config,
+)
+from tilework.losses._head_kernels import contiguous as _contiguous
+from tilework.losses._head_kernels import outputs as _outputs
+from tilework.losses._head_kernels import precision as _precision
+from tilework.losses._head_kernels import short_strides as _short_strides
 from tilework.losses.linear_cross_entropy.shared import Statistics, accumulate
 
-# Classes per share at least, and shares at most: statistics of a share are 12 bytes per token.
-SHARE = 2048
-MAX_SHARES = 64
-# A panel of logit gradients: 64 MiB in half precision.
-PANEL_TOKENS = 8192
-PANEL_CLASSES = 4096
 ROW_BLOCK = 4096  # logits that a program turns into gradients at a time
 # The exponential of its negative is 0, and so is its product with that.
 NEGLIGIBLE_GAP = tl.constexpr(1000.0)
@@ -41,58 +46,6 @@ FORWARD_MOMENTS = FORWARD | {
     "float32": Config(64, 32, 32, num_warps=8, num_stages=2),
 }
 BACKWARD = dict(FORWARD)
-
-
-def choose_config(table: dict[str, Config], arch: str, dtype: torch.dtype) -> Config:
-    """The entry of an architecture; small blocks for float32 and where there is no entry."""
-    if dtype == torch.float32 and arch != "interpreter":
-        arch = "float32"
-    return table.get(arch, table["float32"])
-
-
-@triton.jit
-def _outputs(
-    input_ptr,
-    weight_ptr,
-    bias_ptr,
-    num_rows,
-    num_columns,
-    num_features,
-    input_stride_row,
-    input_stride_feature,
-    weight_stride_row,
-    weight_stride_feature,
-    bias_stride,
-    HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-):
-    """The tile of outputs, in float32, whose first row and column the pointers are at.
-
-    Rows and columns past the end repeat the last ones. Offsets within a tile fit 32 bits, which
-    the launcher sees to; the pointers move in 64 bits.
-    """
-    last_row = tl.minimum(num_rows, BLOCK_ROWS).to(tl.int32) - 1
-    last_column = tl.minimum(num_columns, BLOCK_COLUMNS).to(tl.int32) - 1
-    rows = tl.minimum(tl.arange(0, BLOCK_ROWS), last_row)
-    columns = tl.minimum(tl.arange(0, BLOCK_COLUMNS), last_column)
-    inner = tl.arange(0, BLOCK_INNER)
-    input_offsets = rows[:, None] * input_stride_row + inner[None, :] * input_stride_feature
-    weight_offsets = columns[None, :] * weight_stride_row + inner[:, None] * weight_stride_feature
-    outputs = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-    for start in range(0, num_features, BLOCK_INNER):
-        left = inner < num_features - start
-        hidden = tl.load(input_ptr + input_offsets, mask=left[None, :], other=0.0)
-        weight = tl.load(weight_ptr + weight_offsets, mask=left[:, None], other=0.0)
-        outputs = _triton.dot(hidden, weight, outputs, PRECISION, INTERPRETED)
-        input_ptr += BLOCK_INNER * input_stride_feature
-        weight_ptr += BLOCK_INNER * weight_stride_feature
-    if HAS_BIAS:
-        outputs += tl.load(bias_ptr + columns * bias_stride).to(tl.float32)[None, :]
-    return outputs
 
 
 @triton.jit
@@ -739,17 +692,3 @@ def logit_gradient_(
     if grad_bias is not None:
         grad_bias += logits.sum(0, dtype=torch.float32)
     return losses
-
-
-def _short_strides(matrix: Tensor) -> Tensor:
-    """The matrix, copied if an offset within a tile of 256 x 256 would not fit 32 bits."""
-    return matrix.contiguous() if 256 * sum(matrix.stride()) >= 2**31 else matrix
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _precision() -> str:
-    """How float32 products are computed: as the user told torch."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -19,6 +19,16 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 IMPLEMENTATIONS = (
     Implementation(
+        "triton",
+        devices=("cuda",),
+        dtypes=(torch.float16, torch.bfloat16, torch.float32),
+        memory="gradients and 64 MiB of logit gradients",
+        backward="first order; higher orders and forward mode by the reference",
+        deterministic=True,
+        needs="triton",
+        checked_on="Triton's interpreter",
+    ),
+    Implementation(
         "tiled",
         devices=(),
         dtypes=_FLOATING,
@@ -115,8 +125,9 @@ def linear_kl_div(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         gradient_filter: What the backward pass may leave out, None or in (0, 1), as in
             :func:`linear_cross_entropy`; nothing is left out so far.
-        implementation: ``"tiled"`` computes tiles of logits, twice in training and once more for
-            ``"jsd"``; ``"reference"`` stores the logits. None is ``"tiled"``.
+        implementation: ``"triton"`` (CUDA) and ``"tiled"`` compute tiles of logits, twice in
+            training and once more for ``"jsd"``; ``"reference"`` stores the logits. None picks by
+            device.
         vocab_parallel: The classes that the weights and biases hold of heads spread over processes,
             the same ones of both; the hidden states are the same on all processes, and each gets
             the whole loss and gradient of ``student_input``. Weights that are ``DTensor`` say this
@@ -175,8 +186,10 @@ def linear_kl_div(
     _check_tensors(student, teacher, mask, token_weight)
     student_input, student_weight, student_bias = student
     teacher_input, teacher_weight, teacher_bias = teacher
-    _operators.choose(_NAME, IMPLEMENTATIONS, implementation, teacher_input)
+    for_teacher = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, teacher_input)
     chosen = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, student_input)
+    if chosen == "triton":
+        chosen = for_teacher  # which may be of float64
     if chosen == "reference" and layout.shard is not None:
         raise ValueError(
             f"{_NAME}: implementation='reference' cannot be used: it takes whole heads, not "
@@ -232,7 +245,7 @@ class LinearKLDivLoss(nn.Module):
         teacher_softcap: Bound of the teacher's logits.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         gradient_filter: What the backward pass may leave out.
-        implementation: ``"tiled"``, ``"reference"``, or None for the best one.
+        implementation: ``"triton"``, ``"tiled"``, ``"reference"``, or None for the best one.
         vocab_parallel: The classes that the weights given to ``forward`` hold.
 
     Raises:

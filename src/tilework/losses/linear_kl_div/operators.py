@@ -28,8 +28,12 @@ def solve(*args: Any, gather: Callable[[Tensor], Tensor] | None = None) -> tuple
 
 
 def kernels(implementation: str) -> Any:
-    """The module of an implementation."""
-    return {"tiled": tiled}[implementation]
+    """The module of an implementation; that of Triton is imported on its first use."""
+    if implementation == "triton":
+        from tilework.losses.linear_kl_div import triton
+
+        return triton
+    return tiled
 
 
 def _forward_fake(student_input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ NEGLIGIBLE_PART = 80.0
 # For each row: ``shift = max z`` and ``total = sum(exp(z - shift))`` of the student, the same of
 # the teacher, and two numbers about the head that weights the classes, which is the teacher for
 # "forward" and else the student: the ``base``, the other head's logit of its likeliest class, and
-# ``sum(exp(z - shift) * ((z - shift) - (other z - base)))``, for "jsd" 0. A confident head thus has
+# ``sum(exp(z - shift) * ((z - other z) - (shift - base)))``, for "jsd" 0. A confident head thus has
 # the differences of its other classes from its likeliest one, and not the last digits of a mean.
 SUMS = 6
 
@@ -52,7 +52,7 @@ def solve(
         result = mean + (teacher_shift - base) + (teacher_total / student_total).log()
     else:
         pivot = likeliest_excess(sums, beta)
-        more = kernels.mixture_sums(*tensors, counted, sums, pivot, *softcaps_and_temperature, beta)
+        more = kernels.mixture_sums(*tensors, counted, sums, *softcaps_and_temperature, beta)
         if gather is not None:
             more = gather(more).sum(0)
         student_sum, teacher_sum = more
@@ -66,7 +66,7 @@ def merge(parts: Tensor, divergence: str) -> Tensor:
     student_shifts, student_totals, teacher_shifts, teacher_totals, bases, moments = parts.unbind(1)
     student = merge_exponentials(student_shifts, student_totals)
     teacher = merge_exponentials(teacher_shifts, teacher_totals)
-    shifts, totals, (_, _, gaps, decays) = (
+    shifts, totals, (shift, _, _, decays) = (
         (teacher_shifts, teacher_totals, teacher)
         if divergence == "forward"
         else (student_shifts, student_totals, student)
@@ -77,7 +77,8 @@ def merge(parts: Tensor, divergence: str) -> Tensor:
     if divergence != "jsd":
         # What underflows still makes an infinite difference infinite.
         decays = decays.clamp(min=torch.finfo(decays.dtype).tiny).where(totals != 0, 0)
-        moment = (decays * (moments + totals * (base - bases - gaps))).sum(0)
+        changes = (shifts - bases) - (shift - base)
+        moment = (decays * (moments + totals * changes)).sum(0)
     return torch.stack((*student[:2], *teacher[:2], base, moment))
 
 

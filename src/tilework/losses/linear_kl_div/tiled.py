@@ -54,16 +54,19 @@ def sums(
             moves = top > weights.peak
             if divergence != "jsd":
                 moves &= other != -torch.inf
-            change = (other - base).where(moves, 0)
+            if divergence != "jsd":
+                # Exact where the heads are close, unlike what is between their gaps.
+                differences = of_weights - of_others
+                old_difference = weights.shift - base
             base.copy_(other.where(moves, base))
             weights.take_(of_weights, top)
             others.take_(of_others, of_others.amax(1))
             if divergence != "jsd":
-                differences = (of_weights - of_others).add_((base - others.shift)[:, None])
-                differences.masked_fill_(of_weights == -torch.inf, 0)
+                difference = weights.shift - base
+                differences.sub_(difference[:, None]).masked_fill_(of_weights == -torch.inf, 0)
                 # What underflows, here and below, still makes an infinite difference infinite.
                 decay = weights.decay.clamp(min=tiny)
-                moment.addcmul_(change - weights.rise, weights.total).mul_(decay)
+                moment.addcmul_(old_difference - difference, weights.total).mul_(decay)
             weights.add_exponentials_()
             others.add_exponentials_()
             if divergence != "jsd":
@@ -81,7 +84,6 @@ def mixture_sums(
     teacher_bias: Tensor | None,
     counted: Tensor,
     sums: Tensor,
-    pivot: Tensor,
     student_softcap: float | None,
     teacher_softcap: float | None,
     temperature: float,
@@ -95,7 +97,7 @@ def mixture_sums(
         (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap),
         temperature,
     )
-    vectors = torch.cat((sums[:4], pivot[None]))
+    vectors = torch.cat((sums[:4], likeliest_excess(sums, beta)[None]))
     if rows is not None:
         vectors = vectors.index_select(1, rows)
     result = vectors.new_zeros(2, len(student_hidden))
@@ -152,14 +154,16 @@ def backward(
         )
         student_gaps = student.outputs(tokens, classes)
         slope = student.cap(student_gaps, need_slope=True)
+        teacher_gaps = _logits(teacher, tokens, classes, student.dtype)
+        if divergence == "reverse":
+            differences = (student_gaps - teacher_gaps).sub_(student_shift - base)
+            differences.masked_fill_(student_gaps == -torch.inf, 0).sub_(mean)
         student_gaps.sub_(student_shift)
-        teacher_gaps = _logits(teacher, tokens, classes, student.dtype).sub_(teacher_shift)
+        teacher_gaps.sub_(teacher_shift)
         if divergence == "forward":
             p = student_gaps.exp_().mul_(scale / student_total)
             grad = p.sub_(teacher_gaps.exp_().mul_(scale / teacher_total))
         elif divergence == "reverse":
-            differences = (student_gaps - teacher_gaps).add_(base - teacher_shift)
-            differences.masked_fill_(student_gaps == -torch.inf, 0).sub_(mean)
             grad = student_gaps.exp_().mul_(scale / student_total).mul_(differences)
         else:
             offset = (student_total / teacher_total).log()
@@ -200,8 +204,7 @@ class _SumOfExponentials:
         """Make gaps of a tile, in place: what its logits exceed the maximum by, up to here."""
         old_peak, self.peak = self.peak, torch.maximum(self.peak, top)
         # A row of -inf alone has no finite maximum to subtract.
-        old_shift, self.shift = self.shift, self.peak.where(self.peak != -torch.inf, 0)
-        self.rise = self.shift - old_shift
+        self.shift = self.peak.where(self.peak != -torch.inf, 0)
         self.decay = (old_peak - self.shift).exp_()
         self._gaps = logits.sub_(self.shift[:, None])
 
