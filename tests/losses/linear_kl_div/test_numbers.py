@@ -625,6 +625,7 @@ def test_equal_heads(
             torch.testing.assert_close(result, torch.zeros_like(result))
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_equal_heads_of_kernels(divergence: str) -> None:
     problem = Problem.random(20, 6, 100, bias=True, divergence=divergence, beta=0.3)
