@@ -108,12 +108,12 @@ def without_autocast(function: Callable[..., T]) -> Callable[..., T]:
     """Keep autocast from lowering the products inside; the first argument is a tensor."""
 
     @functools.wraps(function)
-    def run(input: Tensor, *args: Any) -> T:
+    def run(input: Tensor, *args: Any, **options: Any) -> T:
         device = input.device.type
         if not torch.is_autocast_enabled(device):
-            return function(input, *args)
+            return function(input, *args, **options)
         with torch.autocast(device, enabled=False):
-            return function(input, *args)
+            return function(input, *args, **options)
 
     return run
 

@@ -72,3 +72,22 @@ def tanh(x):
     series = size * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
     result = tl.where(size < 0.2, series, (1 - decay) / (1 + decay))
     return tl.where(x < 0, -result, result)
+
+
+@triton.jit
+def expm1(x):
+    """``exp(x) - 1`` in float32, within a few rounding units also near zero."""
+    series = 1 + x / 7 * (1 + x / 8 * (1 + x / 9))
+    series = 1 + x / 4 * (1 + x / 5 * (1 + x / 6 * series))
+    series = x * (1 + x / 2 * (1 + x / 3 * series))
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1)
+
+
+@triton.jit
+def log1p(x):
+    """``log(1 + x)`` in float32, within a few rounding units also near zero."""
+    ratio = x / (2 + x)
+    square = ratio * ratio
+    series = 1 / 7 + square * (1 / 9 + square * (1 / 11 + square * (1 / 13)))
+    series = 1 + square * (1 / 3 + square * (1 / 5 + square * series))
+    return tl.where(tl.abs(x) < 0.5, 2 * ratio * series, tl.log(1 + x))

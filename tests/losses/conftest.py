@@ -8,7 +8,9 @@ from tilework.losses.linear_cross_entropy import chunked, shared
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make small problems take several tiles, shares and panels."""
+    from tilework.losses import _head_kernels
     from tilework.losses.linear_cross_entropy import triton
+    from tilework.losses.linear_kl_div import triton as kl_div_triton
 
     def patch(module: ModuleType, **values: int) -> None:
         for name, value in values.items():
@@ -16,4 +18,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     patch(shared, TOKENS=16, TILE=16 * 24)
     patch(chunked, CPU_TOKENS=16, MIN_CPU_TOKENS=8, BLOCK=16 * 24)
+    patch(_head_kernels, PANEL_TOKENS=32, PANEL_CLASSES=64)
+    patch(kl_div_triton, SHARE=72, MAX_SHARES=3)
     patch(triton, SHARE=48, MAX_SHARES=3, PANEL_TOKENS=32, PANEL_CLASSES=64, ROW_BLOCK=64)

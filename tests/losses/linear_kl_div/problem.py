@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers import clones
 
-IMPLEMENTATIONS = ("reference", "tiled")
+IMPLEMENTATIONS = ("reference", "tiled", "triton")
 DIVERGENCES = ("forward", "reverse", "jsd")
 
 
@@ -29,7 +29,7 @@ class Problem:
     @classmethod
     def random(
         cls,
-        tokens: int = 90,
+        tokens: int = 45,
         features: int = 19,
         classes: int = 101,
         dtype: torch.dtype = torch.float32,
@@ -78,6 +78,17 @@ class Problem:
             for name, value in self.options.items()
         }
         return Problem(*clones(self.tensors, dtype), options)  # type: ignore[arg-type]
+
+    def on(self, device: str) -> "Problem":
+        """The same problem on another device."""
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.detach().to(device).requires_grad_(value.requires_grad)
+
+        options = {name: move(value) for name, value in self.options.items()}
+        return Problem(*map(move, self.tensors), options)
 
     def with_options(self, **options: Any) -> "Problem":
         return replace(self, options={**self.options, **options})

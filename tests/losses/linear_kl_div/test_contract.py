@@ -88,19 +88,28 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ),
     ("reduction must be one of 'mean', 'sum', 'none', got 'avg'", ValueError, {"reduction": "avg"}),
     (
-        "implementation must be one of 'tiled', 'reference', got 'triton'",
+        "implementation must be one of 'triton', 'tiled', 'reference', got 'cuda'",
         ValueError,
-        {"implementation": "triton"},
+        {"implementation": "cuda"},
     ),
     (
-        "no implementation takes these tensors (tiled: it takes float16, bfloat16, float32,",
+        "no implementation takes these tensors (triton: it takes float16, bfloat16, float32, not",
         TypeError,
         {"student_input": HIDDEN.to(EIGHT), "student_weight": HEAD.to(EIGHT)},
     ),
     (
-        "no implementation takes these tensors (tiled: it takes float16, bfloat16, float32,",
+        "no implementation takes these tensors (triton: it takes float16, bfloat16, float32, not",
         TypeError,
         {"teacher_input": TEACHER_HIDDEN.to(EIGHT), "teacher_weight": TEACHER_HEAD.to(EIGHT)},
+    ),
+    (
+        "implementation='triton' cannot be used: it takes float16, bfloat16, float32, not float64",
+        ValueError,
+        {
+            "teacher_input": TEACHER_HIDDEN.double(),
+            "teacher_weight": TEACHER_HEAD.double(),
+            "implementation": "triton",
+        },
     ),
     (
         "teacher_weight must lie on the device of student_input, cpu, got meta",
@@ -146,15 +155,41 @@ def test_misspelt_and_positional_options() -> None:
         LinearKLDivLoss(2.0)  # type: ignore[misc]
 
 
-def test_default_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_on_the_cpu_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from tilework.losses.linear_kl_div import reference
 
     table = _operators.TABLES["losses.linear_kl_div"]
-    assert [entry.name for entry in table] == ["tiled", "reference"]
+    assert [entry.name for entry in table] == ["triton", "tiled", "reference"]
     monkeypatch.setattr(reference, "linear_divergences", None)
     linear_kl_div(**ARGUMENTS)
     with pytest.raises(TypeError, match="not callable"):
         linear_kl_div(**ARGUMENTS, implementation="reference")
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("double", ["student", "teacher", None])
+def test_default_where_there_is_a_gpu(double: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilework.losses.linear_kl_div import parallel
+
+    # Kernels serve where they take both heads.
+    def where(function: Any, table: Any, name: Any, tensor: torch.Tensor) -> str:
+        return "tiled" if tensor.dtype == torch.float64 else "triton"
+
+    chosen = []
+
+    def record(shard: Any, *args: Any) -> torch.Tensor:
+        chosen.append(args[-1])
+        return torch.zeros(4)
+
+    monkeypatch.setattr(_operators, "choose", where)
+    monkeypatch.setattr(parallel, "divergences", record)
+    linear_kl_div(
+        **{
+            name: tensor.double() if double and name.startswith(double) else tensor
+            for name, tensor in ARGUMENTS.items()
+        }
+    )
+    assert chosen == ["tiled" if double else "triton"]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tilework import _checks
 from tilework.catalog import implements
 from tilework.losses.linear_cross_entropy import operators
-from tilework.losses.linear_cross_entropy.shared import Statistics
+from tilework.losses.linear_cross_entropy.shared import Statistics, merge_exponentials
 
 __all__ = ["VocabShard"]
 
@@ -107,6 +107,11 @@ class Layout:
     splits_sequences: bool = False
     wrap: Any = None  # makes a DTensor of a result for each token
 
+    @property
+    def tokens(self) -> tuple[tuple[Any, ...], bool]:
+        """How the tokens are spread."""
+        return self.token_groups, self.splits_sequences
+
     def classes(self, linear_weight: Tensor) -> int:
         """The number of classes of the whole head."""
         return linear_weight.shape[0] if self.shard is None else self.shard.classes
@@ -136,9 +141,17 @@ def localize(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
+    *,
+    prefix: str | None = None,
     **of_tokens: Tensor | None,
 ) -> tuple[Layout, list[Any]]:
-    """The layout of the arguments, and what this process has of each, in their order."""
+    """The layout of the arguments, and what this process has of each, in their order.
+
+    ``prefix`` comes before the names of the arguments of one head among several.
+    """
+    names = ("input", "linear_weight", "linear_bias")
+    if prefix is not None:
+        names = (f"{prefix}input", f"{prefix}weight", f"{prefix}bias")
     tensors = [input, linear_weight, linear_bias, *of_tokens.values()]
     if vocab_parallel is not None and not isinstance(vocab_parallel, VocabShard):
         raise _checks.bad_type(function, "vocab_parallel", "a VocabShard", vocab_parallel)
@@ -148,15 +161,16 @@ def localize(
         held = vocab_parallel.stop - vocab_parallel.start
         if isinstance(linear_weight, Tensor) and linear_weight.shape[:1] != (held,):
             accepted = f"of the {held} classes of vocab_parallel"
-            raise _checks.bad_value(function, "linear_weight", accepted, linear_weight)
+            raise _checks.bad_value(function, names[1], accepted, linear_weight)
         return Layout(vocab_parallel), tensors
     if vocab_parallel is not None:
         raise ValueError(f"{function}: vocab_parallel must be None for DTensors")
-    return _localize_distributed(function, input, linear_weight, linear_bias, of_tokens)
+    return _localize_distributed(function, names, input, linear_weight, linear_bias, of_tokens)
 
 
 def _localize_distributed(
     function: str,
+    names: tuple[str, str, str],
     input: Tensor,
     linear_weight: Any,
     linear_bias: Any,
@@ -164,23 +178,24 @@ def _localize_distributed(
 ) -> tuple[Layout, list[Any]]:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
+    input_name, weight_name, bias_name = names
     if not isinstance(linear_weight, DTensor):
-        raise _checks.bad_type(function, "linear_weight", "a DTensor beside others", linear_weight)
+        raise _checks.bad_type(function, weight_name, "a DTensor beside others", linear_weight)
     mesh = linear_weight.device_mesh
     if mesh.get_coordinate() is None:
-        raise ValueError(f"{function}: linear_weight must lie on a mesh with this process")
+        raise ValueError(f"{function}: {weight_name} must lie on a mesh with this process")
     placed = linear_weight.placements
     spread = [dim for dim in range(mesh.ndim) if placed[dim].is_shard(0)]
     whole = [dim for dim in range(mesh.ndim) if placed[dim].is_replicate()]
     if len(spread) > 1 or len(spread) + len(whole) < mesh.ndim:
         raise ValueError(
-            f"{function}: linear_weight must be sharded on dimension 0 over at most one dimension "
+            f"{function}: {weight_name} must be sharded on dimension 0 over at most one dimension "
             f"of the mesh and replicated over others, got {placed}"
         )
     if linear_bias is not None and (
         not isinstance(linear_bias, DTensor) or linear_bias.placements != placed
     ):
-        raise ValueError(f"{function}: linear_bias must be a DTensor placed as linear_weight")
+        raise ValueError(f"{function}: {bias_name} must be a DTensor placed as {weight_name}")
 
     token_dims: list[int] = []
     placements: tuple[Any, ...] = (Replicate(),) * mesh.ndim
@@ -193,39 +208,39 @@ def _localize_distributed(
             or set(token_dims) & set(spread)
         ):
             raise ValueError(
-                f"{function}: input must be replicated, or sharded over tokens on another "
-                f"dimension of linear_weight's mesh, got {placements}"
+                f"{function}: {input_name} must be replicated, or sharded over tokens on another "
+                f"dimension of {weight_name}'s mesh, got {placements}"
             )
     locals_: list[Any] = [input.to_local() if isinstance(input, DTensor) else input]
     token_groups = tuple(mesh.get_group(dim) for dim in token_dims)
     for parameter in (linear_weight, linear_bias):
         # The gradient that comes back is that of all tokens, as placed as the tensor.
-        local = None if parameter is None else parameter.to_local()
+        local: Any = None if parameter is None else parameter.to_local()
         for group in token_groups if local is not None else ():
-            local = _SumGradient.apply(local, group)  # type: ignore[no-untyped-call]
+            local = sum_gradient(local, group)
         locals_.append(local)
     for name, tensor in of_tokens.items():
         if isinstance(tensor, DTensor):
             if tensor.device_mesh != mesh or tensor.placements != placements:
                 raise ValueError(
-                    f"{function}: {name} must be placed as input, {placements}, "
+                    f"{function}: {name} must be placed as {input_name}, {placements}, "
                     f"got {tensor.placements}"
                 )
             locals_.append(tensor.to_local())
         elif tensor is not None and token_dims:
-            raise _checks.bad_type(function, name, "a DTensor placed as input", tensor)
+            raise _checks.bad_type(function, name, f"a DTensor placed as {input_name}", tensor)
         else:
             locals_.append(tensor)
 
     def wrap(value: Tensor) -> Tensor:
         return DTensor.from_local(value, mesh, placements, run_check=False)
 
-    shard = _shard_of(function, linear_weight, mesh, spread[0]) if spread else None
+    shard = _shard_of(function, weight_name, linear_weight, mesh, spread[0]) if spread else None
     splits_sequences = any(placement.is_shard(1) for placement in placements)
     return Layout(shard, token_groups, splits_sequences, wrap if token_dims else None), locals_
 
 
-def _shard_of(function: str, linear_weight: Any, mesh: Any, dim: int) -> VocabShard:
+def _shard_of(function: str, name: str, linear_weight: Any, mesh: Any, dim: int) -> VocabShard:
     """The shard of a DTensor, whose rows are split as ``torch.chunk`` does."""
     classes, processes = linear_weight.shape[0], mesh.size(dim)
     step = -(-classes // processes)
@@ -234,7 +249,7 @@ def _shard_of(function: str, linear_weight: Any, mesh: Any, dim: int) -> VocabSh
     start, stop = ranges[mesh.get_local_rank(dim)]
     if linear_weight.to_local().shape[0] != stop - start or any(a == b for a, b in ranges):
         raise ValueError(
-            f"{function}: linear_weight must give each process the classes of torch.chunk, at "
+            f"{function}: {name} must give each process the classes of torch.chunk, at "
             f"least one, got {tuple(linear_weight.shape)} over {processes}"
         )
     shard: VocabShard = object.__new__(VocabShard)
@@ -276,7 +291,7 @@ def logit_stats(
     held = (target >= shard.start) & (target < shard.stop)
     kept = target != ignore_index
     shift, total, target_gap, class_gap, moment, top, argmax = operators.logit_stats(
-        _SumGradient.apply(input, shard.group),  # type: ignore[no-untyped-call]
+        sum_gradient(input, shard.group),
         linear_weight,
         (target - shard.start).where(held, 0).where(kept, _NEVER),
         linear_bias,
@@ -292,32 +307,17 @@ def logit_stats(
     if moments:
         # A class's place within a shard is exact in float32 up to 2**24.
         mine += [moment, top, argmax.to(top.dtype)]
-    shifts, totals, target_gaps, class_gaps, *extra = _Gather.apply(  # type: ignore[no-untyped-call]
-        torch.stack(mine), shard.group
-    ).unbind(1)
+    shifts, totals, target_gaps, class_gaps, *extra = gather(torch.stack(mine), shard).unbind(1)
 
     # The first of equal maxima is that of the lowest classes.
-    order = sorted(range(len(shard.ranges)), key=lambda rank: shard.ranges[rank])
-    starts, stops = target.new_tensor([shard.ranges[rank] for rank in order]).T[..., None]
-    place = target.new_tensor(order)
-    shifts, totals, target_gaps, class_gaps, *extra = (
-        values.index_select(0, place)
-        for values in (shifts, totals, target_gaps, class_gaps, *extra)
-    )
-    shifts = shifts.detach()
-    # A shard of logits of -inf has no shift to speak of.
-    shift = shifts.where(totals != 0, -torch.inf).amax(0)
-    shift = shift.where(shift != -torch.inf, 0)
-    gaps = shift - shifts
-    decays = gaps.neg().exp().where(totals != 0, 0)
-    total = (totals * decays).sum(0)
+    ranges = sorted(shard.ranges)
+    starts, stops = target.new_tensor(ranges).T[..., None]
+    shift, total, gaps, decays = merge_exponentials(shifts, totals)
     holds = (target >= starts) & (target < stops)
     target_gap = (target_gaps + gaps).where(holds, 0).sum(0).where(holds.any(0), torch.nan)
     class_gap = torch.zeros_like(total)
     if class_weight is not None:
-        weights = torch.stack([class_weight[slice(*shard.ranges[rank])].sum() for rank in order])[
-            :, None
-        ]
+        weights = torch.stack([class_weight[slice(*classes)].sum() for classes in ranges])[:, None]
         class_gap = (class_gaps + weights * gaps).sum(0)
     if moments:
         momenta, tops, places = extra
@@ -334,6 +334,19 @@ def logit_stats(
         top,
         argmax,
     )
+
+
+def gather(value: Tensor, shard: VocabShard) -> Tensor:
+    """What the processes of a shard's group have, stacked in the order of their classes."""
+    gathered: Tensor = _Gather.apply(value, shard.group)  # type: ignore[no-untyped-call]
+    order = sorted(range(len(shard.ranges)), key=lambda rank: shard.ranges[rank])
+    return gathered.index_select(0, torch.tensor(order, device=value.device))
+
+
+def sum_gradient(value: Tensor, group: Any) -> Tensor:
+    """The value as it is, with the sum of all processes' gradients."""
+    result: Tensor = _SumGradient.apply(value, group)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Gather(torch.autograd.Function):
@@ -368,7 +381,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _SumGradient(torch.autograd.Function):
-    """The value as it is, with the sum of all processes' gradients."""
+    """See :func:`sum_gradient`."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:

@@ -85,6 +85,20 @@ def tile_width(tokens: int, linear_weight: Tensor) -> int:
     return max(1, min(TILE // max(1, min(tokens, TOKENS)), 4 * TILE // features, classes))
 
 
+def merge_exponentials(shifts: Tensor, totals: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shift and total of all classes from those of parts, shape (parts, N), in their order.
+
+    With them come what the shift exceeds that of each part by, and its exponential's inverse.
+    """
+    shifts = shifts.detach()
+    # A part of logits of -inf has no shift to speak of.
+    shift = shifts.where(totals != 0, -torch.inf).amax(0)
+    shift = shift.where(shift != -torch.inf, 0)
+    gaps = shift - shifts
+    decays = gaps.neg().exp().where(totals != 0, 0)
+    return shift, (totals * decays).sum(0), gaps, decays
+
+
 class Head:
     """The head's tiles of logits, in the computation dtype, in one reused buffer."""
 

@@ -15,14 +15,19 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._triton import Config
+from tilework.losses._head_kernels import (
+    MAX_SHARES,
+    PANEL_CLASSES,
+    PANEL_TOKENS,
+    SHARE,
+    choose_config,
+    contiguous,
+    outputs,
+    precision,
+    short_strides,
+)
 from tilework.losses.linear_cross_entropy.shared import Statistics, accumulate, filter_scale
 
-# Classes per share at least, and shares at most: statistics of a share are 12 bytes per token.
-SHARE = 2048
-MAX_SHARES = 64
-# A panel of logit gradients: 64 MiB in half precision.
-PANEL_TOKENS = 8192
-PANEL_CLASSES = 4096
 ROW_BLOCK = 4096  # logits that a program turns into gradients at a time
 _IGNORED = -1  # the target of ignored rows where classes are in an order of their own
 # The exponential of its negative is 0, and so is its product with that.
@@ -43,58 +48,6 @@ FORWARD_MOMENTS = FORWARD | {
     "float32": Config(64, 32, 32, num_warps=8, num_stages=2),
 }
 BACKWARD = dict(FORWARD)
-
-
-def choose_config(table: dict[str, Config], arch: str, dtype: torch.dtype) -> Config:
-    """The entry of an architecture; small blocks for float32 and where there is no entry."""
-    if dtype == torch.float32 and arch != "interpreter":
-        arch = "float32"
-    return table.get(arch, table["float32"])
-
-
-@triton.jit
-def _outputs(
-    input_ptr,
-    weight_ptr,
-    bias_ptr,
-    num_rows,
-    num_columns,
-    num_features,
-    input_stride_row,
-    input_stride_feature,
-    weight_stride_row,
-    weight_stride_feature,
-    bias_stride,
-    HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-):
-    """The tile of outputs, in float32, whose first row and column the pointers are at.
-
-    Rows and columns past the end repeat the last ones. Offsets within a tile fit 32 bits, which
-    the launcher sees to; the pointers move in 64 bits.
-    """
-    last_row = tl.minimum(num_rows, BLOCK_ROWS).to(tl.int32) - 1
-    last_column = tl.minimum(num_columns, BLOCK_COLUMNS).to(tl.int32) - 1
-    rows = tl.minimum(tl.arange(0, BLOCK_ROWS), last_row)
-    columns = tl.minimum(tl.arange(0, BLOCK_COLUMNS), last_column)
-    inner = tl.arange(0, BLOCK_INNER)
-    input_offsets = rows[:, None] * input_stride_row + inner[None, :] * input_stride_feature
-    weight_offsets = columns[None, :] * weight_stride_row + inner[:, None] * weight_stride_feature
-    outputs = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-    for start in range(0, num_features, BLOCK_INNER):
-        left = inner < num_features - start
-        hidden = tl.load(input_ptr + input_offsets, mask=left[None, :], other=0.0)
-        weight = tl.load(weight_ptr + weight_offsets, mask=left[:, None], other=0.0)
-        outputs = _triton.dot(hidden, weight, outputs, PRECISION, INTERPRETED)
-        input_ptr += BLOCK_INNER * input_stride_feature
-        weight_ptr += BLOCK_INNER * weight_stride_feature
-    if HAS_BIAS:
-        outputs += tl.load(bias_ptr + columns * bias_stride).to(tl.float32)[None, :]
-    return outputs
 
 
 @triton.jit
@@ -157,7 +110,7 @@ def forward_kernel(
         columns_end = first_column + BLOCK_COLUMNS
         columns = first_column + tl.arange(0, BLOCK_COLUMNS)
         column_mask = columns < end
-        logits = _outputs(
+        logits = outputs(
             input_ptr + first_row * input_stride_row,
             weight_ptr + first_column * weight_stride_row,
             bias_ptr + first_column * bias_stride if HAS_BIAS else bias_ptr,
@@ -358,7 +311,7 @@ def backward_kernel(
     column_mask = panel_columns < num_classes
     target = tl.load(target_ptr + rows, mask=row_mask, other=ignore_index)
     kept = row_mask & (target != ignore_index)
-    logits = _outputs(
+    logits = outputs(
         input_ptr + first_row * input_stride_row,
         weight_ptr + first_column * weight_stride_row,
         bias_ptr + first_column * bias_stride if HAS_BIAS else bias_ptr,
@@ -630,7 +583,7 @@ def forward(
     gradient_filter: float | None,
 ) -> Statistics:
     """See ``reference.linear_logit_stats``."""
-    input, linear_weight = _short_strides(input), _short_strides(linear_weight)
+    input, linear_weight = short_strides(input), short_strides(linear_weight)
     num_tokens, num_features = input.shape
     num_classes = len(linear_weight)
     shift, total, target_gap, class_gap = (
@@ -683,7 +636,7 @@ def forward(
         HAS_SOFTCAP=softcap is not None,
         HAS_CLASS_WEIGHT=class_weight is not None,
         NEED_MOMENTS=moments,
-        PRECISION=_precision(),
+        PRECISION=precision(),
         INTERPRETED=_triton.INTERPRETED,
         **config.arguments(),
     )
@@ -736,7 +689,7 @@ def backward(
     products for input and weight. Classes are taken in the order of their mean logits, so that
     small gradients share tiles.
     """
-    input, linear_weight = _short_strides(input), _short_strides(linear_weight)
+    input, linear_weight = short_strides(input), short_strides(linear_weight)
     num_tokens, num_features = input.shape
     num_classes = len(linear_weight)
     config = choose_config(BACKWARD, _triton.architecture(input.device), input.dtype)
@@ -763,7 +716,7 @@ def backward(
     )
     target = target.contiguous()
     upstream = [
-        _contiguous(grad) for grad in (grad_total, grad_target_gap, grad_class_gap, grad_moment)
+        contiguous(grad) for grad in (grad_total, grad_target_gap, grad_class_gap, grad_moment)
     ]
     scale = filter_scale(grad_total, grad_moment, total)
     left = torch.zeros_like(scale)
@@ -813,7 +766,7 @@ def backward(
                 HAS_MOMENT=grad_moment is not None,
                 NEED_COLUMN_SUM=needed[2],
                 NEED_MASS=filters,
-                PRECISION=_precision(),
+                PRECISION=precision(),
                 INTERPRETED=_triton.INTERPRETED,
                 GROUP=8,
                 **config.arguments(),
@@ -894,7 +847,7 @@ def _accumulate(
         kept.shape[1],
         *left.stride(),
         *right.stride(),
-        PRECISION=_precision(),
+        PRECISION=precision(),
         INTERPRETED=_triton.INTERPRETED,
         TILE=block_inner,
         # The compiler gives half of the stages to reading the list of tiles ahead.
@@ -943,7 +896,7 @@ def logit_gradient_(
         logits,
         linear_bias,
         target.contiguous(),
-        _contiguous(class_weight),
+        contiguous(class_weight),
         target_scale,
         class_scale,
         square_scale,
@@ -963,17 +916,3 @@ def logit_gradient_(
     if grad_bias is not None:
         grad_bias += logits.sum(0, dtype=torch.float32)
     return losses
-
-
-def _short_strides(matrix: Tensor) -> Tensor:
-    """The matrix, copied if an offset within a tile of 256 x 256 would not fit 32 bits."""
-    return matrix.contiguous() if 256 * sum(matrix.stride()) >= 2**31 else matrix
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _precision() -> str:
-    """How float32 products are computed: as the user told torch."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

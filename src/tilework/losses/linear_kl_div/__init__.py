@@ -8,7 +8,8 @@ from tilework import _checks, _operators
 from tilework._operators import Implementation, computation_dtype
 from tilework.catalog import implements
 from tilework.losses.linear_cross_entropy import head
-from tilework.losses.linear_kl_div import operators
+from tilework.losses.linear_cross_entropy.parallel import VocabShard
+from tilework.losses.linear_kl_div import parallel
 
 __all__ = ["LinearKLDivLoss", "linear_kl_div"]
 
@@ -17,6 +18,16 @@ _DIVERGENCES = ("forward", "reverse", "jsd")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 IMPLEMENTATIONS = (
+    Implementation(
+        "triton",
+        devices=("cuda",),
+        dtypes=(torch.float16, torch.bfloat16, torch.float32),
+        memory="gradients and 64 MiB of logit gradients",
+        backward="first order; higher orders and forward mode by the reference",
+        deterministic=True,
+        needs="triton",
+        checked_on="Triton's interpreter",
+    ),
     Implementation(
         "tiled",
         devices=(),
@@ -64,6 +75,7 @@ def linear_kl_div(
     reduction: str = "mean",
     gradient_filter: float | None = None,
     implementation: str | None = None,
+    vocab_parallel: VocabShard | None = None,
 ) -> Float[Tensor, "..."]:
     r"""Divergence between a student's and a teacher's linear head, without storing their logits.
 
@@ -113,8 +125,16 @@ def linear_kl_div(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         gradient_filter: What the backward pass may leave out, None or in (0, 1), as in
             :func:`linear_cross_entropy`; nothing is left out so far.
-        implementation: ``"tiled"`` computes tiles of logits, twice in training and once more for
-            ``"reverse"`` and ``"jsd"``; ``"reference"`` stores the logits. None is ``"tiled"``.
+        implementation: ``"triton"`` (CUDA) and ``"tiled"`` compute tiles of logits, twice in
+            training and once more for ``"jsd"``; ``"reference"`` stores the logits. None picks by
+            device.
+        vocab_parallel: The classes that the weights and biases hold of heads spread over processes,
+            the same ones of both; the hidden states are the same on all processes, and each gets
+            the whole loss and gradient of ``student_input``. Weights that are ``DTensor`` say this
+            themselves: sharded on dimension 0 over one dimension of their mesh, with hidden states
+            replicated, or sharded over tokens on another one. Communication is one gather of six
+            numbers for each position and for ``"jsd"`` one of two, and in the backward pass one sum
+            of ``student_input``'s gradient. ``"reference"`` takes no such heads.
 
     Returns:
         A scalar, or for ``"none"`` the shape of the positions with zeros where none is counted;
@@ -143,7 +163,7 @@ def linear_kl_div(
         ``beta`` of 0 and 1 is refused: the divergence is 0 there by its formula, and released code
         takes them for the forward and the reverse one, which are values of ``divergence`` here. The
         divergence is computed over the whole vocabulary; sampling and the mixing of data stay with
-        the caller.
+        the caller. Heads that are spread over processes have no second derivative.
 
     Reference:
         Rishabh Agarwal, Nino Vieillard, Yongchao Zhou, Piotr Stanczyk, Sabela Ramos, Matthieu
@@ -154,13 +174,27 @@ def linear_kl_div(
     """
     _check_options(temperature, divergence, beta, student_softcap, teacher_softcap, reduction)
     head.check_filter(_NAME, gradient_filter)
-    student = head.cast_under_autocast(student_input, student_weight, student_bias)
-    teacher = head.cast_under_autocast(teacher_input, teacher_weight, teacher_bias)
+    layout, student, teacher, mask, token_weight = parallel.localize(
+        _NAME,
+        vocab_parallel,
+        (student_input, student_weight, student_bias),
+        (teacher_input, teacher_weight, teacher_bias),
+        mask,
+        token_weight,
+    )
+    student, teacher = head.cast_under_autocast(*student), head.cast_under_autocast(*teacher)
     _check_tensors(student, teacher, mask, token_weight)
     student_input, student_weight, student_bias = student
     teacher_input, teacher_weight, teacher_bias = teacher
-    _operators.choose(_NAME, IMPLEMENTATIONS, implementation, teacher_input)
+    for_teacher = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, teacher_input)
     chosen = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, student_input)
+    if chosen == "triton":
+        chosen = for_teacher  # which may be of float64
+    if chosen == "reference" and layout.shard is not None:
+        raise ValueError(
+            f"{_NAME}: implementation='reference' cannot be used: it takes whole heads, not "
+            "classes spread over processes"
+        )
 
     positions = student_input.shape[:-1]
     student_input = student_input.reshape(-1, student_input.shape[-1])
@@ -177,7 +211,8 @@ def linear_kl_div(
         counted = counted & (token_weight != 0)
         position_weight = token_weight.where(counted, 0).to(dtype)
 
-    losses = position_weight * operators.divergences(
+    losses = position_weight * parallel.divergences(
+        layout.shard,
         student_input,
         student_weight,
         student_bias,
@@ -193,8 +228,9 @@ def linear_kl_div(
         chosen,
     )
     if reduction == "none":
-        return losses.reshape(positions)
-    return losses.sum() if reduction == "sum" else losses.sum() / position_weight.sum()
+        return layout.of_tokens(losses.reshape(positions))
+    total = layout.add_up(losses.sum())
+    return total if reduction == "sum" else total / layout.add_up(position_weight.sum())
 
 
 @_PAPER
@@ -209,7 +245,8 @@ class LinearKLDivLoss(nn.Module):
         teacher_softcap: Bound of the teacher's logits.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         gradient_filter: What the backward pass may leave out.
-        implementation: ``"tiled"``, ``"reference"``, or None for the best one.
+        implementation: ``"triton"``, ``"tiled"``, ``"reference"``, or None for the best one.
+        vocab_parallel: The classes that the weights given to ``forward`` hold.
 
     Raises:
         ValueError: An option is out of range.
@@ -240,6 +277,7 @@ class LinearKLDivLoss(nn.Module):
         reduction: str = "mean",
         gradient_filter: float | None = None,
         implementation: str | None = None,
+        vocab_parallel: VocabShard | None = None,
     ) -> None:
         super().__init__()
         _check_options(temperature, divergence, beta, student_softcap, teacher_softcap, reduction)
@@ -253,6 +291,7 @@ class LinearKLDivLoss(nn.Module):
         self.reduction = reduction
         self.gradient_filter = gradient_filter
         self.implementation = implementation
+        self.vocab_parallel = vocab_parallel
 
     def forward(
         self,
@@ -284,6 +323,7 @@ class LinearKLDivLoss(nn.Module):
             reduction=self.reduction,
             gradient_filter=self.gradient_filter,
             implementation=self.implementation,
+            vocab_parallel=self.vocab_parallel,
         )
 
     def extra_repr(self) -> str:

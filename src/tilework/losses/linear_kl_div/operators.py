@@ -1,5 +1,6 @@
 """The operator of the divergence between two linear heads and how it differentiates."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -7,7 +8,7 @@ from torch import Tensor
 from tilework import _operators
 from tilework._operators import computation_dtype
 from tilework.losses.linear_cross_entropy.operators import empty_gradients
-from tilework.losses.linear_kl_div import reference, tiled
+from tilework.losses.linear_kl_div import reference, shared, tiled
 
 
 def divergences(*args: Any) -> Tensor:
@@ -15,8 +16,24 @@ def divergences(*args: Any) -> Tensor:
     *arguments, implementation = args
     if implementation == "reference" or _operators.only_reference():
         return reference.linear_divergences(*arguments)
-    result: Tensor = _divergences(*arguments)[0]
+    result: Tensor = _divergences(*args)[0]
     return result
+
+
+def solve(*args: Any, gather: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """See ``shared.solve``; the arguments are those of :func:`divergences`."""
+    *tensors, counted, student_softcap, teacher_softcap, temperature, divergence, beta, name = args
+    options = student_softcap, teacher_softcap, temperature
+    return shared.solve(kernels(name), tuple(tensors), counted, options, divergence, beta, gather)
+
+
+def kernels(implementation: str) -> Any:
+    """The module of an implementation; that of Triton is imported on its first use."""
+    if implementation == "triton":
+        from tilework.losses.linear_kl_div import triton
+
+        return triton
+    return tiled
 
 
 def _forward_fake(student_input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -27,26 +44,37 @@ def _forward_fake(student_input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.options = inputs[:7], inputs[7:]
+    tensors, ctx.options, ctx.implementation = inputs[:7], inputs[7:-1], inputs[-1]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])
 
 
+def gradients(ctx: Any, grad_divergence: Tensor, needed: list[bool]) -> list[Tensor | None]:
+    """Those of the student's input, weight and bias; None for each that is not needed."""
+    results = _divergences_backward(
+        grad_divergence, *ctx.saved_tensors, *ctx.options, needed, ctx.implementation
+    )
+    return [result if need else None for result, need in zip(results, needed, strict=True)]
+
+
 def _differentiate(ctx: Any, grad_divergence: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:3])
-    results = _divergences_backward(grad_divergence, *ctx.saved_tensors, *ctx.options, needed)
-    gradients = (result if need else None for result, need in zip(results, needed, strict=True))
-    return *gradients, *[None] * 9
+    return *gradients(ctx, grad_divergence, list(ctx.needs_input_grad[:3])), *[None] * 10
+
+
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, implementation = args
+    results: tuple[Tensor, Tensor, Tensor] = kernels(implementation).backward(*arguments)
+    return results
 
 
 def _backward_fake(
     grad_divergence: Tensor, student_input: Tensor, student_weight: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(student_input, student_weight, args[-1])
+    return empty_gradients(student_input, student_weight, args[-2])
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options, ctx.needed = inputs[:8], inputs[9:-1], inputs[-1]
+    tensors, ctx.options, ctx.needed = inputs[:8], inputs[9:-2], inputs[-2]
     ctx.save_for_backward(*tensors)
 
 
@@ -67,15 +95,15 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
         [need for need, _ in zip(ctx.needed, student, strict=False)],
         [grad for grad, need in zip(grads, ctx.needed, strict=True) if need],
     )
-    return grad_upstream, grad_input, grad_weight, grad_bias[0] if grad_bias else None, *[None] * 11
+    return grad_upstream, grad_input, grad_weight, grad_bias[0] if grad_bias else None, *[None] * 12
 
 
 _divergences = _operators.define(
     "linear_kl_div(Tensor student_input, Tensor student_weight, Tensor? student_bias, "
     "Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, Tensor counted, "
     "float? student_softcap, float? teacher_softcap, float temperature, str divergence, "
-    "float beta) -> (Tensor, Tensor)",
-    tiled.forward,
+    "float beta, str implementation) -> (Tensor, Tensor)",
+    solve,
     _forward_fake,
     setup_context=_save,
     backward=_differentiate,
@@ -84,8 +112,9 @@ _divergences_backward = _operators.define(
     "linear_kl_div_backward(Tensor grad_divergence, Tensor student_input, Tensor student_weight, "
     "Tensor? student_bias, Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, "
     "Tensor counted, Tensor statistics, float? student_softcap, float? teacher_softcap, "
-    "float temperature, str divergence, float beta, bool[3] needed) -> (Tensor, Tensor, Tensor)",
-    tiled.backward,
+    "float temperature, str divergence, float beta, bool[3] needed, str implementation) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
     _backward_fake,
     setup_context=_save_backward,
     backward=_differentiate_backward,

@@ -6,9 +6,7 @@ from torch import Tensor
 
 from tilework._operators import computation_dtype, without_autocast
 from tilework.losses.linear_cross_entropy.shared import NEGLIGIBLE
-
-# A part that the other exceeds by more, in logarithms, vanishes beside it in every dtype.
-NEGLIGIBLE_PART = 80.0
+from tilework.losses.linear_kl_div.shared import NEGLIGIBLE_PART
 
 
 @without_autocast

@@ -1,0 +1,128 @@
+"""What the kernels of linear heads have in common: tiles of outputs, and panels of gradients."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tilework import _triton
+from tilework._triton import Config
+from tilework.losses.linear_cross_entropy.shared import accumulate, slices
+
+# Classes per share at least, and shares at most: statistics of a share are 12 bytes per token.
+SHARE = 2048
+MAX_SHARES = 64
+# A panel of logit gradients: 64 MiB in half precision.
+PANEL_TOKENS = 8192
+PANEL_CLASSES = 4096
+
+
+def choose_config(table: dict[str, Config], arch: str, dtype: torch.dtype) -> Config:
+    """The entry of an architecture; small blocks for float32 and where there is no entry."""
+    if dtype == torch.float32 and arch != "interpreter":
+        arch = f"{arch} float32"
+    return table.get(arch, table["float32"])
+
+
+@triton.jit
+def outputs(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    num_rows,
+    num_columns,
+    num_features,
+    input_stride_row,
+    input_stride_feature,
+    weight_stride_row,
+    weight_stride_feature,
+    bias_stride,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+):
+    """The tile of outputs, in float32, whose first row and column the pointers are at.
+
+    Rows and columns past the end repeat the last ones. Offsets within a tile fit 32 bits, which
+    the launcher sees to; the pointers move in 64 bits.
+    """
+    last_row = tl.minimum(num_rows, BLOCK_ROWS).to(tl.int32) - 1
+    last_column = tl.minimum(num_columns, BLOCK_COLUMNS).to(tl.int32) - 1
+    rows = tl.minimum(tl.arange(0, BLOCK_ROWS), last_row)
+    columns = tl.minimum(tl.arange(0, BLOCK_COLUMNS), last_column)
+    inner = tl.arange(0, BLOCK_INNER)
+    input_offsets = rows[:, None] * input_stride_row + inner[None, :] * input_stride_feature
+    weight_offsets = columns[None, :] * weight_stride_row + inner[:, None] * weight_stride_feature
+    outputs = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for start in range(0, num_features, BLOCK_INNER):
+        left = inner < num_features - start
+        hidden = tl.load(input_ptr + input_offsets, mask=left[None, :], other=0.0)
+        weight = tl.load(weight_ptr + weight_offsets, mask=left[:, None], other=0.0)
+        outputs = _triton.dot(hidden, weight, outputs, PRECISION, INTERPRETED)
+        input_ptr += BLOCK_INNER * input_stride_feature
+        weight_ptr += BLOCK_INNER * weight_stride_feature
+    if HAS_BIAS:
+        outputs += tl.load(bias_ptr + columns * bias_stride).to(tl.float32)[None, :]
+    return outputs
+
+
+def panel_gradients(
+    hidden: Tensor,
+    linear_weight: Tensor,
+    needed: Sequence[bool],
+    block_rows: int,
+    launch: Callable[[slice, slice, Tensor, Tensor], None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, weight and bias; an empty tensor for each that is not needed.
+
+    ``launch`` writes the gradient of the outputs of some tokens and classes to a panel, and for the
+    bias its sum over each block of rows, shape (blocks, classes), in float32.
+    """
+    num_tokens, num_features = hidden.shape
+    num_classes = len(linear_weight)
+    tokens = max(1, min(num_tokens, PANEL_TOKENS))
+    classes = min(num_classes, PANEL_CLASSES)
+    buffer = hidden.new_empty(tokens * classes)
+    size = triton.cdiv(tokens, block_rows) * classes if needed[2] else 0
+    column_sums = hidden.new_empty(size, dtype=torch.float32)
+    grad_hidden = hidden.new_zeros(hidden.shape if needed[0] else 0, dtype=torch.float32)
+    grad_weight = hidden.new_empty(linear_weight.shape if needed[1] else 0)
+    grad_bias = hidden.new_zeros(num_classes if needed[2] else 0, dtype=torch.float32)
+    for of_classes in slices(num_classes, classes):
+        width = of_classes.stop - of_classes.start
+        weight_shape = (width, num_features) if needed[1] else 0
+        weight_tile = hidden.new_zeros(weight_shape, dtype=torch.float32)
+        for of_tokens in slices(num_tokens, tokens):
+            height = of_tokens.stop - of_tokens.start
+            panel = buffer[: height * width].view(height, width)
+            row_blocks = triton.cdiv(height, block_rows)
+            partials = column_sums[: row_blocks * width if needed[2] else 0]
+            launch(of_tokens, of_classes, panel, partials)
+            if needed[0]:
+                accumulate(grad_hidden[of_tokens], panel, linear_weight[of_classes])
+            if needed[1]:
+                accumulate(weight_tile, panel.T, hidden[of_tokens])
+            if needed[2]:
+                grad_bias[of_classes] += partials.view(row_blocks, width).sum(0)
+        if needed[1]:
+            grad_weight[of_classes] = weight_tile
+    return grad_hidden.to(hidden.dtype), grad_weight, grad_bias.to(hidden.dtype)
+
+
+def short_strides(matrix: Tensor) -> Tensor:
+    """The matrix, copied if an offset within a tile of 256 x 256 would not fit 32 bits."""
+    return matrix.contiguous() if 256 * sum(matrix.stride()) >= 2**31 else matrix
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def precision() -> str:
+    """How float32 products are computed: as the user told torch."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -1,0 +1,104 @@
+"""What is made of sums over the classes of two heads, however these were computed.
+
+One pass over the classes gives the first sums; for ``"jsd"`` a second one, which needs them, gives
+those under the mixture. Where the classes are in parts, the sums of the parts are merged.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilework.losses.linear_cross_entropy.shared import NEGLIGIBLE, merge_exponentials
+
+# A part that the other exceeds by more, in logarithms, vanishes beside it in every dtype.
+NEGLIGIBLE_PART = 80.0
+
+# For each row: ``shift = max z`` and ``total = sum(exp(z - shift))`` of the student, the same of
+# the teacher, and two numbers about the head that weights the classes, which is the teacher for
+# "forward" and else the student: the ``base``, the other head's logit of its likeliest class, and
+# ``sum(exp(z - shift) * ((z - other z) - (shift - base)))``, for "jsd" 0. A confident head thus has
+# the differences of its other classes from its likeliest one, and not the last digits of a mean.
+SUMS = 6
+
+
+def solve(
+    kernels: Any,
+    tensors: tuple[Any, ...],
+    counted: Tensor,
+    softcaps_and_temperature: tuple[Any, ...],
+    divergence: str,
+    beta: float,
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The divergence of each row, 0 where it is not counted, and what the backward needs.
+
+    That is the first five sums, and the mean under p of what ``log p - log q`` exceeds that of the
+    student's likeliest class by (reverse), or of the same for ``log m - log p`` (jsd). ``gather``
+    gives the sums over all parts of the classes, in their order, for those over one.
+    """
+    sums = kernels.sums(*tensors, counted, *softcaps_and_temperature, divergence)
+    if gather is not None:
+        sums = merge(gather(sums), divergence)
+    # Rows that are not counted have a total of 1 and 0 elsewhere.
+    blank = sums.new_zeros(SUMS, 1)
+    blank[1:4:2] = 1
+    sums = sums.where(counted, blank)
+    student_shift, student_total, teacher_shift, teacher_total, base, moment = sums
+    if divergence == "forward":
+        mean = moment / teacher_total
+        result = mean + (student_shift - base) + (student_total / teacher_total).log()
+    elif divergence == "reverse":
+        mean = moment / student_total
+        result = mean + (teacher_shift - base) + (teacher_total / student_total).log()
+    else:
+        pivot = likeliest_excess(sums, beta)
+        more = kernels.mixture_sums(*tensors, counted, sums, *softcaps_and_temperature, beta)
+        if gather is not None:
+            more = gather(more).sum(0)
+        student_sum, teacher_sum = more
+        mean = (student_sum / student_total).where(counted, 0)
+        result = (beta - 1) * (pivot + mean) - beta * (teacher_sum / teacher_total)
+    return result.where(counted, 0), torch.cat((sums[:5], mean[None]))
+
+
+def merge(parts: Tensor, divergence: str) -> Tensor:
+    """The first sums over all classes from those over parts of them, shape (parts, 6, N)."""
+    student_shifts, student_totals, teacher_shifts, teacher_totals, bases, moments = parts.unbind(1)
+    student = merge_exponentials(student_shifts, student_totals)
+    teacher = merge_exponentials(teacher_shifts, teacher_totals)
+    shifts, totals, (shift, _, _, decays) = (
+        (teacher_shifts, teacher_totals, teacher)
+        if divergence == "forward"
+        else (student_shifts, student_totals, student)
+    )
+    likeliest = shifts.where(totals != 0, -torch.inf).max(0).indices
+    base = bases.gather(0, likeliest[None])[0]
+    moment = torch.zeros_like(base)
+    if divergence != "jsd":
+        # What underflows still makes an infinite difference infinite.
+        decays = decays.clamp(min=torch.finfo(decays.dtype).tiny).where(totals != 0, 0)
+        changes = (shifts - bases) - (shift - base)
+        moment = (decays * (moments + totals * changes)).sum(0)
+    return torch.stack((*student[:2], *teacher[:2], base, moment))
+
+
+def likeliest_excess(sums: Tensor, beta: float) -> Tensor:
+    """``log m - log p`` of the student's likeliest class."""
+    _, student_total, teacher_shift, teacher_total, base = sums[:5]
+    gaps = (base - teacher_shift).clamp(min=NEGLIGIBLE)
+    return log_mixture(gaps + (student_total / teacher_total).log(), beta)
+
+
+def log_mixture(gains: Tensor, share: float) -> Tensor:
+    """``log(1 + share * (exp(gains) - 1))``, with the gains clamped in place.
+
+    A mixture exceeds one of its two parts by this, when the other part, of this share, exceeds it
+    by ``gains``.
+    """
+    gains.clamp_(max=NEGLIGIBLE_PART)
+    near = gains.expm1().mul_(share)
+    far = gains.exp_().mul_(share).add_(1 - share)
+    # The first is exact around 0, the second where the mixture is far below the part.
+    return torch.where(near > -0.5, near.log1p(), far.log_())
