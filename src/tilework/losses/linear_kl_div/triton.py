@@ -44,7 +44,7 @@ MIXTURE = SUMS | {
     "sm_90": Config(128, 32, 64, num_warps=8, num_stages=3),
     "sm_100": Config(128, 32, 32, num_warps=8, num_stages=3),
 }
-BACKWARD = dict(SUMS)
+BACKWARD = SUMS | {"sm_100 float32": Config(64, 32, 32, num_warps=8, num_stages=2)}
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 NEGLIGIBLE = tl.constexpr(NEGLIGIBLE_GAP)
 NEGLIGIBLE_PART = tl.constexpr(shared.NEGLIGIBLE_PART)
