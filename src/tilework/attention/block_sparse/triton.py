@@ -3,6 +3,9 @@
 A program takes a tile of queries, of several heads of a group where they share a list, and walks
 the list of its block. Gradients of keys and values walk the transposed lists. There are no locks
 and no atomics.
+
+Packed sequences are the elements of a batch: each has its span of the rows. Results are contiguous
+as ``(batch, heads, rows)`` or, packed, as ``(rows, heads)``.
 """
 
 from typing import Any
@@ -16,6 +19,7 @@ from tilework import _triton
 from tilework._operators import HALF
 from tilework.attention import _kernels
 from tilework.attention._kernels import LOG2_E, MAX_FEATURES
+from tilework.attention.block_sparse.results import empty_gradient, empty_results
 
 # Queries (of all heads) and keys of a tile at most, warps and stages, for half precision and up to
 # so many features: the largest of those tried that do not spill registers.
@@ -75,12 +79,33 @@ def _rows(first, num_queries, TILE_QUERIES: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
+def _span(starts_ptr, batch, length):
+    """Where the rows of an element of the batch start, and how many there are."""
+    start = 0
+    if starts_ptr is not None:
+        start = tl.load(starts_ptr + batch).to(tl.int64)
+        length = (tl.load(starts_ptr + batch + 1) - start).to(tl.int32)
+    return start, length
+
+
+@triton.jit
+def _results(batch, head, heads, start, positions, length, PACKED: tl.constexpr):
+    """Where the results of positions lie, in rows."""
+    if PACKED:
+        return (start + positions) * heads + head
+    else:
+        return (batch * heads + head) * length + positions
+
+
+@triton.jit
 def forward_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
     counts_ptr,
     indices_ptr,
+    query_starts_ptr,
+    key_starts_ptr,
     output_ptr,
     lse_ptr,
     heads,
@@ -121,20 +146,26 @@ def forward_kernel(
     first = tl.program_id(0) * TILE_QUERIES
     first_head = tl.program_id(1).to(tl.int64) * PACK
     batch = tl.program_id(2).to(tl.int64)
+    PACKED: tl.constexpr = query_starts_ptr is not None
+    query_start, num_queries = _span(query_starts_ptr, batch, num_queries)
+    key_start, num_keys = _span(key_starts_ptr, batch, num_keys)
     head, positions, valid = _rows(first, num_queries, TILE_QUERIES, PACK)
     features = tl.arange(0, FEATURES)
     values = tl.arange(0, VALUES)
-    query_ptr += batch * query_stride_batch
+    query_ptr += batch * query_stride_batch + query_start * query_stride_row
     query_rows = (first_head + head) * query_stride_head + positions.to(tl.int64) * query_stride_row
     queries = _kernels.tile(
         query_ptr, query_rows, valid, features, num_features, 1, query_stride_feature
     )
     kv_head = first_head // group
-    key_ptr += batch * key_stride_batch + kv_head * key_stride_head
+    key_ptr += batch * key_stride_batch + kv_head * key_stride_head + key_start * key_stride_row
     value_ptr += batch * value_stride_batch + kv_head * value_stride_head
+    value_ptr += key_start * value_stride_row
     list_row = batch * list_stride_batch + first_head * list_heads // heads * list_rows
     list_row += first // QUERY_BLOCK
     count = tl.load(counts_ptr + list_row)
+    if PACKED:
+        count = tl.where(first < num_queries, count, 0)
     last = tl.minimum(first + TILE_QUERIES, num_queries) - 1
 
     peak = tl.full((PACK * TILE_QUERIES,), float("-inf"), tl.float32)
@@ -142,7 +173,10 @@ def forward_kernel(
     result = tl.zeros((PACK * TILE_QUERIES, VALUES), tl.float32)
     for place in range(count):
         block = tl.load(indices_ptr + list_row * list_width + place)
-        for start in range(0, KEY_BLOCK, TILE_KEYS):
+        width = KEY_BLOCK
+        if PACKED:
+            width = tl.minimum(KEY_BLOCK, num_keys - block * KEY_BLOCK)
+        for start in range(0, width, TILE_KEYS):
             columns = block * KEY_BLOCK + start + tl.arange(0, TILE_KEYS)
             present = columns < num_keys
             if (not IS_CAUSAL) or block * KEY_BLOCK + start <= last:
@@ -190,7 +224,9 @@ def forward_kernel(
                     INTERPRETED,
                 )
     result /= tl.where(total == 0, 1.0, total)[:, None]
-    output_rows = (batch * heads + first_head + head) * num_queries + positions
+    output_rows = _results(
+        batch, first_head + head, heads, query_start, positions, num_queries, PACKED
+    )
     output_offsets = output_rows[:, None] * num_values + values[None, :]
     tl.store(
         output_ptr + output_offsets,
@@ -211,6 +247,8 @@ def query_gradient_kernel(
     value_ptr,
     counts_ptr,
     indices_ptr,
+    query_starts_ptr,
+    key_starts_ptr,
     grad_query_ptr,
     heads,
     group,
@@ -250,30 +288,39 @@ def query_gradient_kernel(
     first = tl.program_id(0) * TILE_QUERIES
     first_head = tl.program_id(1).to(tl.int64) * PACK
     batch = tl.program_id(2).to(tl.int64)
+    PACKED: tl.constexpr = query_starts_ptr is not None
+    query_start, num_queries = _span(query_starts_ptr, batch, num_queries)
+    key_start, num_keys = _span(key_starts_ptr, batch, num_keys)
     head, positions, valid = _rows(first, num_queries, TILE_QUERIES, PACK)
     features = tl.arange(0, FEATURES)
     values = tl.arange(0, VALUES)
-    query_ptr += batch * query_stride_batch
+    query_ptr += batch * query_stride_batch + query_start * query_stride_row
     query_rows = (first_head + head) * query_stride_head + positions.to(tl.int64) * query_stride_row
     queries = _kernels.tile(
         query_ptr, query_rows, valid, features, num_features, 1, query_stride_feature
     )
-    rows = (batch * heads + first_head + head) * num_queries + positions
+    rows = _results(batch, first_head + head, heads, query_start, positions, num_queries, PACKED)
     grads = _kernels.tile(grad_ptr, rows, valid, values, num_values, num_values, 1)
     offsets = tl.load(offset_ptr + rows, mask=valid, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=valid, other=0.0) * LOG2_E
     kv_head = first_head // group
-    key_ptr += batch * key_stride_batch + kv_head * key_stride_head
+    key_ptr += batch * key_stride_batch + kv_head * key_stride_head + key_start * key_stride_row
     value_ptr += batch * value_stride_batch + kv_head * value_stride_head
+    value_ptr += key_start * value_stride_row
     list_row = batch * list_stride_batch + first_head * list_heads // heads * list_rows
     list_row += first // QUERY_BLOCK
     count = tl.load(counts_ptr + list_row)
+    if PACKED:
+        count = tl.where(first < num_queries, count, 0)
     last = tl.minimum(first + TILE_QUERIES, num_queries) - 1
 
     result = tl.zeros((PACK * TILE_QUERIES, FEATURES), tl.float32)
     for place in range(count):
         block = tl.load(indices_ptr + list_row * list_width + place)
-        for start in range(0, KEY_BLOCK, TILE_KEYS):
+        width = KEY_BLOCK
+        if PACKED:
+            width = tl.minimum(KEY_BLOCK, num_keys - block * KEY_BLOCK)
+        for start in range(0, width, TILE_KEYS):
             columns = block * KEY_BLOCK + start + tl.arange(0, TILE_KEYS)
             present = columns < num_keys
             if (not IS_CAUSAL) or block * KEY_BLOCK + start <= last:
@@ -331,6 +378,8 @@ def key_gradient_kernel(
     value_ptr,
     counts_ptr,
     indices_ptr,
+    query_starts_ptr,
+    key_starts_ptr,
     grad_key_ptr,
     grad_value_ptr,
     heads,
@@ -370,13 +419,17 @@ def key_gradient_kernel(
     first_key = tl.program_id(0) * TILE_KEYS
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
+    PACKED: tl.constexpr = query_starts_ptr is not None
+    query_start, num_queries = _span(query_starts_ptr, batch, num_queries)
+    key_start, num_keys = _span(key_starts_ptr, batch, num_keys)
     features = tl.arange(0, FEATURES)
     values = tl.arange(0, VALUES)
     columns = first_key + tl.arange(0, TILE_KEYS)
     present = columns < num_keys
-    key_ptr += batch * key_stride_batch + kv_head * key_stride_head
+    key_ptr += batch * key_stride_batch + kv_head * key_stride_head + key_start * key_stride_row
     value_ptr += batch * value_stride_batch + kv_head * value_stride_head
-    query_ptr += batch * query_stride_batch
+    value_ptr += key_start * value_stride_row
+    query_ptr += batch * query_stride_batch + query_start * query_stride_row
     keys = _kernels.tile(
         key_ptr, columns, present, features, num_features, key_stride_row, key_stride_feature
     )
@@ -390,9 +443,14 @@ def key_gradient_kernel(
         list_row = batch * list_stride_batch + head * list_heads // heads * list_rows
         list_row += first_key // KEY_BLOCK
         count = tl.load(counts_ptr + list_row)
+        if PACKED:
+            count = tl.where(first_key < num_keys, count, 0)
         for place in range(count):
             block = tl.load(indices_ptr + list_row * list_width + place)
-            for start in range(0, QUERY_BLOCK, TILE_QUERIES):
+            height = QUERY_BLOCK
+            if PACKED:
+                height = tl.minimum(QUERY_BLOCK, num_queries - block * QUERY_BLOCK)
+            for start in range(0, height, TILE_QUERIES):
                 positions = block * QUERY_BLOCK + start + tl.arange(0, TILE_QUERIES)
                 valid = positions < num_queries
                 last = block * QUERY_BLOCK + start + TILE_QUERIES - 1
@@ -406,7 +464,7 @@ def key_gradient_kernel(
                         query_stride_row,
                         query_stride_feature,
                     )
-                    rows = (batch * heads + head) * num_queries + positions
+                    rows = _results(batch, head, heads, query_start, positions, num_queries, PACKED)
                     grads = _kernels.tile(grad_ptr, rows, valid, values, num_values, num_values, 1)
                     offsets = tl.load(offset_ptr + rows, mask=valid, other=0.0)
                     lse = tl.load(lse_ptr + rows, mask=valid, other=0.0) * LOG2_E
@@ -441,7 +499,7 @@ def key_gradient_kernel(
                         PRECISION,
                         INTERPRETED,
                     )
-    kv_rows = (batch * (heads // group) + kv_head) * num_keys + columns
+    kv_rows = _results(batch, kv_head, heads // group, key_start, columns, num_keys, PACKED)
     tl.store(
         grad_key_ptr + kv_rows[:, None] * num_features + features[None, :],
         (grad_keys * scale).to(grad_key_ptr.dtype.element_ty),
@@ -462,31 +520,33 @@ def forward(
     kv_indices: Tensor,
     q_num_blocks: Tensor | None,
     q_indices: Tensor | None,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
     block_size: list[int],
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.block_sparse_attention``."""
-    batch, heads, num_queries, _ = query.shape
-    output = query.new_empty(batch, heads, num_queries, value.shape[-1])
-    lse = query.new_empty(batch, heads, num_queries, dtype=torch.float32)
+    packed = query_starts is not None
+    output, lse = empty_results(query, value, packed)
     if lse.numel() == 0:
         return output, lse
     sizes, constants = _arguments("forward", query, key, value, kv_indices, block_size, is_causal)
     pack = _pack(query, key, kv_indices, constants)
-    grid = triton.cdiv(num_queries, constants["TILE_QUERIES"]), heads // pack, batch
-    forward_kernel[grid](
+    rows = min(query.shape[2], kv_indices.shape[2] * block_size[0])
+    batch = query.shape[0] if query_starts is None else len(query_starts) - 1
+    forward_kernel[triton.cdiv(rows, constants["TILE_QUERIES"]), query.shape[1] // pack, batch](
         query,
         key,
         value,
         kv_num_blocks.contiguous(),
         kv_indices.contiguous(),
+        query_starts,
+        key_starts,
         output,
         lse,
         *sizes,
-        *query.stride(),
-        *key.stride(),
-        *value.stride(),
+        *_strides(packed, query, key, value),
         scale,
         PACK=pack,
         **constants,
@@ -506,26 +566,29 @@ def backward(
     kv_indices: Tensor,
     q_num_blocks: Tensor,
     q_indices: Tensor,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
     block_size: list[int],
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    batch, heads, num_queries, _ = query.shape
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    grad_key, grad_value = (
-        torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in (key, value)
-    )
+    packed = query_starts is not None
+    grad_query, grad_key, grad_value = (empty_gradient(t, packed) for t in (query, key, value))
+    grad_key.zero_()
+    grad_value.zero_()
     if lse.numel() == 0:
         return grad_query, grad_key, grad_value
-    grad_output = grad_output.contiguous()
     offset = (grad_output.float() * output.float()).sum(-1) - grad_lse
-    upstream = grad_output, offset, lse.masked_fill(lse == -torch.inf, 0)
-    strides = *query.stride(), *key.stride(), *value.stride()
+    upstream = [grad_output, offset, lse.masked_fill(lse == -torch.inf, 0)]
+    upstream = [(t.transpose(1, 2) if packed else t).contiguous() for t in upstream]
+    strides = _strides(packed, query, key, value)
+    batch = query.shape[0] if query_starts is None else len(query_starts) - 1
 
     sizes, constants = _arguments("query", query, key, value, kv_indices, block_size, is_causal)
     pack = _pack(query, key, kv_indices, constants)
-    grid = triton.cdiv(num_queries, constants["TILE_QUERIES"]), heads // pack, batch
+    rows = min(query.shape[2], kv_indices.shape[2] * block_size[0])
+    grid = triton.cdiv(rows, constants["TILE_QUERIES"]), query.shape[1] // pack, batch
     query_gradient_kernel[grid](
         *upstream,
         query,
@@ -533,6 +596,8 @@ def backward(
         value,
         kv_num_blocks.contiguous(),
         kv_indices.contiguous(),
+        query_starts,
+        key_starts,
         grad_query,
         *sizes,
         *strides,
@@ -544,14 +609,16 @@ def backward(
         return grad_query, grad_key, grad_value
     sizes, constants = _arguments("key", query, key, value, q_indices, block_size, is_causal)
     constants.pop("ROWS")
-    grid = triton.cdiv(key.shape[2], constants["TILE_KEYS"]), key.shape[1], batch
-    key_gradient_kernel[grid](
+    rows = min(key.shape[2], q_indices.shape[2] * block_size[1])
+    key_gradient_kernel[triton.cdiv(rows, constants["TILE_KEYS"]), key.shape[1], batch](
         *upstream,
         query,
         key,
         value,
         q_num_blocks.contiguous(),
         q_indices.contiguous(),
+        query_starts,
+        key_starts,
         grad_key,
         grad_value,
         *sizes,
@@ -560,6 +627,15 @@ def backward(
         **constants,
     )
     return grad_query, grad_key, grad_value
+
+
+def _strides(packed: bool, *tensors: Tensor) -> list[int]:
+    """The strides of tensors; packed sequences have none between them."""
+    return [
+        0 if packed and dim == 0 else stride
+        for tensor in tensors
+        for dim, stride in enumerate(tensor.stride())
+    ]
 
 
 def _arguments(
