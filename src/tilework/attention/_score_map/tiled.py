@@ -22,7 +22,7 @@ Index = tuple[slice, slice, slice]
 def attention_lse(query: Tensor, key: Tensor, is_causal: bool, scale: float) -> Tensor:
     """See ``reference``."""
     planes = _Planes(query, key, None, is_causal, scale)
-    peak, total = planes.per_query(-torch.inf), planes.per_query(0)
+    peak, total = planes.per_query(-torch.inf), planes.per_query(0.0)
     for tile in planes.tiles():
         scores = planes.scores(tile)
         old = peak[tile.queries]
@@ -39,7 +39,7 @@ def attention_entropy(
 ) -> tuple[Tensor, Tensor]:
     """See ``reference``; with the sum of each row of the map, which is 1 for the exact ``lse``."""
     planes = _Planes(query, key, lse, is_causal, scale)
-    entropy, total = planes.per_query(0), planes.per_query(0)
+    entropy, total = planes.per_query(0.0), planes.per_query(0.0)
     for tile in planes.tiles():
         weights, logs = planes.weights_and_logs(tile)
         total[tile.queries] += weights.sum(-1)
