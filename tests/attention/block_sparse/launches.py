@@ -13,7 +13,14 @@ def _call(dtype: torch.dtype, features: int, block: int, is_causal: bool) -> Non
     query = torch.randn(1, heads, length, features).to(dtype)
     key, value = (torch.randn(1, 2, length, features).to(dtype) for _ in range(2))
     layout = BlockLayout.from_window((length, length), block, left=1, is_causal=True)
-    lists = layout.kv_num_blocks, layout.kv_indices, layout.q_num_blocks, layout.q_indices
+    lists = (
+        layout.kv_num_blocks,
+        layout.kv_indices,
+        layout.q_num_blocks,
+        layout.q_indices,
+        None,
+        None,
+    )
     options = ([block, block], is_causal, 0.1)
     triton.forward(query, key, value, *lists, *options)
     lse = torch.zeros(1, heads, length)

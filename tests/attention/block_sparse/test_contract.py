@@ -85,7 +85,7 @@ def test_compiles_as_one_graph_for_every_batch(implementation: str) -> None:
 @pytest.mark.untyped
 def test_operators() -> None:
     query, key, value = (torch.randn(2, 2, 11, 5, requires_grad=True) for _ in range(3))
-    lists = LAYOUT.kv_num_blocks, LAYOUT.kv_indices, None, None
+    lists = LAYOUT.kv_num_blocks, LAYOUT.kv_indices, None, None, None, None
     options = ([4, 4], True, 0.4, "tiled")
     operators = torch.ops.tilework
     torch.library.opcheck(operators.block_sparse_attention, (query, key, value, *lists, *options))

@@ -131,17 +131,36 @@ def block_sparse_attention(
     """
     check_tensors(_NAME, query, key, value, enable_gqa)
     _check_layout(query, key, layout)
+    output, lse = attend(
+        _NAME, query, key, value, layout, None, None, is_causal, scale, implementation
+    )
+    return (output, lse) if return_lse else output
+
+
+def attend(
+    function: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Choose an implementation for checked tensors and run it; return the log-sum-exp too."""
     if scale is not None:
-        _checks.number(_NAME, "scale", scale)
+        _checks.number(function, "scale", scale)
     query, key, value = cast_under_autocast(query, key, value)
-    chosen = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, query)
+    chosen = _operators.choose(function, IMPLEMENTATIONS, implementation, query)
     if chosen == "triton":
         reason = operators.refusal(layout.block_size, query.shape[-1], value.shape[-1])
         if reason is not None and implementation is not None:
-            raise ValueError(f"{_NAME}: implementation='triton' cannot be used: {reason}")
+            raise ValueError(f"{function}: implementation='triton' cannot be used: {reason}")
         chosen = chosen if reason is None else "tiled"
     transposed = chosen == "triton"
-    output, lse = operators.attention(
+    return operators.attention(
         query,
         key,
         value,
@@ -149,18 +168,33 @@ def block_sparse_attention(
         layout.kv_indices,
         layout.q_num_blocks if transposed else None,
         layout.q_indices if transposed else None,
+        query_starts,
+        key_starts,
         list(layout.block_size),
         is_causal,
         1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
         chosen,
     )
-    return (output, lse) if return_lse else output
+
+
+def check_lists(function: str, query: Tensor, layout: object, batch: int, kv_heads: int) -> None:
+    """Refuse what is no layout for a batch and the heads of a query (B, H, L, E)."""
+    if not isinstance(layout, BlockLayout):
+        raise _checks.bad_type(function, "layout", "a BlockLayout", layout)
+    heads = query.shape[1]
+    if layout.shape[1] not in (1, kv_heads, heads):
+        raise ValueError(
+            f"{function}: layout must have 1, {kv_heads} or {heads} heads, got {layout.shape[1]}"
+        )
+    if layout.shape[0] not in (1, batch):
+        raise ValueError(
+            f"{function}: layout must have a batch of 1 or {batch}, got {layout.shape[0]}"
+        )
+    _checks.same_device(function, query=query, layout=layout.kv_indices)
 
 
 def _check_layout(query: Tensor, key: Tensor, layout: BlockLayout) -> None:
-    if not isinstance(layout, BlockLayout):
-        raise _checks.bad_type(_NAME, "layout", "a BlockLayout", layout)
-    batch, heads, rows, columns = layout.shape
+    check_lists(_NAME, query, layout, query.shape[0], key.shape[1])
     lengths = query.shape[2], key.shape[2]
     if layout.seq_lengths is not None and tuple(layout.seq_lengths) != lengths:
         raise ValueError(
@@ -170,15 +204,8 @@ def _check_layout(query: Tensor, key: Tensor, layout: BlockLayout) -> None:
     blocks = tuple(
         -(-length // size) for length, size in zip(lengths, layout.block_size, strict=True)
     )
-    if (rows, columns) != blocks:
+    if layout.shape[2:] != blocks:
         raise ValueError(
             f"{_NAME}: layout must have {blocks} blocks, as query and key have {lengths} positions "
-            f"in blocks of {tuple(layout.block_size)}, got {(rows, columns)}"
+            f"in blocks of {tuple(layout.block_size)}, got {tuple(layout.shape[2:])}"
         )
-    if heads not in (1, key.shape[1], query.shape[1]):
-        raise ValueError(
-            f"{_NAME}: layout must have 1, {key.shape[1]} or {query.shape[1]} heads, got {heads}"
-        )
-    if batch not in (1, query.shape[0]):
-        raise ValueError(f"{_NAME}: layout must have a batch of 1 or {query.shape[0]}, got {batch}")
-    _checks.same_device(_NAME, query=query, layout=layout.kv_indices)

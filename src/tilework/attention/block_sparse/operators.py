@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tilework import _operators
-from tilework._operators import computation_dtype
 from tilework.attention.block_sparse import reference, tiled
+from tilework.attention.block_sparse.results import empty_gradient, empty_results
 
 
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
@@ -40,12 +40,9 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     return results
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    shape = query.shape[:3]
-    return (
-        query.new_empty(*shape, value.shape[-1]),
-        query.new_empty(shape, dtype=computation_dtype(query.dtype)),
-    )
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    query_starts = args[4]
+    return empty_results(query, value, query_starts is not None)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -67,7 +64,7 @@ def _differentiate(
     needed = (
         grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)
     )
-    return *needed, *[None] * 8
+    return *needed, *[None] * 10
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,10 +74,10 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_fake(
-    _output: Tensor, _lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
-    return grad_query, grad_key, grad_value
+    _output: Tensor, _lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    query_starts = args[6]
+    return tuple(empty_gradient(t, query_starts is not None) for t in (query, key, value))
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -95,7 +92,10 @@ def _refuse(ctx: Any, *_: Any) -> None:
 
 
 _OPTIONS = "int[2] block_size, bool is_causal, float scale, str implementation"
-_LISTS = "Tensor kv_num_blocks, Tensor kv_indices, Tensor? q_num_blocks, Tensor? q_indices"
+_LISTS = (
+    "Tensor kv_num_blocks, Tensor kv_indices, Tensor? q_num_blocks, Tensor? q_indices, "
+    "Tensor? query_starts, Tensor? key_starts"
+)
 _attention = _operators.define(
     f"block_sparse_attention(Tensor query, Tensor key, Tensor value, {_LISTS}, {_OPTIONS}) "
     "-> (Tensor, Tensor)",

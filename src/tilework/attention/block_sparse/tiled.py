@@ -27,12 +27,16 @@ def forward(
     kv_indices: Tensor,
     q_num_blocks: Tensor | None,
     q_indices: Tensor | None,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
     block_size: list[int],
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.block_sparse_attention``."""
-    grid = _Grid(query, key, kv_num_blocks, kv_indices, block_size, is_causal)
+    grid = _Grid(
+        query, key, kv_num_blocks, kv_indices, query_starts, key_starts, block_size, is_causal
+    )
     features = max(query.shape[-1], value.shape[-1])
     queries = grid.rows_of(query, features)
     keys, values = grid.blocks_of(key, features), grid.blocks_of(value, features)
@@ -63,12 +67,16 @@ def backward(
     kv_indices: Tensor,
     q_num_blocks: Tensor | None,
     q_indices: Tensor | None,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
     block_size: list[int],
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    grid = _Grid(query, key, kv_num_blocks, kv_indices, block_size, is_causal)
+    grid = _Grid(
+        query, key, kv_num_blocks, kv_indices, query_starts, key_starts, block_size, is_causal
+    )
     if bool(grad_lse.any()):
         # One feature more, of which the values are 0, makes grad_output . output what it must be.
         grad_output = torch.cat([grad_output.to(lse.dtype), torch.ones_like(lse)[..., None]], -1)
@@ -182,44 +190,54 @@ class _Grid:
         key: Tensor,
         kv_num_blocks: Tensor,
         kv_indices: Tensor,
+        query_starts: Tensor | None,
+        key_starts: Tensor | None,
         block_size: list[int],
         is_causal: bool,
     ) -> None:
         self._height, self._width = block_size
         self._dtype = computation_dtype(query.dtype)
         self._is_causal = is_causal
-        self._batch, heads, self._queries, _ = query.shape
-        self._kv_heads, self._keys = key.shape[1:3]
+        self._batch, heads = query.shape[:2]
+        self._kv_heads = key.shape[1]
+        self._rows = _Blocks(query, self._height, query_starts)
+        self._columns = _Blocks(key, self._width, key_starts)
         # Heads of a group are one row, unless each has a list of its own.
         self._lists = heads if kv_num_blocks.shape[1] == heads else self._kv_heads
         self._group = heads // max(1, self._lists)
-        self._row_blocks = -(-self._queries // self._height)
-        self._column_blocks = -(-self._keys // self._width)
 
-        shape = self._batch, self._lists, self._row_blocks
-        first_query = torch.arange(self._row_blocks, device=query.device) * self._height
-        self._first_query = first_query.expand(shape).reshape(-1)
+        shape = self._batch, self._lists, self._rows.count
+        kv_num_blocks, kv_indices = (self._rows.lists(t) for t in (kv_num_blocks, kv_indices))
+        self._first_query, queries, self._num_keys, first_block = (
+            values.expand(shape).reshape(-1)
+            for values in (
+                self._rows.first,
+                self._rows.length,
+                self._columns.lengths[self._rows.sequence],
+                self._columns.starts[self._rows.sequence],
+            )
+        )
         head = torch.arange(self._lists, device=query.device)[:, None] // max(
             1, self._lists // max(1, self._kv_heads)
         )
         kv_head = torch.arange(self._batch, device=query.device)[:, None, None] * self._kv_heads
-        self._first_block = ((kv_head + head) * self._column_blocks).expand(shape).reshape(-1)
+        first_head = ((kv_head + head) * self._columns.count).expand(shape).reshape(-1)
+        self._first_block = first_head + first_block
         rows = len(self._first_query)
         indices = kv_indices.expand(*shape, -1).reshape(rows, kv_indices.shape[-1]).long()
         listed = torch.arange(indices.shape[1], device=query.device) < (
             kv_num_blocks.expand(shape).reshape(rows, 1)
         )
+        end = self._num_keys
         if is_causal:
-            last_query = (self._first_query + self._height).clamp(max=self._queries) - 1
-            listed &= indices * self._width <= last_query[:, None]
+            end = torch.minimum(torch.minimum(self._first_query + self._height, queries), end)
+        listed &= indices * self._width < end[:, None]
         self._indices, self._counts = indices, listed.sum(1)
 
     def rows_of(self, tensor: Tensor, features: int) -> Tensor:
         """Queries, or what they have, as (rows, group * queries of a block, features)."""
-        missing = self._row_blocks * self._height - self._queries
-        more = features - tensor.shape[-1]
-        rows = F.pad(tensor.to(computation_dtype(tensor.dtype)), (0, more, 0, missing)).view(
-            self._batch, self._lists, self._group, self._row_blocks, self._height, features
+        rows = self._rows.pad(tensor.to(self._dtype), features).reshape(
+            self._batch, self._lists, self._group, self._rows.count, self._height, features
         )
         shape = len(self._counts), self._group * self._height, features
         return rows.transpose(2, 3).reshape(shape)
@@ -228,24 +246,21 @@ class _Grid:
         """The inverse of :meth:`rows_of`."""
         features = rows.shape[-1]
         tensor = rows.view(
-            self._batch, self._lists, self._row_blocks, self._group, self._height, features
+            self._batch, self._lists, self._rows.count, self._group, self._height, features
         ).transpose(2, 3)
-        shape = self._batch, self._lists * self._group, self._row_blocks * self._height, features
-        return tensor.reshape(shape)[:, :, : self._queries].to(dtype).contiguous()
+        shape = self._batch, self._lists * self._group, self._rows.count * self._height, features
+        return self._rows.cut(tensor.reshape(shape), dtype)
 
     def blocks_of(self, tensor: Tensor, features: int) -> Tensor:
         """Keys or values as (batch * heads * blocks, keys of a block, features)."""
-        missing = self._column_blocks * self._width - self._keys
-        more = features - tensor.shape[-1]
-        padded = F.pad(tensor.to(computation_dtype(tensor.dtype)), (0, more, 0, missing))
-        blocks = self._batch * self._kv_heads * self._column_blocks
+        padded = self._columns.pad(tensor.to(self._dtype), features)
+        blocks = self._batch * self._kv_heads * self._columns.count
         return padded.reshape(blocks, self._width, features)
 
     def from_blocks(self, blocks: Tensor, like: Tensor) -> Tensor:
         """The inverse of :meth:`blocks_of`."""
-        shape = *like.shape[:2], self._column_blocks * self._width, blocks.shape[-1]
-        grad = blocks.view(shape)[:, :, : self._keys, : like.shape[-1]]
-        return grad.to(like.dtype).contiguous()
+        shape = *like.shape[:2], self._columns.count * self._width, blocks.shape[-1]
+        return self._columns.cut(blocks.view(shape)[..., : like.shape[-1]], like.dtype)
 
     def batches(self) -> Iterator[_Batch]:
         """The rows that see something, the shortest first."""
@@ -277,7 +292,7 @@ class _Grid:
         queries = self._first_query[rows, None, None] + torch.arange(
             self._height, device=device
         ).view(-1, 1)
-        cut = (keys >= self._keys).expand(-1, self._height, -1)
+        cut = (keys >= self._num_keys[rows, None, None]).expand(-1, self._height, -1)
         may_be_blind = False
         if self._is_causal:
             cut = cut | (keys > queries)
@@ -299,10 +314,64 @@ class _Grid:
 
     def _cut_blocks(self, longest: int) -> int:
         """How many blocks at the right of a list may be seen in part."""
-        short = int(self._keys % self._width != 0)
+        short = int(self._columns.may_be_short)
         if not self._is_causal:
             return min(longest, short)
         if self._width % self._height == 0:
             return 1
         whole = self._height % self._width == 0
         return min(longest, self._height // self._width + (0 if whole else 2))
+
+
+class _Blocks:
+    """The blocks of queries or of keys, each of one sequence, and how positions get there."""
+
+    def __init__(self, tensor: Tensor, size: int, starts: Tensor | None) -> None:
+        self._length, device = tensor.shape[2], tensor.device
+        if starts is None:
+            self._places = None
+            self._missing = -self._length % size
+            self.may_be_short = self._missing > 0
+            self.count = -(-self._length // size)
+            self.lengths = torch.full((1,), self._length, device=device)
+            self.starts = torch.zeros_like(self.lengths)
+            self.sequence = torch.zeros(self.count, dtype=torch.long, device=device)
+        else:
+            self.may_be_short = True
+            starts = starts.long()
+            self.lengths = starts.diff()
+            counts = (self.lengths + size - 1) // size
+            self.starts = counts.cumsum(0) - counts
+            self.count = int(counts.sum())
+            sequences = torch.arange(len(counts), device=device)
+            self.sequence = sequences.repeat_interleave(counts)
+            token = sequences.repeat_interleave(self.lengths)
+            self._places = (self.starts * size - starts[:-1])[token]
+            self._places += torch.arange(len(token), device=device)
+        self._whole = self.count * size
+        self._local = torch.arange(self.count, device=device) - self.starts[self.sequence]
+        self.first = self._local * size  # position of a block's first row in its sequence
+        self.length = self.lengths[self.sequence]
+
+    def lists(self, lists: Tensor) -> Tensor:
+        """Of the rows of a layout, (batch, heads, rows, …), those of these blocks."""
+        if self._places is None:
+            return lists
+        sequence = self.sequence if len(lists) > 1 else torch.zeros_like(self.sequence)
+        return lists[sequence, :, self._local].movedim(0, 1)[None]
+
+    def pad(self, tensor: Tensor, features: int) -> Tensor:
+        """Positions, the third dimension, in whole blocks, and features, filled up with zeros."""
+        given = tensor.shape[3]
+        if self._places is None:
+            return F.pad(tensor, (0, features - given, 0, self._missing))
+        whole = tensor.new_zeros(*tensor.shape[:2], self._whole, features)
+        whole[..., :given].index_copy_(2, self._places, tensor)
+        return whole
+
+    def cut(self, whole: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of :meth:`pad`; packed positions lie in the order of rows."""
+        if self._places is None:
+            return whole[:, :, : self._length].to(dtype).contiguous()
+        rows = whole.transpose(1, 2).index_select(1, self._places)
+        return rows.to(dtype).contiguous().transpose(1, 2)

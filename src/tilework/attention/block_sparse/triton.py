@@ -3,9 +3,11 @@
 A program takes a tile of queries, of several heads of a group where they share a list, and walks
 the list of its block. Gradients of keys and values walk the transposed lists. There are no locks
 and no atomics.
+
+Packed sequences are the elements of a batch: each has its span of the rows. Results are contiguous
+as ``(batch, heads, rows)`` or, packed, as ``(rows, heads)``.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -15,9 +17,9 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._operators import HALF
-
-LOG2_E = tl.constexpr(math.log2(math.e))
-MAX_FEATURES = 256
+from tilework.attention import _kernels
+from tilework.attention._kernels import LOG2_E, MAX_FEATURES
+from tilework.attention.block_sparse.results import empty_gradient, empty_results
 
 # Queries (of all heads) and keys of a tile at most, warps and stages, for half precision and up to
 # so many features: the largest of those tried that do not spill registers.
@@ -69,14 +71,6 @@ def refusal(block_size: tuple[int, int], features: int, values: int) -> str | No
 
 
 @triton.jit
-def _tile(pointer, rows, row_mask, features, num_features, stride_row, stride_feature):
-    """Rows with their features, zeros outside; rows are offsets in 64 bits times their stride."""
-    offsets = rows.to(tl.int64)[:, None] * stride_row + features[None, :] * stride_feature
-    mask = row_mask[:, None] & (features < num_features)[None, :]
-    return tl.load(pointer + offsets, mask=mask, other=0.0)
-
-
-@triton.jit
 def _rows(first, num_queries, TILE_QUERIES: tl.constexpr, PACK: tl.constexpr):
     """Head within the pack, position, and validity of each row of a tile of queries."""
     row = tl.arange(0, PACK * TILE_QUERIES)
@@ -85,24 +79,22 @@ def _rows(first, num_queries, TILE_QUERIES: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
-def _scores(
-    queries,
-    keys,
-    positions,
-    columns,
-    num_keys,
-    scale,
-    IS_CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """Scores of queries (rows) and keys (columns) to the base 2, -inf where not seen."""
-    scores = tl.zeros((queries.shape[0], keys.shape[0]), dtype=tl.float32)
-    scores = _triton.dot(queries, tl.trans(keys), scores, PRECISION, INTERPRETED)
-    seen = (columns < num_keys)[None, :]
-    if IS_CAUSAL:
-        seen = seen & (columns[None, :] <= positions[:, None])
-    return tl.where(seen, scores * (scale * LOG2_E), float("-inf"))
+def _span(starts_ptr, batch, length):
+    """Where the rows of an element of the batch start, and how many there are."""
+    start = 0
+    if starts_ptr is not None:
+        start = tl.load(starts_ptr + batch).to(tl.int64)
+        length = (tl.load(starts_ptr + batch + 1) - start).to(tl.int32)
+    return start, length
+
+
+@triton.jit
+def _results(batch, head, heads, start, positions, length, PACKED: tl.constexpr):
+    """Where the results of positions lie, in rows."""
+    if PACKED:
+        return (start + positions) * heads + head
+    else:
+        return (batch * heads + head) * length + positions
 
 
 @triton.jit
@@ -112,6 +104,8 @@ def forward_kernel(
     value_ptr,
     counts_ptr,
     indices_ptr,
+    query_starts_ptr,
+    key_starts_ptr,
     output_ptr,
     lse_ptr,
     heads,
@@ -152,18 +146,26 @@ def forward_kernel(
     first = tl.program_id(0) * TILE_QUERIES
     first_head = tl.program_id(1).to(tl.int64) * PACK
     batch = tl.program_id(2).to(tl.int64)
+    PACKED: tl.constexpr = query_starts_ptr is not None
+    query_start, num_queries = _span(query_starts_ptr, batch, num_queries)
+    key_start, num_keys = _span(key_starts_ptr, batch, num_keys)
     head, positions, valid = _rows(first, num_queries, TILE_QUERIES, PACK)
     features = tl.arange(0, FEATURES)
     values = tl.arange(0, VALUES)
-    query_ptr += batch * query_stride_batch
+    query_ptr += batch * query_stride_batch + query_start * query_stride_row
     query_rows = (first_head + head) * query_stride_head + positions.to(tl.int64) * query_stride_row
-    queries = _tile(query_ptr, query_rows, valid, features, num_features, 1, query_stride_feature)
+    queries = _kernels.tile(
+        query_ptr, query_rows, valid, features, num_features, 1, query_stride_feature
+    )
     kv_head = first_head // group
-    key_ptr += batch * key_stride_batch + kv_head * key_stride_head
+    key_ptr += batch * key_stride_batch + kv_head * key_stride_head + key_start * key_stride_row
     value_ptr += batch * value_stride_batch + kv_head * value_stride_head
+    value_ptr += key_start * value_stride_row
     list_row = batch * list_stride_batch + first_head * list_heads // heads * list_rows
     list_row += first // QUERY_BLOCK
     count = tl.load(counts_ptr + list_row)
+    if PACKED:
+        count = tl.where(first < num_queries, count, 0)
     last = tl.minimum(first + TILE_QUERIES, num_queries) - 1
 
     peak = tl.full((PACK * TILE_QUERIES,), float("-inf"), tl.float32)
@@ -171,11 +173,14 @@ def forward_kernel(
     result = tl.zeros((PACK * TILE_QUERIES, VALUES), tl.float32)
     for place in range(count):
         block = tl.load(indices_ptr + list_row * list_width + place)
-        for start in range(0, KEY_BLOCK, TILE_KEYS):
+        width = KEY_BLOCK
+        if PACKED:
+            width = tl.minimum(KEY_BLOCK, num_keys - block * KEY_BLOCK)
+        for start in range(0, width, TILE_KEYS):
             columns = block * KEY_BLOCK + start + tl.arange(0, TILE_KEYS)
             present = columns < num_keys
             if (not IS_CAUSAL) or block * KEY_BLOCK + start <= last:
-                keys = _tile(
+                keys = _kernels.tile(
                     key_ptr,
                     columns,
                     present,
@@ -184,13 +189,13 @@ def forward_kernel(
                     key_stride_row,
                     key_stride_feature,
                 )
-                scores = _scores(
+                scores = _kernels.scores(
                     queries,
                     keys,
                     positions,
                     columns,
                     num_keys,
-                    scale,
+                    scale * LOG2_E,
                     IS_CAUSAL,
                     PRECISION,
                     INTERPRETED,
@@ -202,7 +207,7 @@ def forward_kernel(
                 decay = tl.exp2(peak - base)
                 total = total * decay + tl.sum(weights, 1)
                 peak = new_peak
-                chosen = _tile(
+                chosen = _kernels.tile(
                     value_ptr,
                     columns,
                     present,
@@ -219,7 +224,9 @@ def forward_kernel(
                     INTERPRETED,
                 )
     result /= tl.where(total == 0, 1.0, total)[:, None]
-    output_rows = (batch * heads + first_head + head) * num_queries + positions
+    output_rows = _results(
+        batch, first_head + head, heads, query_start, positions, num_queries, PACKED
+    )
     output_offsets = output_rows[:, None] * num_values + values[None, :]
     tl.store(
         output_ptr + output_offsets,
@@ -240,6 +247,8 @@ def query_gradient_kernel(
     value_ptr,
     counts_ptr,
     indices_ptr,
+    query_starts_ptr,
+    key_starts_ptr,
     grad_query_ptr,
     heads,
     group,
@@ -279,32 +288,43 @@ def query_gradient_kernel(
     first = tl.program_id(0) * TILE_QUERIES
     first_head = tl.program_id(1).to(tl.int64) * PACK
     batch = tl.program_id(2).to(tl.int64)
+    PACKED: tl.constexpr = query_starts_ptr is not None
+    query_start, num_queries = _span(query_starts_ptr, batch, num_queries)
+    key_start, num_keys = _span(key_starts_ptr, batch, num_keys)
     head, positions, valid = _rows(first, num_queries, TILE_QUERIES, PACK)
     features = tl.arange(0, FEATURES)
     values = tl.arange(0, VALUES)
-    query_ptr += batch * query_stride_batch
+    query_ptr += batch * query_stride_batch + query_start * query_stride_row
     query_rows = (first_head + head) * query_stride_head + positions.to(tl.int64) * query_stride_row
-    queries = _tile(query_ptr, query_rows, valid, features, num_features, 1, query_stride_feature)
-    rows = (batch * heads + first_head + head) * num_queries + positions
-    grads = _tile(grad_ptr, rows, valid, values, num_values, num_values, 1)
+    queries = _kernels.tile(
+        query_ptr, query_rows, valid, features, num_features, 1, query_stride_feature
+    )
+    rows = _results(batch, first_head + head, heads, query_start, positions, num_queries, PACKED)
+    grads = _kernels.tile(grad_ptr, rows, valid, values, num_values, num_values, 1)
     offsets = tl.load(offset_ptr + rows, mask=valid, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=valid, other=0.0) * LOG2_E
     kv_head = first_head // group
-    key_ptr += batch * key_stride_batch + kv_head * key_stride_head
+    key_ptr += batch * key_stride_batch + kv_head * key_stride_head + key_start * key_stride_row
     value_ptr += batch * value_stride_batch + kv_head * value_stride_head
+    value_ptr += key_start * value_stride_row
     list_row = batch * list_stride_batch + first_head * list_heads // heads * list_rows
     list_row += first // QUERY_BLOCK
     count = tl.load(counts_ptr + list_row)
+    if PACKED:
+        count = tl.where(first < num_queries, count, 0)
     last = tl.minimum(first + TILE_QUERIES, num_queries) - 1
 
     result = tl.zeros((PACK * TILE_QUERIES, FEATURES), tl.float32)
     for place in range(count):
         block = tl.load(indices_ptr + list_row * list_width + place)
-        for start in range(0, KEY_BLOCK, TILE_KEYS):
+        width = KEY_BLOCK
+        if PACKED:
+            width = tl.minimum(KEY_BLOCK, num_keys - block * KEY_BLOCK)
+        for start in range(0, width, TILE_KEYS):
             columns = block * KEY_BLOCK + start + tl.arange(0, TILE_KEYS)
             present = columns < num_keys
             if (not IS_CAUSAL) or block * KEY_BLOCK + start <= last:
-                keys = _tile(
+                keys = _kernels.tile(
                     key_ptr,
                     columns,
                     present,
@@ -313,19 +333,19 @@ def query_gradient_kernel(
                     key_stride_row,
                     key_stride_feature,
                 )
-                scores = _scores(
+                scores = _kernels.scores(
                     queries,
                     keys,
                     positions,
                     columns,
                     num_keys,
-                    scale,
+                    scale * LOG2_E,
                     IS_CAUSAL,
                     PRECISION,
                     INTERPRETED,
                 )
                 weights = tl.exp2(scores - lse[:, None])
-                chosen = _tile(
+                chosen = _kernels.tile(
                     value_ptr,
                     columns,
                     present,
@@ -358,6 +378,8 @@ def key_gradient_kernel(
     value_ptr,
     counts_ptr,
     indices_ptr,
+    query_starts_ptr,
+    key_starts_ptr,
     grad_key_ptr,
     grad_value_ptr,
     heads,
@@ -397,17 +419,21 @@ def key_gradient_kernel(
     first_key = tl.program_id(0) * TILE_KEYS
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
+    PACKED: tl.constexpr = query_starts_ptr is not None
+    query_start, num_queries = _span(query_starts_ptr, batch, num_queries)
+    key_start, num_keys = _span(key_starts_ptr, batch, num_keys)
     features = tl.arange(0, FEATURES)
     values = tl.arange(0, VALUES)
     columns = first_key + tl.arange(0, TILE_KEYS)
     present = columns < num_keys
-    key_ptr += batch * key_stride_batch + kv_head * key_stride_head
+    key_ptr += batch * key_stride_batch + kv_head * key_stride_head + key_start * key_stride_row
     value_ptr += batch * value_stride_batch + kv_head * value_stride_head
-    query_ptr += batch * query_stride_batch
-    keys = _tile(
+    value_ptr += key_start * value_stride_row
+    query_ptr += batch * query_stride_batch + query_start * query_stride_row
+    keys = _kernels.tile(
         key_ptr, columns, present, features, num_features, key_stride_row, key_stride_feature
     )
-    chosen = _tile(
+    chosen = _kernels.tile(
         value_ptr, columns, present, values, num_values, value_stride_row, value_stride_feature
     )
     grad_keys = tl.zeros((TILE_KEYS, FEATURES), tl.float32)
@@ -417,14 +443,19 @@ def key_gradient_kernel(
         list_row = batch * list_stride_batch + head * list_heads // heads * list_rows
         list_row += first_key // KEY_BLOCK
         count = tl.load(counts_ptr + list_row)
+        if PACKED:
+            count = tl.where(first_key < num_keys, count, 0)
         for place in range(count):
             block = tl.load(indices_ptr + list_row * list_width + place)
-            for start in range(0, QUERY_BLOCK, TILE_QUERIES):
+            height = QUERY_BLOCK
+            if PACKED:
+                height = tl.minimum(QUERY_BLOCK, num_queries - block * QUERY_BLOCK)
+            for start in range(0, height, TILE_QUERIES):
                 positions = block * QUERY_BLOCK + start + tl.arange(0, TILE_QUERIES)
                 valid = positions < num_queries
                 last = block * QUERY_BLOCK + start + TILE_QUERIES - 1
                 if (not IS_CAUSAL) or first_key <= last:
-                    queries = _tile(
+                    queries = _kernels.tile(
                         query_ptr + head * query_stride_head,
                         positions,
                         valid,
@@ -433,17 +464,17 @@ def key_gradient_kernel(
                         query_stride_row,
                         query_stride_feature,
                     )
-                    rows = (batch * heads + head) * num_queries + positions
-                    grads = _tile(grad_ptr, rows, valid, values, num_values, num_values, 1)
+                    rows = _results(batch, head, heads, query_start, positions, num_queries, PACKED)
+                    grads = _kernels.tile(grad_ptr, rows, valid, values, num_values, num_values, 1)
                     offsets = tl.load(offset_ptr + rows, mask=valid, other=0.0)
                     lse = tl.load(lse_ptr + rows, mask=valid, other=0.0) * LOG2_E
-                    scores = _scores(
+                    scores = _kernels.scores(
                         queries,
                         keys,
                         positions,
                         columns,
                         num_keys,
-                        scale,
+                        scale * LOG2_E,
                         IS_CAUSAL,
                         PRECISION,
                         INTERPRETED,
@@ -468,7 +499,7 @@ def key_gradient_kernel(
                         PRECISION,
                         INTERPRETED,
                     )
-    kv_rows = (batch * (heads // group) + kv_head) * num_keys + columns
+    kv_rows = _results(batch, kv_head, heads // group, key_start, columns, num_keys, PACKED)
     tl.store(
         grad_key_ptr + kv_rows[:, None] * num_features + features[None, :],
         (grad_keys * scale).to(grad_key_ptr.dtype.element_ty),
@@ -489,31 +520,33 @@ def forward(
     kv_indices: Tensor,
     q_num_blocks: Tensor | None,
     q_indices: Tensor | None,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
     block_size: list[int],
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.block_sparse_attention``."""
-    batch, heads, num_queries, _ = query.shape
-    output = query.new_empty(batch, heads, num_queries, value.shape[-1])
-    lse = query.new_empty(batch, heads, num_queries, dtype=torch.float32)
+    packed = query_starts is not None
+    output, lse = empty_results(query, value, packed)
     if lse.numel() == 0:
         return output, lse
     sizes, constants = _arguments("forward", query, key, value, kv_indices, block_size, is_causal)
     pack = _pack(query, key, kv_indices, constants)
-    grid = triton.cdiv(num_queries, constants["TILE_QUERIES"]), heads // pack, batch
-    forward_kernel[grid](
+    rows = min(query.shape[2], kv_indices.shape[2] * block_size[0])
+    batch = query.shape[0] if query_starts is None else len(query_starts) - 1
+    forward_kernel[triton.cdiv(rows, constants["TILE_QUERIES"]), query.shape[1] // pack, batch](
         query,
         key,
         value,
         kv_num_blocks.contiguous(),
         kv_indices.contiguous(),
+        query_starts,
+        key_starts,
         output,
         lse,
         *sizes,
-        *query.stride(),
-        *key.stride(),
-        *value.stride(),
+        *_strides(packed, query, key, value),
         scale,
         PACK=pack,
         **constants,
@@ -533,26 +566,29 @@ def backward(
     kv_indices: Tensor,
     q_num_blocks: Tensor,
     q_indices: Tensor,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
     block_size: list[int],
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    batch, heads, num_queries, _ = query.shape
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    grad_key, grad_value = (
-        torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in (key, value)
-    )
+    packed = query_starts is not None
+    grad_query, grad_key, grad_value = (empty_gradient(t, packed) for t in (query, key, value))
+    grad_key.zero_()
+    grad_value.zero_()
     if lse.numel() == 0:
         return grad_query, grad_key, grad_value
-    grad_output = grad_output.contiguous()
     offset = (grad_output.float() * output.float()).sum(-1) - grad_lse
-    upstream = grad_output, offset, lse.masked_fill(lse == -torch.inf, 0)
-    strides = *query.stride(), *key.stride(), *value.stride()
+    upstream = [grad_output, offset, lse.masked_fill(lse == -torch.inf, 0)]
+    upstream = [(t.transpose(1, 2) if packed else t).contiguous() for t in upstream]
+    strides = _strides(packed, query, key, value)
+    batch = query.shape[0] if query_starts is None else len(query_starts) - 1
 
     sizes, constants = _arguments("query", query, key, value, kv_indices, block_size, is_causal)
     pack = _pack(query, key, kv_indices, constants)
-    grid = triton.cdiv(num_queries, constants["TILE_QUERIES"]), heads // pack, batch
+    rows = min(query.shape[2], kv_indices.shape[2] * block_size[0])
+    grid = triton.cdiv(rows, constants["TILE_QUERIES"]), query.shape[1] // pack, batch
     query_gradient_kernel[grid](
         *upstream,
         query,
@@ -560,6 +596,8 @@ def backward(
         value,
         kv_num_blocks.contiguous(),
         kv_indices.contiguous(),
+        query_starts,
+        key_starts,
         grad_query,
         *sizes,
         *strides,
@@ -571,14 +609,16 @@ def backward(
         return grad_query, grad_key, grad_value
     sizes, constants = _arguments("key", query, key, value, q_indices, block_size, is_causal)
     constants.pop("ROWS")
-    grid = triton.cdiv(key.shape[2], constants["TILE_KEYS"]), key.shape[1], batch
-    key_gradient_kernel[grid](
+    rows = min(key.shape[2], q_indices.shape[2] * block_size[1])
+    key_gradient_kernel[triton.cdiv(rows, constants["TILE_KEYS"]), key.shape[1], batch](
         *upstream,
         query,
         key,
         value,
         q_num_blocks.contiguous(),
         q_indices.contiguous(),
+        query_starts,
+        key_starts,
         grad_key,
         grad_value,
         *sizes,
@@ -587,6 +627,15 @@ def backward(
         **constants,
     )
     return grad_query, grad_key, grad_value
+
+
+def _strides(packed: bool, *tensors: Tensor) -> list[int]:
+    """The strides of tensors; packed sequences have none between them."""
+    return [
+        0 if packed and dim == 0 else stride
+        for tensor in tensors
+        for dim, stride in enumerate(tensor.stride())
+    ]
 
 
 def _arguments(
