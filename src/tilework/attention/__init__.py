@@ -3,11 +3,15 @@
 from tilework.attention.block_layout import BlockLayout, causal_topk
 from tilework.attention.block_sparse import block_sparse_attention
 from tilework.attention.qk_norm_attention import QKNormAttention, qk_norm_attention
+from tilework.attention.seer_gate import SeerGate
+from tilework.attention.seer_gate_loss import seer_gate_loss
 
 __all__ = [
     "BlockLayout",
     "QKNormAttention",
+    "SeerGate",
     "block_sparse_attention",
     "causal_topk",
     "qk_norm_attention",
+    "seer_gate_loss",
 ]
