@@ -247,6 +247,17 @@ def test_positions_are_relative_and_matter() -> None:
     assert not torch.allclose(other[live], logits[live])
 
 
+def test_the_first_block_is_not_turned() -> None:
+    gate = build(2, 2, 4, dtype=torch.float64)
+    query, _ = (t.detach() for t in tensors(gate, (4, 4), torch.float64))
+    assert gate.q_weight is not None
+    plain = query.mean(2, keepdim=True) @ gate.q_weight
+    torch.testing.assert_close(gate.compress_queries(query), plain)
+    later = gate.compress_queries(query, first_block=1)
+    assert not torch.allclose(later, plain)
+    torch.testing.assert_close(later.norm(dim=-1), plain.norm(dim=-1))
+
+
 def test_gradients_reach_the_weights_through_live_blocks_only() -> None:
     gate = build(2, 1, 4, dtype=torch.float64)
     query, key = tensors(gate, (12, 12), torch.float64)

@@ -2,6 +2,10 @@
 
 from tilework.attention.block_layout import BlockLayout, causal_topk
 from tilework.attention.block_sparse import block_sparse_attention
+from tilework.attention.block_sparse_decode import (
+    block_sparse_decode,
+    paged_block_sparse_decode,
+)
 from tilework.attention.qk_norm_attention import QKNormAttention, qk_norm_attention
 from tilework.attention.seer_gate import SeerGate
 from tilework.attention.seer_gate_loss import seer_gate_loss
@@ -11,7 +15,9 @@ __all__ = [
     "QKNormAttention",
     "SeerGate",
     "block_sparse_attention",
+    "block_sparse_decode",
     "causal_topk",
+    "paged_block_sparse_decode",
     "qk_norm_attention",
     "seer_gate_loss",
 ]
