@@ -8,12 +8,14 @@ from tilework.attention.block_sparse_decode import (
 )
 from tilework.attention.qk_norm_attention import QKNormAttention, qk_norm_attention
 from tilework.attention.seer_gate import SeerGate
+from tilework.attention.seer_gate_cache import SeerGateCache
 from tilework.attention.seer_gate_loss import seer_gate_loss
 
 __all__ = [
     "BlockLayout",
     "QKNormAttention",
     "SeerGate",
+    "SeerGateCache",
     "block_sparse_attention",
     "block_sparse_decode",
     "causal_topk",

@@ -159,12 +159,8 @@ class SeerGate(nn.Module):
 
         ``query`` ``(B, Hq, Lq, E)`` and ``key`` ``(B, Hkv, Lk, E)`` are those before RoPE.
         """
+        check_pair(_NAME, self, query, key)
         queries, keys = self.compress_queries(query), self.compress_keys(key)
-        if key.shape[0] != query.shape[0]:
-            raise _checks.bad_value(_NAME, "key", f"of query's batch {query.shape[0]}", key)
-        if key.dtype != query.dtype:
-            raise _checks.bad_type(_NAME, "key", f"of query's {query.dtype}", key)
-        _checks.same_device(_NAME, query=query, key=key)
         logits = self.score(queries, keys)
         if is_causal:
             rows, columns = (
@@ -180,7 +176,7 @@ class SeerGate(nn.Module):
 
         Their first position is that of the block ``first_block``.
         """
-        self._check("query", query, self.num_heads)
+        check_projection(_NAME, self, "query", query)
         pooled = self._pool(query, self.q_pool)
         if self.q_weight is not None:
             pooled = _product(pooled, self.q_weight.to(pooled.dtype))
@@ -194,7 +190,7 @@ class SeerGate(nn.Module):
         With ``q_projection=False`` they have the ``Hq`` heads of the queries. Their first position
         is that of the block ``first_block``.
         """
-        self._check("key", key, self.num_kv_heads)
+        check_projection(_NAME, self, "key", key)
         pooled = self._pool(key, self.k_pool)
         pooled = pooled.repeat_interleave(self.k_weight.shape[0] // self.num_kv_heads, 1)
         return self._rotate(_product(pooled, self.k_weight.to(pooled.dtype)), first_block)
@@ -220,14 +216,6 @@ class SeerGate(nn.Module):
             f"k_pool={self.k_pool}, q_projection={self.q_projection}, rope_theta={self.rope_theta}"
         )
 
-    def _check(self, name: str, tensor: Tensor, heads: int) -> None:
-        _checks.floating(_NAME, name, tensor)
-        if tensor.dim() != 4 or tensor.shape[1] != heads or tensor.shape[3] != self.head_dim:
-            raise _checks.bad_value(
-                _NAME, name, f"of shape (B, {heads}, L, {self.head_dim})", tensor
-            )
-        _checks.same_device(_NAME, k_weight=self.k_weight, **{name: tensor})
-
     def _pool(self, input: Tensor, pools: tuple[str, ...]) -> Tensor:
         """The pools of each block: ``(B, H, n, len(pools) * E)``, in the computation's dtype."""
         dtype = torch.promote_types(computation_dtype(input.dtype), self.k_weight.dtype)
@@ -250,6 +238,26 @@ class SeerGate(nn.Module):
         cos, sin = angle.cos().to(input.dtype), angle.sin().to(input.dtype)
         first, second = input.chunk(2, -1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def check_pair(function: str, gate: SeerGate, query: Tensor, key: Tensor) -> None:
+    """Refuse what is no pair of queries and keys for a gate; their lengths may differ."""
+    check_projection(function, gate, "query", query)
+    check_projection(function, gate, "key", key)
+    if key.shape[0] != query.shape[0]:
+        raise _checks.bad_value(function, "key", f"of query's batch {query.shape[0]}", key)
+    if key.dtype != query.dtype:
+        raise _checks.bad_type(function, "key", f"of query's {query.dtype}", key)
+
+
+def check_projection(function: str, gate: SeerGate, name: str, tensor: Tensor) -> None:
+    """Refuse what are no queries, or no keys, for a gate."""
+    _checks.floating(function, name, tensor)
+    heads = gate.num_heads if name == "query" else gate.num_kv_heads
+    if tensor.dim() != 4 or tensor.shape[1] != heads or tensor.shape[3] != gate.head_dim:
+        expected = f"of shape (B, {heads}, L, {gate.head_dim})"
+        raise _checks.bad_value(function, name, expected, tensor)
+    _checks.same_device(function, k_weight=gate.k_weight, **{name: tensor})
 
 
 def _pools(argument: str, pools: Sequence[str]) -> tuple[str, ...]:

@@ -161,11 +161,11 @@ def case(
             ]
             for b in range(batch)
         ]
-        if counted:  # what does not count is not read
-            places = torch.arange(width) >= counts[..., None]
-            kv_indices = kv_indices.masked_fill(
-                places, 100 if index_dtype == torch.uint8 else 10**6
-            )
+        if counted:  # what does not count is not read: other blocks, or none at all
+            past = torch.arange(width) >= counts[..., None]
+            past[::2] = False
+            none = 100 if index_dtype == torch.uint8 else 10**6
+            kv_indices = kv_indices.masked_fill(past, none)
         kv_indices = kv_indices.to(index_dtype)
         kv_num_blocks = None if kv_num_blocks is None else kv_num_blocks.to(index_dtype)
     return Case(

@@ -51,7 +51,7 @@ def forward(
         selected = places < totals
         tokens = places
         if kv_indices is not None:
-            listed = kv_indices[:, :, places // block_size].where(selected, 0).long()
+            listed = kv_indices[:, :, places // block_size].long()
             tokens = listed * block_size + places % block_size
         selected = selected & (tokens < lengths)
         tokens = tokens.where(selected, 0)
