@@ -392,6 +392,7 @@ def test_any_number_of_splits_by_triton(splits: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton, "count_splits", lambda *_: splits)
     check(one, one.solve("triton"))
     check(one, one.solve_paged("triton", 8))
+    check(one, one.solve("triton", scale=1e3), 1e3)  # one part outweighs the others by far
 
 
 def test_groups_of_more_heads_than_a_tile_by_triton() -> None:

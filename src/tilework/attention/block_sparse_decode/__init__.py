@@ -378,32 +378,27 @@ def _check_lists(
     if kv_indices.dim() != 3 or not _fits(kv_indices, batch, kv_heads):
         raise _checks.bad_value(name, "kv_indices", f"of shape {heads}, K)", kv_indices)
     _checks.same_device(name, query=query, kv_indices=kv_indices)
-    width = kv_indices.shape[2]
     if kv_num_blocks is not None:
         check_integers(name, "kv_num_blocks", kv_num_blocks)
         if kv_num_blocks.dim() != 2 or not _fits(kv_num_blocks, batch, kv_heads):
             raise _checks.bad_value(name, "kv_num_blocks", f"of shape {heads})", kv_num_blocks)
         _checks.same_device(name, query=query, kv_num_blocks=kv_num_blocks)
-        if _checks.holds_values(kv_num_blocks):
-            _check_range(name, "kv_num_blocks", kv_num_blocks, width)
-    if not _checks.holds_values(kv_indices):
-        return
-    indices = kv_indices.long()
+    if all(_checks.holds_values(t) for t in (kv_indices, kv_num_blocks) if t is not None):
+        _check_numbers(name, kv_indices, kv_num_blocks, ceil_div(tokens, block_size))
+
+
+def _check_numbers(
+    name: str, kv_indices: Tensor, kv_num_blocks: Tensor | None, num_blocks: int
+) -> None:
+    """Refuse blocks that do not exist or stand twice in a list."""
+    place = torch.arange(kv_indices.shape[2])
+    counted = torch.ones_like(kv_indices, dtype=torch.bool)
     if kv_num_blocks is not None:
-        if not _checks.holds_values(kv_num_blocks):
-            return
-        counted = torch.arange(width) < kv_num_blocks[..., None]
-        # Distinct negative numbers where nothing counts.
-        indices = torch.where(counted, indices, -1 - torch.arange(width))
-        _check_range(
-            name,
-            "kv_indices",
-            indices[counted.expand_as(indices)],
-            ceil_div(tokens, block_size) - 1,
-            " within the counts",
-        )
-    else:
-        _check_range(name, "kv_indices", indices, ceil_div(tokens, block_size) - 1)
+        _check_range(name, "kv_num_blocks", kv_num_blocks, len(place))
+        counted = counted & (place < kv_num_blocks[..., None])
+    # Distinct negative numbers where nothing counts.
+    indices = kv_indices.long().where(counted, -1 - place)
+    _check_range(name, "kv_indices", indices[counted], num_blocks - 1, " within the counts")
     in_order = indices.sort(-1).values
     repeated = in_order[..., 1:] == in_order[..., :-1]
     if repeated.any():
@@ -419,7 +414,7 @@ def _fits(lists: Tensor, batch: int, kv_heads: int) -> bool:
 
 
 def _check_range(name: str, argument: str, values: Tensor, most: int, where: str = "") -> None:
-    """Refuse values outside of 0 to ``most``; for those whose reading is free."""
+    """Refuse values outside of 0 to ``most``."""
     if ((values < 0) | (values > most)).any():
         raise ValueError(
             f"{name}: {argument} must be from 0 to {most}{where}, "
