@@ -136,10 +136,10 @@ class SeerGateCache:
 
     def _store(self, first: int, keys: Tensor) -> None:
         """Put compressed keys at the place of the block ``first``; room is doubled when it ends."""
-        stop = first + keys.shape[2]
-        if self._keys is None or stop > self._keys.shape[2]:
+        stop, room = first + keys.shape[2], 0 if self._keys is None else self._keys.shape[2]
+        if self._keys is None or stop > room:
             old, shape = self._keys, list(keys.shape)
-            shape[2] = max(stop, 2 * first)
+            shape[2] = max(stop, 2 * room)
             self._keys = keys.new_empty(shape)
             if old is not None:
                 self._keys[:, :, :first] = old[:, :, :first]

@@ -395,6 +395,20 @@ def test_any_number_of_splits_by_triton(splits: int, monkeypatch: pytest.MonkeyP
     check(one, one.solve("triton", scale=1e3), 1e3)  # one part outweighs the others by far
 
 
+def test_splits_are_those_of_the_list_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilework.attention.block_sparse_decode import triton
+
+    seen = []
+    monkeypatch.setattr(triton, "count_splits", lambda *args: seen.append(args[:2]) or 1)
+    one = case(tokens=320, width=6)
+    one.solve("triton")
+    one.solve_paged("triton", 32)
+    one.kv_indices = one.kv_num_blocks = None
+    one.solve("triton")
+    tile = triton.choose_tile("interpreter", torch.float32, 16)[1]
+    assert seen == [(6, 96 // tile), (6, 96 // tile), (6, 320 // tile)]
+
+
 def test_groups_of_more_heads_than_a_tile_by_triton() -> None:
     one = case(batch=1, heads=40, kv_heads=2, tokens=150, width=5)
     check(one, one.solve("triton"))
