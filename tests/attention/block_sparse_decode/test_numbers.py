@@ -388,7 +388,7 @@ def test_two_calls_are_bitwise_equal(implementation: str) -> None:
 def test_any_number_of_splits_by_triton(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from tilework.attention.block_sparse_decode import triton
 
-    one = case(batch=2, heads=6, tokens=350, width=17)
+    one = case(heads=6, tokens=260, width=13)  # one of the sequences is empty
     monkeypatch.setattr(triton, "count_splits", lambda *_: splits)
     check(one, one.solve("triton"))
     check(one, one.solve_paged("triton", 8))
