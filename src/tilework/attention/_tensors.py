@@ -7,10 +7,12 @@ from tilework import _checks
 
 
 def check_tensors(
-    function: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+    function: str, query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool
 ) -> None:
     """Refuse what is no query of shape (B, Hq, Lq, E), key (B, Hkv, Lk, E), value (…, Ev)."""
-    tensors = {"query": query, "key": key, "value": value}
+    tensors = {"query": query, "key": key}
+    if value is not None:
+        tensors["value"] = value
     for name, tensor in tensors.items():
         _checks.floating(function, name, tensor)
         if tensor.dim() != 4:
@@ -26,7 +28,8 @@ def check_tensors(
     else:
         kv_heads = heads
     _checks.shape(function, "key", key, (batch, kv_heads, keys, features))
-    _checks.shape(function, "value", value, (batch, kv_heads, keys, value.shape[-1]))
+    if value is not None:
+        _checks.shape(function, "value", value, (batch, kv_heads, keys, value.shape[-1]))
     _checks.same_device(function, **tensors)
 
 

@@ -5,7 +5,6 @@ the list of its block. Gradients of keys and values walk the transposed lists. T
 and no atomics.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._operators import HALF
-
-LOG2_E = tl.constexpr(math.log2(math.e))
-MAX_FEATURES = 256
+from tilework.attention import _kernels
+from tilework.attention._kernels import LOG2_E, MAX_FEATURES
 
 # Queries (of all heads) and keys of a tile at most, warps and stages, for half precision and up to
 # so many features: the largest of those tried that do not spill registers.
@@ -69,40 +67,11 @@ def refusal(block_size: tuple[int, int], features: int, values: int) -> str | No
 
 
 @triton.jit
-def _tile(pointer, rows, row_mask, features, num_features, stride_row, stride_feature):
-    """Rows with their features, zeros outside; rows are offsets in 64 bits times their stride."""
-    offsets = rows.to(tl.int64)[:, None] * stride_row + features[None, :] * stride_feature
-    mask = row_mask[:, None] & (features < num_features)[None, :]
-    return tl.load(pointer + offsets, mask=mask, other=0.0)
-
-
-@triton.jit
 def _rows(first, num_queries, TILE_QUERIES: tl.constexpr, PACK: tl.constexpr):
     """Head within the pack, position, and validity of each row of a tile of queries."""
     row = tl.arange(0, PACK * TILE_QUERIES)
     position = first + row % TILE_QUERIES
     return row // TILE_QUERIES, position, position < num_queries
-
-
-@triton.jit
-def _scores(
-    queries,
-    keys,
-    positions,
-    columns,
-    num_keys,
-    scale,
-    IS_CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """Scores of queries (rows) and keys (columns) to the base 2, -inf where not seen."""
-    scores = tl.zeros((queries.shape[0], keys.shape[0]), dtype=tl.float32)
-    scores = _triton.dot(queries, tl.trans(keys), scores, PRECISION, INTERPRETED)
-    seen = (columns < num_keys)[None, :]
-    if IS_CAUSAL:
-        seen = seen & (columns[None, :] <= positions[:, None])
-    return tl.where(seen, scores * (scale * LOG2_E), float("-inf"))
 
 
 @triton.jit
@@ -157,7 +126,9 @@ def forward_kernel(
     values = tl.arange(0, VALUES)
     query_ptr += batch * query_stride_batch
     query_rows = (first_head + head) * query_stride_head + positions.to(tl.int64) * query_stride_row
-    queries = _tile(query_ptr, query_rows, valid, features, num_features, 1, query_stride_feature)
+    queries = _kernels.tile(
+        query_ptr, query_rows, valid, features, num_features, 1, query_stride_feature
+    )
     kv_head = first_head // group
     key_ptr += batch * key_stride_batch + kv_head * key_stride_head
     value_ptr += batch * value_stride_batch + kv_head * value_stride_head
@@ -175,7 +146,7 @@ def forward_kernel(
             columns = block * KEY_BLOCK + start + tl.arange(0, TILE_KEYS)
             present = columns < num_keys
             if (not IS_CAUSAL) or block * KEY_BLOCK + start <= last:
-                keys = _tile(
+                keys = _kernels.tile(
                     key_ptr,
                     columns,
                     present,
@@ -184,13 +155,13 @@ def forward_kernel(
                     key_stride_row,
                     key_stride_feature,
                 )
-                scores = _scores(
+                scores = _kernels.scores(
                     queries,
                     keys,
                     positions,
                     columns,
                     num_keys,
-                    scale,
+                    scale * LOG2_E,
                     IS_CAUSAL,
                     PRECISION,
                     INTERPRETED,
@@ -202,7 +173,7 @@ def forward_kernel(
                 decay = tl.exp2(peak - base)
                 total = total * decay + tl.sum(weights, 1)
                 peak = new_peak
-                chosen = _tile(
+                chosen = _kernels.tile(
                     value_ptr,
                     columns,
                     present,
@@ -284,9 +255,11 @@ def query_gradient_kernel(
     values = tl.arange(0, VALUES)
     query_ptr += batch * query_stride_batch
     query_rows = (first_head + head) * query_stride_head + positions.to(tl.int64) * query_stride_row
-    queries = _tile(query_ptr, query_rows, valid, features, num_features, 1, query_stride_feature)
+    queries = _kernels.tile(
+        query_ptr, query_rows, valid, features, num_features, 1, query_stride_feature
+    )
     rows = (batch * heads + first_head + head) * num_queries + positions
-    grads = _tile(grad_ptr, rows, valid, values, num_values, num_values, 1)
+    grads = _kernels.tile(grad_ptr, rows, valid, values, num_values, num_values, 1)
     offsets = tl.load(offset_ptr + rows, mask=valid, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=valid, other=0.0) * LOG2_E
     kv_head = first_head // group
@@ -304,7 +277,7 @@ def query_gradient_kernel(
             columns = block * KEY_BLOCK + start + tl.arange(0, TILE_KEYS)
             present = columns < num_keys
             if (not IS_CAUSAL) or block * KEY_BLOCK + start <= last:
-                keys = _tile(
+                keys = _kernels.tile(
                     key_ptr,
                     columns,
                     present,
@@ -313,19 +286,19 @@ def query_gradient_kernel(
                     key_stride_row,
                     key_stride_feature,
                 )
-                scores = _scores(
+                scores = _kernels.scores(
                     queries,
                     keys,
                     positions,
                     columns,
                     num_keys,
-                    scale,
+                    scale * LOG2_E,
                     IS_CAUSAL,
                     PRECISION,
                     INTERPRETED,
                 )
                 weights = tl.exp2(scores - lse[:, None])
-                chosen = _tile(
+                chosen = _kernels.tile(
                     value_ptr,
                     columns,
                     present,
@@ -404,10 +377,10 @@ def key_gradient_kernel(
     key_ptr += batch * key_stride_batch + kv_head * key_stride_head
     value_ptr += batch * value_stride_batch + kv_head * value_stride_head
     query_ptr += batch * query_stride_batch
-    keys = _tile(
+    keys = _kernels.tile(
         key_ptr, columns, present, features, num_features, key_stride_row, key_stride_feature
     )
-    chosen = _tile(
+    chosen = _kernels.tile(
         value_ptr, columns, present, values, num_values, value_stride_row, value_stride_feature
     )
     grad_keys = tl.zeros((TILE_KEYS, FEATURES), tl.float32)
@@ -424,7 +397,7 @@ def key_gradient_kernel(
                 valid = positions < num_queries
                 last = block * QUERY_BLOCK + start + TILE_QUERIES - 1
                 if (not IS_CAUSAL) or first_key <= last:
-                    queries = _tile(
+                    queries = _kernels.tile(
                         query_ptr + head * query_stride_head,
                         positions,
                         valid,
@@ -434,16 +407,16 @@ def key_gradient_kernel(
                         query_stride_feature,
                     )
                     rows = (batch * heads + head) * num_queries + positions
-                    grads = _tile(grad_ptr, rows, valid, values, num_values, num_values, 1)
+                    grads = _kernels.tile(grad_ptr, rows, valid, values, num_values, num_values, 1)
                     offsets = tl.load(offset_ptr + rows, mask=valid, other=0.0)
                     lse = tl.load(lse_ptr + rows, mask=valid, other=0.0) * LOG2_E
-                    scores = _scores(
+                    scores = _kernels.scores(
                         queries,
                         keys,
                         positions,
                         columns,
                         num_keys,
-                        scale,
+                        scale * LOG2_E,
                         IS_CAUSAL,
                         PRECISION,
                         INTERPRETED,
