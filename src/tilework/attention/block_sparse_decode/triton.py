@@ -5,7 +5,6 @@ the tokens of the selected blocks, numbered through. Parts are merged in order b
 There are no locks and no atomics.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -15,9 +14,7 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._operators import HALF
-
-LOG2_E = tl.constexpr(math.log2(math.e))
-MAX_FEATURES = 256
+from tilework.attention._kernels import LOG2_E, MAX_FEATURES
 
 # Queries of a group and keys of a tile at most, warps and stages, for half precision and up to so
 # many features: tiles that do not spill registers.
