@@ -10,7 +10,7 @@ OUT ?= runs/gpu
 BIN := $(VENV)/bin
 ENV := env -u PYTHONPATH
 
-.PHONY: help demo test lint bench scaling gpu docs mutants clean
+.PHONY: help demo gate test lint bench scaling gpu docs mutants clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -27,6 +27,9 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 
 demo: $(VENV)/.installed-bench ## train a small language model, with Tilework and with plain torch
 	$(ENV) $(BIN)/python examples/demo $(ARGS)
+
+gate: $(VENV)/.installed-bench ## train gates that select blocks of keys for a small language model
+	$(ENV) $(BIN)/python examples/gate $(ARGS)
 
 # The second run checks the annotated shapes; kernels are not Python to a type checker.
 test: $(VENV)/.installed-test ## the whole suite that needs no GPU

@@ -91,6 +91,7 @@ def resources(arch: str, kernel: Any) -> dict[str, Any]:
             "spilled": stack + numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
             "shared": kernel.metadata.shared,
             "matrix": len(re.findall(MATRIX_INSTRUCTION[arch], text)),
+            "matrix of sm_80": 0,
         }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -107,6 +108,7 @@ def resources(arch: str, kernel: Any) -> dict[str, Any]:
         "spilled": numbers["STACK"] + numbers["LOCAL"],
         "shared": kernel.metadata.shared,
         "matrix": len(re.findall(MATRIX_INSTRUCTION[arch], kernel.asm["ptx"])),
+        "matrix of sm_80": len(re.findall(MATRIX_INSTRUCTION["sm_80"], kernel.asm["ptx"])),
     }
 
 

@@ -1,0 +1,422 @@
+"""Attention of one query token to selected blocks of a contiguous or paged cache."""
+
+import math
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from tilework import _checks, _operators
+from tilework._operators import Implementation
+from tilework.attention.block_layout.grid import ceil_div, check_integers
+from tilework.attention.block_sparse_decode import operators
+from tilework.catalog import implements
+
+__all__ = ["block_sparse_decode", "paged_block_sparse_decode"]
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PAPER = implements(
+    "SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs",
+    year=2024,
+    arxiv="2410.13276",
+)
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "triton",
+        devices=("cuda",),
+        dtypes=(torch.float16, torch.bfloat16, torch.float32),
+        memory="an output in float32 for each part of the keys",
+        backward="none",
+        deterministic=True,
+        needs="triton",
+        checked_on="Triton's interpreter",
+    ),
+    Implementation(
+        "tiled",
+        devices=(),
+        dtypes=_FLOATING,
+        memory="4 MiB of gathered keys and values",
+        backward="none",
+        deterministic=True,
+        checked_on="CPU",
+    ),
+    Implementation(
+        "reference",
+        devices=(),
+        dtypes=_FLOATING,
+        memory="all keys and values in float32, and all scores, several times",
+        backward="none",
+        deterministic=True,
+        checked_on="CPU",
+    ),
+)
+for _name in ("block_sparse_decode", "paged_block_sparse_decode"):
+    _operators.TABLES[f"attention.{_name}"] = IMPLEMENTATIONS
+
+
+@_PAPER
+def block_sparse_decode(
+    query: Float[Tensor, "batch heads 1 features"],
+    key: Float[Tensor, "batch kv_heads tokens features"],
+    value: Float[Tensor, "batch kv_heads tokens values"],
+    kv_indices: Integer[Tensor, "batch list_heads width"] | None = None,
+    kv_num_blocks: Integer[Tensor, "batch count_heads"] | None = None,
+    *,
+    seq_lengths: Integer[Tensor, " batch"] | None = None,
+    block_size: int = 64,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> (
+    Float[Tensor, "batch heads 1 values"]
+    | tuple[Float[Tensor, "batch heads 1 values"], Float[Tensor, "batch heads 1"]]
+):
+    r"""Attention of one query token of each sequence to selected blocks of its cache.
+
+    With the query :math:`q` of head :math:`h`, which reads the keys :math:`k_t` and values
+    :math:`v_t` of head :math:`g = \lfloor h H_{kv} / H_q \rfloor`, :math:`\ell` =
+    ``seq_lengths[b]``, the block size :math:`s` and :math:`\alpha` = ``scale``:
+
+    .. math::
+
+        T &= \{t < \ell : \lfloor t / s \rfloor \in \texttt{kv\_indices}_{bg}\} \\
+        \mathrm{lse} &= \log \sum_{t \in T} e^{\alpha q^\top k_t}, \qquad
+        o = \sum_{t \in T} e^{\alpha q^\top k_t - \mathrm{lse}} v_t
+
+    where nothing is selected, zeros and :math:`-\infty`. Sums are computed in float32 (float64 for
+    float64), the output is rounded once. Nothing that is not selected influences the result, nan
+    included; except with ``"reference"``, it is not read. For inference: there are no gradients,
+    and autocast changes nothing. Deterministic for the same sizes on the same device.
+
+    Values of indices and lengths are checked on the CPU and trusted elsewhere, where a look at them
+    would wait for the device.
+
+    Args:
+        query: Shape ``(B, Hq, 1, E)``.
+        key: Shape ``(B, Hkv, S, E)`` of any strides, of ``query``'s dtype; ``Hkv`` divides ``Hq``.
+        value: Shape ``(B, Hkv, S, Ev)``, of ``query``'s dtype.
+        kv_indices: The numbers of the selected blocks, distinct and in any order, of any integer
+            dtype and shape ``(B, Hkv or 1, K)``: each list is shared by the query heads of a
+            group. None selects all tokens.
+        kv_num_blocks: How many entries of each list count, shape ``(B, Hkv or 1)``; None for all.
+            What stands after them is not read.
+        seq_lengths: The tokens of each sequence, shape ``(B,)``; None for ``S``. What stands after
+            them is not read.
+        block_size: Tokens of a block.
+        scale: Factor of the scores; None is ``1 / sqrt(E)``.
+        return_lse: Whether to return the log-sum-exp too.
+        implementation: ``"triton"`` (CUDA; at most 256 features; parts of the keys side by side,
+            merged in order), ``"tiled"`` (gathers the selected tokens) or ``"reference"`` (masks
+            all tokens). None picks the first of these that takes the arguments.
+
+    Returns:
+        Shape ``(B, Hq, 1, Ev)``, of ``query``'s dtype; with ``return_lse`` the pair of it and the
+        log-sum-exp, shape ``(B, Hq, 1)``, float32 (float64 for float64).
+
+    Raises:
+        ValueError: A shape, value, option or implementation is not one of those above.
+        TypeError: A tensor is not of one of the dtypes above.
+        RuntimeError: A gradient is asked for.
+
+    Example:
+        >>> import torch
+        >>> from tilework.attention import block_sparse_decode
+        >>> query = torch.randn(2, 8, 1, 32)
+        >>> key = value = torch.randn(2, 2, 1000, 32)
+        >>> blocks = torch.tensor([[[15, 0, 7]], [[4, 9, 0]]])
+        >>> lengths = torch.tensor([1000, 600])
+        >>> block_sparse_decode(query, key, value, blocks, seq_lengths=lengths).shape
+        torch.Size([2, 8, 1, 32])
+
+    Deviations:
+        The paper sparsifies the prefill only. The later decoding kernels of its authors take
+        left-padded contiguous caches.
+
+    Reference:
+        Yizhao Gao, Zhichen Zeng, Dayou Du, Shijie Cao, Peiyuan Zhou, Jiaxing Qi, Junjie Lai, Hayden
+        Kwok-Hay So, Ting Cao, Fan Yang, Mao Yang. SeerAttention: Learning Intrinsic Sparse
+        Attention in Your LLMs. 2024. arXiv:2410.13276.
+    """
+    name = "block_sparse_decode"
+    batch = _check_query(name, query)
+    for argument, cache in {"key": key, "value": value}.items():
+        _check_cache(name, argument, cache, query, "(B, Hkv, S, E)")
+    tokens = key.shape[2]
+    _check_heads(name, "key", query, key, 1)
+    _checks.shape(name, "key", key, (batch, key.shape[1], tokens, query.shape[3]))
+    _checks.shape(name, "value", value, (*key.shape[:3], value.shape[3]))
+    if seq_lengths is not None:
+        _check_lengths(name, query, seq_lengths, tokens)
+    _check_lists(name, query, kv_indices, kv_num_blocks, key.shape[1], tokens, block_size)
+    # A contiguous cache is one page for each sequence.
+    return _decode(
+        name,
+        query,
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        None,
+        seq_lengths,
+        kv_indices,
+        kv_num_blocks,
+        block_size,
+        scale,
+        return_lse,
+        implementation,
+    )
+
+
+@_PAPER
+def paged_block_sparse_decode(
+    query: Float[Tensor, "batch heads 1 features"],
+    key_cache: Float[Tensor, "pages page_size kv_heads features"],
+    value_cache: Float[Tensor, "pages page_size kv_heads values"],
+    block_table: Integer[Tensor, "batch max_pages"],
+    seq_lengths: Integer[Tensor, " batch"],
+    kv_indices: Integer[Tensor, "batch list_heads width"] | None = None,
+    kv_num_blocks: Integer[Tensor, "batch count_heads"] | None = None,
+    *,
+    block_size: int = 64,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> (
+    Float[Tensor, "batch heads 1 values"]
+    | tuple[Float[Tensor, "batch heads 1 values"], Float[Tensor, "batch heads 1"]]
+):
+    r"""Attention of one query token of each sequence to selected blocks of a paged cache.
+
+    Everything is that of :func:`block_sparse_decode`, but for where token :math:`t` of sequence
+    :math:`b` lies: with :math:`p` = ``page_size``, at slot :math:`t \bmod p` of page
+
+    .. math::
+
+        \texttt{block\_table}_{b, \lfloor t / p \rfloor}
+
+    .. math::
+
+        T &= \{t < \texttt{seq\_lengths}_b : \lfloor t / s \rfloor \in \texttt{kv\_indices}_{bg}\}
+        \\
+        \mathrm{lse} &= \log \sum_{t \in T} e^{\alpha q^\top k_t}, \qquad
+        o = \sum_{t \in T} e^{\alpha q^\top k_t - \mathrm{lse}} v_t
+
+    Args:
+        query: Shape ``(B, Hq, 1, E)``.
+        key_cache: Shape ``(num_pages, page_size, Hkv, E)`` of any strides, of ``query``'s dtype;
+            ``Hkv`` divides ``Hq``.
+        value_cache: Shape ``(num_pages, page_size, Hkv, Ev)``, of ``query``'s dtype.
+        block_table: The pages of each sequence in order, of any integer dtype and shape
+            ``(B, max_pages)``. Entries past the sequence are not read.
+        seq_lengths: The tokens of each sequence, shape ``(B,)``.
+        kv_indices: The numbers of the selected blocks, distinct and in any order, of any integer
+            dtype and shape ``(B, Hkv or 1, K)``; None selects all tokens.
+        kv_num_blocks: How many entries of each list count, shape ``(B, Hkv or 1)``; None for all.
+        block_size: Tokens of a block, a multiple or a divisor of ``page_size``.
+        scale: Factor of the scores; None is ``1 / sqrt(E)``.
+        return_lse: Whether to return the log-sum-exp too.
+        implementation: ``"triton"``, ``"tiled"`` or ``"reference"``, as in
+            :func:`block_sparse_decode`. None picks the first of these that takes the arguments.
+
+    Returns:
+        Shape ``(B, Hq, 1, Ev)``, of ``query``'s dtype; with ``return_lse`` the pair of it and the
+        log-sum-exp, shape ``(B, Hq, 1)``, float32 (float64 for float64).
+
+    Raises:
+        ValueError: A shape, value, option or implementation is not one of those above.
+        TypeError: A tensor is not of one of the dtypes above.
+        RuntimeError: A gradient is asked for.
+
+    Example:
+        >>> import torch
+        >>> from tilework.attention import paged_block_sparse_decode
+        >>> key_cache = value_cache = torch.randn(100, 16, 2, 32)
+        >>> table = torch.tensor([[7, 3, 99, 0], [12, 5, -1, -1]])
+        >>> lengths = torch.tensor([60, 20])
+        >>> query = torch.randn(2, 8, 1, 32)
+        >>> paged_block_sparse_decode(query, key_cache, value_cache, table, lengths).shape
+        torch.Size([2, 8, 1, 32])
+
+    Deviations:
+        Pages are not part of the paper.
+
+    Reference:
+        As :func:`block_sparse_decode`.
+    """
+    name = "paged_block_sparse_decode"
+    batch = _check_query(name, query)
+    for argument, cache in {"key_cache": key_cache, "value_cache": value_cache}.items():
+        _check_cache(name, argument, cache, query, "(num_pages, page_size, Hkv, E)")
+    num_pages, page_size, kv_heads, _ = key_cache.shape
+    _check_heads(name, "key_cache", query, key_cache, 2)
+    _checks.shape(name, "key_cache", key_cache, (num_pages, page_size, kv_heads, query.shape[3]))
+    _checks.shape(name, "value_cache", value_cache, (*key_cache.shape[:3], value_cache.shape[3]))
+    check_integers(name, "block_table", block_table)
+    if block_table.dim() != 2 or block_table.shape[0] != batch:
+        raise _checks.bad_value(name, "block_table", f"of shape ({batch}, max_pages)", block_table)
+    _checks.same_device(name, query=query, block_table=block_table)
+    _checks.integer(name, "block_size", block_size)
+    _checks.at_least(name, "block_size", block_size, 1)
+    if page_size == 0 or (block_size % page_size and page_size % block_size):
+        expected = f"a multiple or a divisor of the page size {page_size}"
+        raise _checks.bad_value(name, "block_size", expected, block_size)
+    tokens = block_table.shape[1] * page_size
+    _check_lengths(name, query, seq_lengths, tokens)
+    if _checks.holds_values(block_table) and _checks.holds_values(seq_lengths):
+        used = torch.arange(block_table.shape[1]) * page_size < seq_lengths[:, None]
+        _check_range(name, "block_table", block_table[used], num_pages - 1, " within the sequences")
+    _check_lists(name, query, kv_indices, kv_num_blocks, kv_heads, tokens, block_size)
+    return _decode(
+        name,
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        seq_lengths,
+        kv_indices,
+        kv_num_blocks,
+        block_size,
+        scale,
+        return_lse,
+        implementation,
+    )
+
+
+def _decode(
+    name: str,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor | None,
+    seq_lengths: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_num_blocks: Tensor | None,
+    block_size: int,
+    scale: float | None,
+    return_lse: bool,
+    implementation: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if scale is not None:
+        _checks.number(name, "scale", scale)
+    wants = any(tensor.requires_grad for tensor in (query, key_cache, value_cache))
+    if wants and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: it is for inference and has no gradients; call it under torch.no_grad() or "
+            "with tensors that require none"
+        )
+    features, values = query.shape[-1], value_cache.shape[-1]
+    chosen = _operators.choose(name, IMPLEMENTATIONS, implementation, query)
+    if chosen == "triton":
+        reason = operators.refusal(features, values)
+        if reason is not None and implementation is not None:
+            raise ValueError(f"{name}: implementation='triton' cannot be used: {reason}")
+        chosen = chosen if reason is None else "tiled"
+    output, lse = operators.decode(
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        seq_lengths,
+        kv_indices,
+        kv_num_blocks,
+        block_size,
+        1 / math.sqrt(max(1, features)) if scale is None else float(scale),
+        chosen,
+    )
+    return (output, lse) if return_lse else output
+
+
+def _check_query(name: str, query: Tensor) -> int:
+    """Refuse what is no query of one token; return the batch."""
+    _checks.floating(name, "query", query)
+    if query.dim() != 4 or query.shape[2] != 1:
+        raise _checks.bad_value(name, "query", "of shape (B, Hq, 1, E)", query)
+    return query.shape[0]
+
+
+def _check_cache(name: str, argument: str, cache: Tensor, query: Tensor, shape: str) -> None:
+    _checks.floating(name, argument, cache)
+    if cache.dim() != 4:
+        raise _checks.bad_value(name, argument, f"of shape {shape}", cache)
+    if cache.dtype != query.dtype:
+        raise _checks.bad_type(name, argument, f"of query's {query.dtype}", cache)
+    _checks.same_device(name, query=query, **{argument: cache})
+
+
+def _check_heads(name: str, argument: str, query: Tensor, cache: Tensor, dim: int) -> None:
+    heads, kv_heads = query.shape[1], cache.shape[dim]
+    if kv_heads == 0 or heads % kv_heads:
+        expected = f"of a number of heads that divides query's {heads}"
+        raise _checks.bad_value(name, argument, expected, cache)
+
+
+def _check_lengths(name: str, query: Tensor, seq_lengths: Tensor, tokens: int) -> None:
+    check_integers(name, "seq_lengths", seq_lengths)
+    _checks.shape(name, "seq_lengths", seq_lengths, query.shape[:1])
+    _checks.same_device(name, query=query, seq_lengths=seq_lengths)
+    if _checks.holds_values(seq_lengths):
+        _check_range(name, "seq_lengths", seq_lengths, tokens)
+
+
+def _check_lists(
+    name: str,
+    query: Tensor,
+    kv_indices: Tensor | None,
+    kv_num_blocks: Tensor | None,
+    kv_heads: int,
+    tokens: int,
+    block_size: int,
+) -> None:
+    _checks.integer(name, "block_size", block_size)
+    _checks.at_least(name, "block_size", block_size, 1)
+    batch = query.shape[0]
+    if kv_indices is None:
+        if kv_num_blocks is not None:
+            raise _checks.bad_value(name, "kv_num_blocks", "None without kv_indices", kv_num_blocks)
+        return
+    check_integers(name, "kv_indices", kv_indices)
+    heads = f"({batch}, {kv_heads} or 1"
+    if kv_indices.dim() != 3 or not _fits(kv_indices, batch, kv_heads):
+        raise _checks.bad_value(name, "kv_indices", f"of shape {heads}, K)", kv_indices)
+    _checks.same_device(name, query=query, kv_indices=kv_indices)
+    if kv_num_blocks is not None:
+        check_integers(name, "kv_num_blocks", kv_num_blocks)
+        if kv_num_blocks.dim() != 2 or not _fits(kv_num_blocks, batch, kv_heads):
+            raise _checks.bad_value(name, "kv_num_blocks", f"of shape {heads})", kv_num_blocks)
+        _checks.same_device(name, query=query, kv_num_blocks=kv_num_blocks)
+    if all(_checks.holds_values(t) for t in (kv_indices, kv_num_blocks) if t is not None):
+        _check_numbers(name, kv_indices, kv_num_blocks, ceil_div(tokens, block_size))
+
+
+def _check_numbers(
+    name: str, kv_indices: Tensor, kv_num_blocks: Tensor | None, num_blocks: int
+) -> None:
+    """Refuse blocks that do not exist or stand twice in a list."""
+    place = torch.arange(kv_indices.shape[2])
+    counted = torch.ones_like(kv_indices, dtype=torch.bool)
+    if kv_num_blocks is not None:
+        _check_range(name, "kv_num_blocks", kv_num_blocks, len(place))
+        counted = counted & (place < kv_num_blocks[..., None])
+    # Distinct negative numbers where nothing counts.
+    indices = kv_indices.long().where(counted, -1 - place)
+    _check_range(name, "kv_indices", indices[counted], num_blocks - 1, " within the counts")
+    in_order = indices.sort(-1).values
+    repeated = in_order[..., 1:] == in_order[..., :-1]
+    if repeated.any():
+        raise ValueError(
+            f"{name}: kv_indices must be distinct within a list, got "
+            f"{int(in_order[..., 1:][repeated][0])} more than once"
+        )
+
+
+def _fits(lists: Tensor, batch: int, kv_heads: int) -> bool:
+    heads = lists.shape[1]
+    return lists.shape[0] == batch and (heads == 1 or heads == kv_heads)  # sizes may be symbols
+
+
+def _check_range(name: str, argument: str, values: Tensor, most: int, where: str = "") -> None:
+    """Refuse values outside of 0 to ``most``."""
+    if ((values < 0) | (values > most)).any():
+        raise ValueError(
+            f"{name}: {argument} must be from 0 to {most}{where}, "
+            f"got {int(values.min())} to {int(values.max())}"
+        )

@@ -1,0 +1,70 @@
+"""Block-sparse decoding by its definition: a mask over the sequence of each row of the batch."""
+
+import torch
+from torch import Tensor
+
+from tilework._operators import computation_dtype, without_autocast
+
+
+@without_autocast
+def block_sparse_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor | None,
+    seq_lengths: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_num_blocks: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the output, in the query's dtype, and the log-sum-exp.
+
+    The caches are pages ``(num_pages, page_size, Hkv, E)``; token ``t`` of sequence ``b`` lies in
+    page ``block_table[b, t // page_size]``. Without a table, page ``b`` is the whole sequence.
+    Without ``seq_lengths`` the pages are full, without ``kv_indices`` all tokens are selected.
+    """
+    dtype = computation_dtype(query.dtype)
+    batch, heads, _, features = query.shape
+    kv_heads = key_cache.shape[2]
+    keys, values = (
+        _sequences(cache, block_table, seq_lengths) for cache in (key_cache, value_cache)
+    )
+    token = torch.arange(keys.shape[2], device=query.device)
+    selected = torch.ones(batch, kv_heads, len(token), dtype=torch.bool, device=query.device)
+    if seq_lengths is not None:
+        selected = selected & (token < seq_lengths[:, None, None])
+    if kv_indices is not None:
+        selected = selected & _listed(token // block_size, kv_indices, kv_num_blocks)
+    # What is not selected may hold nan.
+    keys, values = (
+        tensor.to(dtype).masked_fill(~selected[..., None], 0) for tensor in (keys, values)
+    )
+    grouped = query.to(dtype).reshape(batch, kv_heads, heads // kv_heads, features)
+    scores = scale * (grouped @ keys.mT)
+    blind = ~selected.any(-1)[..., None, None]
+    scores = scores.masked_fill(~selected[:, :, None], -torch.inf).masked_fill(blind, 0)
+    weights = scores.softmax(-1).masked_fill(~selected[:, :, None], 0)
+    lse = scores.logsumexp(-1) if len(token) else scores.sum(-1)
+    output = (weights @ values).to(query.dtype).reshape(batch, heads, 1, values.shape[-1])
+    return output, lse.masked_fill(blind[..., 0], -torch.inf).reshape(batch, heads, 1)
+
+
+def _sequences(cache: Tensor, block_table: Tensor | None, seq_lengths: Tensor | None) -> Tensor:
+    """The tokens of each sequence, ``(B, Hkv, S, E)``; anything after its end."""
+    if block_table is None or seq_lengths is None:
+        return cache.transpose(1, 2)
+    page_size = cache.shape[1]
+    pages = torch.arange(block_table.shape[1] if len(cache) else 0, device=cache.device)
+    used = pages * page_size < seq_lengths[:, None]
+    table = block_table[:, : len(pages)].where(used, 0).long()
+    return cache[table].flatten(1, 2).transpose(1, 2)
+
+
+def _listed(blocks: Tensor, kv_indices: Tensor, kv_num_blocks: Tensor | None) -> Tensor:
+    """Which of the blocks of the tokens are in the lists: ``(B, Hkv or 1, S)``."""
+    equal = kv_indices[:, :, :, None] == blocks
+    if kv_num_blocks is not None:
+        place = torch.arange(kv_indices.shape[2], device=blocks.device)
+        equal = equal & (place < kv_num_blocks[..., None])[..., None]
+    return equal.any(2)

@@ -1,0 +1,305 @@
+"""Block-sparse decoding on the GPU: kernels, tile sizes and launchers.
+
+A program takes the queries of a group, which share keys, and a part of the places of their list:
+the tokens of the selected blocks, numbered through. Parts are merged in order by a second kernel.
+There are no locks and no atomics.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tilework import _triton
+from tilework._operators import HALF
+from tilework.attention._kernels import LOG2_E, MAX_FEATURES
+
+# Queries of a group and keys of a tile at most, warps and stages, for half precision and up to so
+# many features: tiles that do not spill registers.
+Tile = tuple[int, int, int, int]
+TILES: dict[str, dict[int, Tile]] = {
+    "sm_80": {128: (32, 64, 4, 3), 256: (32, 32, 4, 2)},
+    "sm_90": {128: (32, 64, 4, 3), 256: (32, 64, 8, 2)},
+    "sm_100": {128: (32, 64, 4, 3), 256: (32, 64, 8, 2)},
+    "gfx942": {128: (32, 64, 4, 2), 256: (32, 32, 8, 2)},
+}
+FLOAT32: dict[int, Tile] = {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)}
+
+
+def choose_tile(arch: str, dtype: torch.dtype, features: int) -> Tile:
+    """The tile of an architecture, or that of the oldest where there is no entry."""
+    by_features = TILES.get(arch, TILES["sm_80"]) if dtype in HALF else FLOAT32
+    return next(tile for most, tile in by_features.items() if features <= most)
+
+
+def refusal(features: int, values: int) -> str | None:
+    """Why the kernels do not take these sizes, if they do not."""
+    if not 0 < max(features, values) <= MAX_FEATURES:
+        return f"it takes 1 to {MAX_FEATURES} features, got {features} and {values}"
+    return None
+
+
+@triton.jit
+def split_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    table_ptr,
+    lengths_ptr,
+    indices_ptr,
+    counts_ptr,
+    output_ptr,
+    lse_ptr,
+    heads,
+    group,
+    num_features,
+    num_values,
+    page_size,
+    width,
+    block_size,
+    query_stride_batch,
+    query_stride_head,
+    query_stride_feature,
+    key_stride_page,
+    key_stride_slot,
+    key_stride_head,
+    key_stride_feature,
+    value_stride_page,
+    value_stride_slot,
+    value_stride_head,
+    value_stride_feature,
+    table_stride_batch,
+    table_stride_page,
+    lengths_stride,
+    indices_stride_batch,
+    indices_stride_head,
+    indices_stride_place,
+    counts_stride_batch,
+    counts_stride_head,
+    scale,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """Output and log-sum-exp of up to ``ROWS`` queries of a group over a part of their places."""
+    split = tl.program_id(0)
+    splits = tl.num_programs(0)
+    tiles_of_group = tl.cdiv(group, ROWS)
+    kv_head = tl.program_id(1) // tiles_of_group
+    batch = tl.program_id(2).to(tl.int64)
+    member = tl.program_id(1) % tiles_of_group * ROWS + tl.arange(0, ROWS)
+    valid = member < group
+    head = kv_head * group + member
+    features = tl.arange(0, FEATURES)
+    values = tl.arange(0, VALUES)
+    some_features = (features < num_features)[None, :]
+    some_values = (values < num_values)[None, :]
+    queries = tl.load(
+        query_ptr
+        + batch * query_stride_batch
+        + head.to(tl.int64)[:, None] * query_stride_head
+        + features[None, :] * query_stride_feature,
+        mask=valid[:, None] & some_features,
+        other=0.0,
+    )
+    key_ptr += kv_head.to(tl.int64) * key_stride_head
+    value_ptr += kv_head.to(tl.int64) * value_stride_head
+
+    length = page_size
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + batch * lengths_stride).to(tl.int32)
+    places = length
+    if indices_ptr is not None:
+        indices_ptr += batch * indices_stride_batch + kv_head * indices_stride_head
+        count = width
+        if counts_ptr is not None:
+            counts_ptr += batch * counts_stride_batch + kv_head * counts_stride_head
+            count = tl.load(counts_ptr).to(tl.int32)
+        places = count * block_size
+    part = tl.cdiv(tl.cdiv(places, TILE_KEYS), splits) * TILE_KEYS
+    first = split * part
+
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    result = tl.zeros((ROWS, VALUES), tl.float32)
+    for start in range(first, tl.minimum(first + part, places), TILE_KEYS):
+        place = start + tl.arange(0, TILE_KEYS)
+        selected = place < places
+        token = place
+        if indices_ptr is not None:
+            block = tl.load(
+                indices_ptr + place // block_size * indices_stride_place, mask=selected, other=0
+            )
+            token = block.to(tl.int32) * block_size + place % block_size
+            selected = selected & (token < length)
+        page = batch
+        if table_ptr is not None:
+            page = tl.load(
+                table_ptr + batch * table_stride_batch + token // page_size * table_stride_page,
+                mask=selected,
+                other=0,
+            ).to(tl.int64)
+        slot = (token % page_size).to(tl.int64)
+        key_rows = page * key_stride_page + slot * key_stride_slot
+        keys = tl.load(
+            key_ptr + key_rows[:, None] + features[None, :] * key_stride_feature,
+            mask=selected[:, None] & some_features,
+            other=0.0,
+        )
+        scores = tl.zeros((ROWS, TILE_KEYS), tl.float32)
+        scores = _triton.dot(queries, tl.trans(keys), scores, PRECISION, INTERPRETED)
+        scores = tl.where(selected[None, :], scores * (scale * LOG2_E), float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        # A query that has seen nothing has no finite peak to subtract.
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(scores - base[:, None])
+        decay = tl.exp2(peak - base)
+        total = total * decay + tl.sum(weights, 1)
+        peak = new_peak
+        value_rows = page * value_stride_page + slot * value_stride_slot
+        chosen = tl.load(
+            value_ptr + value_rows[:, None] + values[None, :] * value_stride_feature,
+            mask=selected[:, None] & some_values,
+            other=0.0,
+        )
+        result = _triton.dot(
+            weights.to(chosen.dtype), chosen, result * decay[:, None], PRECISION, INTERPRETED
+        )
+    result /= tl.where(total == 0, 1.0, total)[:, None]
+    rows = (batch * heads + head) * splits + split
+    tl.store(
+        output_ptr + rows[:, None] * num_values + values[None, :],
+        result.to(output_ptr.dtype.element_ty),
+        mask=valid[:, None] & some_values,
+    )
+    lse = tl.where(total == 0, float("-inf"), (peak + tl.log2(total)) / LOG2_E)
+    tl.store(lse_ptr + rows, lse, mask=valid)
+
+
+@triton.jit
+def merge_kernel(
+    part_ptr, part_lse_ptr, output_ptr, lse_ptr, splits, num_values, VALUES: tl.constexpr
+):
+    """Output and log-sum-exp of a query from those of its parts, in their order."""
+    row = tl.program_id(0).to(tl.int64)
+    values = tl.arange(0, VALUES)
+    peak = tl.load(part_lse_ptr + row * splits)
+    for split in range(1, splits):
+        peak = tl.maximum(peak, tl.load(part_lse_ptr + row * splits + split))
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    total = 0.0
+    result = tl.zeros((VALUES,), tl.float32)
+    for split in range(splits):
+        weight = tl.exp(tl.load(part_lse_ptr + row * splits + split) - base)
+        total += weight
+        part = tl.load(
+            part_ptr + (row * splits + split) * num_values + values,
+            mask=values < num_values,
+            other=0.0,
+        )
+        result += weight * part
+    result /= tl.where(total == 0, 1.0, total)
+    tl.store(
+        output_ptr + row * num_values + values,
+        result.to(output_ptr.dtype.element_ty),
+        mask=values < num_values,
+    )
+    tl.store(lse_ptr + row, tl.where(total == 0, float("-inf"), base + tl.log(total)))
+
+
+def forward(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor | None,
+    seq_lengths: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_num_blocks: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See ``reference.block_sparse_decode``."""
+    batch, heads, _, num_features = query.shape
+    page_size, kv_heads, num_values = value_cache.shape[1:]
+    output = query.new_empty(batch, heads, 1, num_values)
+    lse = query.new_empty(batch, heads, 1, dtype=torch.float32)
+    if lse.numel() == 0:
+        return output, lse
+    features, values = (max(16, triton.next_power_of_2(n)) for n in (num_features, num_values))
+    group = heads // kv_heads
+    arch = _triton.architecture(query.device)
+    most_rows, tile_keys, warps, stages = choose_tile(arch, query.dtype, max(features, values))
+    rows = min(most_rows, max(16, triton.next_power_of_2(group)))
+
+    most = page_size * (1 if block_table is None else block_table.shape[1])
+    if kv_indices is not None:
+        most = min(most, kv_indices.shape[2] * block_size)
+    programs = kv_heads * triton.cdiv(group, rows)
+    splits = count_splits(batch * programs, triton.cdiv(most, tile_keys), query.device)
+    parts, part_lse = output, lse
+    if splits > 1:
+        parts = query.new_empty(batch, heads, splits, num_values, dtype=torch.float32)
+        part_lse = query.new_empty(batch, heads, splits, dtype=torch.float32)
+    constants: dict[str, Any] = {
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "INTERPRETED": _triton.INTERPRETED,
+        "ROWS": rows,
+        "TILE_KEYS": tile_keys,
+        "FEATURES": features,
+        "VALUES": values,
+        "num_warps": 1 if _triton.INTERPRETED else warps,
+        "num_stages": stages,
+    }
+    split_kernel[splits, programs, batch](
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        seq_lengths,
+        kv_indices,
+        kv_num_blocks,
+        parts,
+        part_lse,
+        heads,
+        group,
+        num_features,
+        num_values,
+        page_size,
+        0 if kv_indices is None else kv_indices.shape[2],
+        block_size,
+        *(query.stride(dim) for dim in (0, 1, 3)),
+        *key_cache.stride(),
+        *value_cache.stride(),
+        *_strides(block_table, 2),
+        *_strides(seq_lengths, 1),
+        *_strides(kv_indices, 3),
+        *_strides(kv_num_blocks, 2),
+        scale,
+        **constants,
+    )
+    if splits > 1:
+        merge_kernel[(batch * heads,)](
+            parts, part_lse, output, lse, splits, num_values, VALUES=values, num_warps=1
+        )
+    return output, lse
+
+
+def count_splits(programs: int, tiles: int, device: torch.device) -> int:
+    """Into how many parts the places are split: enough to fill the GPU twice, by sizes alone."""
+    wanted = -(-2 * _triton.multiprocessors(device) // programs)
+    return max(1, min(tiles, wanted))
+
+
+def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
+    """The strides of a list, 0 along heads that share it."""
+    if tensor is None:
+        return (0,) * dims
+    return tuple(
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )

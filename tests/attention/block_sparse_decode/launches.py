@@ -1,0 +1,34 @@
+"""Calls that lead to every kernel of the folder in every configuration."""
+
+from functools import partial
+
+import torch
+
+from tilework.attention.block_sparse_decode import triton
+
+
+def _call(dtype: torch.dtype, features: int, heads: int, is_paged: bool) -> None:
+    query = torch.randn(1, heads, 1, features).to(dtype)
+    if is_paged:
+        cache = torch.randn(40, 16, 2, features).to(dtype)
+        table = torch.arange(40, dtype=torch.int32)[None]
+        lists = torch.zeros(1, 2, 8, dtype=torch.int32), torch.ones(1, 2, dtype=torch.int32)
+        arguments = table, torch.tensor([600]), *lists
+    else:
+        cache = torch.randn(1, 640, 2, features).to(dtype)
+        arguments = None, None, torch.zeros(1, 1, 8, dtype=torch.int64), None
+    triton.forward(query, cache, cache, *arguments, 64, 0.1)
+
+
+LAUNCHES = []
+for _dtype in (torch.bfloat16, torch.float32):
+    for _features, _heads, _is_paged in (
+        (64, 8, True),
+        (128, 8, True),
+        (128, 2, False),
+        (128, 128, True),
+        (256, 16, False),
+    ):
+        _launch = partial(_call, _dtype, _features, _heads, _is_paged)
+        _launch.__name__ = f"{_dtype} {_features} features, {_heads} heads, {_is_paged}"  # type: ignore[attr-defined]
+        LAUNCHES.append(_launch)
