@@ -41,13 +41,11 @@ def definition(
     return losses.to(dtype)
 
 
-def draw(features: int = 4, **options: Any) -> Arguments:
-    """With a row of zeros and two rows in the same direction."""
-    tensors = class_index(13, **options)
-    cost_embedding = torch.randn(tensors["input"].shape[1], features, dtype=torch.float64)
-    cost_embedding[1] = 3 * cost_embedding[4]
+def draw(features: int = 4) -> Arguments:
+    """With a row of zeros."""
+    cost_embedding = torch.randn(7, features, dtype=torch.float64)
     cost_embedding[2] = 0
-    return tensors | {"cost_embedding": cost_embedding}
+    return class_index(13) | {"cost_embedding": cost_embedding}
 
 
 ARGUMENTS: dict[str, Any] = {
@@ -76,8 +74,9 @@ def test_value_is_cross_entropy() -> None:
 
 
 def test_gradient_by_its_formula() -> None:
-    """Class by class, in loops."""
+    """Class by class, in loops; two rows have the same direction."""
     input, target, cost_embedding = draw().values()
+    cost_embedding[1] = 3 * cost_embedding[4]
     input.requires_grad_()
     (actual,) = torch.autograd.grad(
         emo_loss(input, target, cost_embedding, eps=0.1, reduction="sum"), input

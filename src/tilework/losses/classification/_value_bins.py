@@ -31,15 +31,15 @@ def check_input(function: str, argument: str, input: Tensor) -> None:
         raise _checks.bad_value(function, argument, accepted, input)
 
 
-def places(target: Tensor, min_value: float, max_value: float, intervals: int) -> Tensor:
-    """Where targets lie, from 0 at ``min_value`` to ``intervals`` at ``max_value`` and no further.
+def gaps(target: Tensor, min_value: float, max_value: float, intervals: int) -> Tensor:
+    """What lies between values and the ends of equal intervals, in a new last dimension.
 
-    Without a gradient, in float32 or better.
+    Values outside count as the nearer end. Without a gradient, in float32 or better.
     """
-    target = target.detach().to(computation_dtype(target.dtype))
-    return ((target - min_value) * (intervals / (max_value - min_value))).clamp(0, intervals)
+    target = target.detach().to(computation_dtype(target.dtype)).unsqueeze(-1)
+    return ends(target, min_value, max_value, intervals) - target.clamp(min_value, max_value)
 
 
-def grid(count: int, like: Tensor) -> Tensor:
-    """The numbers 0, 1, ... in the dtype and on the device of a tensor."""
-    return torch.arange(count, dtype=like.dtype, device=like.device)
+def ends(like: Tensor, min_value: float, max_value: float, intervals: int) -> Tensor:
+    """The ends of equal intervals, in the dtype and on the device of a tensor."""
+    return torch.linspace(min_value, max_value, intervals + 1, dtype=like.dtype, device=like.device)

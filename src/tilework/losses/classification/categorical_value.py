@@ -72,9 +72,6 @@ def categorical_value(
     _checks.one_of(_NAME, "kind", kind, _KINDS)
     probabilities = input.to(computation_dtype(input.dtype)).softmax(-1)
     bins = input.shape[-1]
-    first, width = min_value, (max_value - min_value) / (bins - 1)
-    if kind == "hl_gauss":
-        width = (max_value - min_value) / bins
-        first = min_value + width / 2
-    values = first + width * _value_bins.grid(bins, like=probabilities)
+    margin = (max_value - min_value) / (2 * bins) if kind == "hl_gauss" else 0.0
+    values = _value_bins.ends(probabilities, min_value + margin, max_value - margin, bins - 1)
     return (probabilities * values).sum(-1).to(_class_index.result_dtype(input))

@@ -83,8 +83,9 @@ def emo_loss(
 
     Deviations:
         The released code gives 0 for a batch of which everything is ignored and has no guard for
-        rows of zeros. It takes :math:`D` as 1 minus a product with the mean embedding, which
-        rounding can make 0 or negative; here no term of the sum is negative.
+        rows of zeros. It takes :math:`D` from 1, which leaves only rounding where the target is
+        sure; here from what is not on the target. Both make it negative at times: here it is then
+        0, and so is its gradient.
 
     Reference:
         Siyu Ren, Zhiyong Wu, Kenny Q. Zhu. EMO: Earth Mover Distance Optimization for
@@ -99,27 +100,27 @@ def emo_loss(
         raise _checks.bad_value(_NAME, "cost_embedding", accepted, cost_embedding)
     _checks.same_device(_NAME, input=input, target=target, cost_embedding=cost_embedding)
 
-    log_probs = positions.logits.log_softmax(dim)
-    nll = -positions.at_target(log_probs)
-    costs = _costs(cost_embedding.detach(), positions.target, log_probs.dtype)
-    distance = (log_probs.exp() * costs.movedim(-1, dim)).sum(dim)
+    nll = positions.nll()
+    similarity = _similarity(cost_embedding.detach(), positions.target, nll.dtype)
+    similarity = (positions.logits.softmax(dim) * similarity.movedim(-1, dim)).sum(dim)
+    # What is not on the target, less what lies in its direction: small where the target is sure.
+    distance = (-torch.expm1(-nll) - similarity).clamp(min=0)
     ratio = (nll / (distance + eps)).detach()
     return positions.reduce((nll + ratio * distance) / 2, reduction)
 
 
 @_operators.without_autocast
-def _costs(cost_embedding: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    """The cosine distance of each class to each target, classes last; a constant.
+def _similarity(cost_embedding: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cosine between each target and each class, classes last; a constant.
 
-    The target's own is put in, as rounding must not show in a mean that it is most of: 0 unless the
-    row is too small to have norm 1.
+    At the target itself it is less by 1, which is 0 unless the row is too small to have norm 1.
     """
     embedding = cost_embedding.to(dtype)
     norms = torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
     rows = embedding / norms.clamp(min=_SMALLEST_NORM)
-    own = (1 - (norms[:, 0] / _SMALLEST_NORM).square()).clamp(min=0)
-    costs: Tensor = (1 - rows[target] @ rows.T).clamp(min=0)
-    return costs.scatter(-1, target.unsqueeze(-1), own[target].unsqueeze(-1))
+    own = ((norms[:, 0] / _SMALLEST_NORM).square() - 1).clamp(max=0)
+    similarity: Tensor = rows[target] @ rows.T
+    return similarity.scatter(-1, target.unsqueeze(-1), own[target].unsqueeze(-1))
 
 
 @_PAPER

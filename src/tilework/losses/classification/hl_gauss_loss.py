@@ -238,9 +238,9 @@ def _check_options(function: str, min_value: float, max_value: float, sigma: flo
 def _targets(
     target: Tensor, min_value: float, max_value: float, num_bins: int, sigma: float | None
 ) -> Tensor:
-    """The probabilities of bins in float32 or better, with the width of a bin as unit."""
-    deviation = 0.75 if sigma is None else sigma * num_bins / (max_value - min_value)
-    place = _value_bins.places(target, min_value, max_value, num_bins).unsqueeze(-1)
-    edges = _value_bins.grid(num_bins + 1, like=place)
-    below = torch.erf((edges - place) / (math.sqrt(2) * deviation))
+    """The probabilities of bins in float32 or better."""
+    if sigma is None:
+        sigma = 0.75 * (max_value - min_value) / num_bins
+    gaps = _value_bins.gaps(target, min_value, max_value, num_bins)
+    below = torch.erf(gaps / (math.sqrt(2) * sigma))
     return (below[..., 1:] - below[..., :-1]) / (below[..., -1:] - below[..., :1])

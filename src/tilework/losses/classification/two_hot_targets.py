@@ -137,14 +137,12 @@ def c51_targets(
 
     dtype = computation_dtype(torch.promote_types(next_probs.dtype, reward.dtype))
     reward = reward.detach().to(dtype).unsqueeze(-1)
-    steps = (max_value - min_value) / (num_bins - 1)
-    points = min_value + steps * _value_bins.grid(num_bins, like=reward)
+    points = _value_bins.ends(reward, min_value, max_value, num_bins - 1)
     moved = _split(reward + discount * points, min_value, max_value, num_bins)
     return (next_probs.detach().unsqueeze(-1) * moved).sum(-2).to(next_probs.dtype)
 
 
 def _split(target: Tensor, min_value: float, max_value: float, num_bins: int) -> Tensor:
     """Two-hot probabilities in float32 or better: 1 at a point, falling to 0 at its neighbors."""
-    place = _value_bins.places(target, min_value, max_value, num_bins - 1).unsqueeze(-1)
-    distance = (_value_bins.grid(num_bins, like=place) - place).abs()
-    return (1 - distance).clamp(min=0)
+    gaps = _value_bins.gaps(target, min_value, max_value, num_bins - 1)
+    return (1 - gaps.abs() * ((num_bins - 1) / (max_value - min_value))).clamp(min=0)
