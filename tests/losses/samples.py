@@ -47,6 +47,10 @@ class Sample:
     mean_of_nothing: float = torch.nan
     twice: bool = True
     """Whether a second derivative exists."""
+    surrogate: bool = False
+    """Whether the gradient is by definition not that of the value: parts are held constant."""
+    widens: bool = False
+    """Whether half precision gives float32."""
 
     @property
     def name(self) -> str:

@@ -33,16 +33,18 @@ def test_every_loss_has_a_sample() -> None:
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_name)
 @every_loss
 def test_equals_its_definition(sample: Sample, dtype: torch.dtype) -> None:
+    widened = sample.widens and dtype in HALF
+    in_single = widened or dtype == torch.float64
     for options in (first | second for first in sample.options for second in sample.reductions):
         tensors = sample.draw(dtype)
-        composed = sample.leaves(tensors, torch.float32 if dtype == torch.float64 else dtype)
+        composed = sample.leaves(tensors, torch.float32 if in_single else dtype)
         exact = sample.leaves(tensors, torch.float64)
         results = (
             sample.function(**tensors, **options),
             sample.definition(**composed, **options),
             sample.definition(**exact, **options),
         )
-        assert results[0].dtype == dtype
+        assert results[0].dtype == (torch.float32 if widened else dtype)
         assert_exact(*results, dtype)
         upstream = torch.rand_like(results[2]) + 0.5
         gradients = zip(
@@ -76,7 +78,7 @@ def test_leaves_its_arguments_alone(sample: Sample) -> None:
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     sample.gradients(sample.function(**tensors), tensors)
     for name, tensor in tensors.items():
-        assert torch.equal(tensor.detach(), before[name])
+        torch.testing.assert_close(tensor.detach(), before[name], rtol=0, atol=0, equal_nan=True)
 
 
 @every_loss
@@ -121,6 +123,8 @@ def test_any_strides(sample: Sample) -> None:
 @pytest.mark.untyped
 @every_loss
 def test_derivatives(sample: Sample) -> None:
+    if sample.surrogate:
+        pytest.skip("its gradient is not that of its value")
     for options in sample.options:
         tensors = sample.draw()
 

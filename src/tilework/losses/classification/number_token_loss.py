@@ -1,0 +1,417 @@
+"""Losses that see how far apart the numbers are that tokens stand for."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from tilework import _checks
+from tilework._operators import computation_dtype
+from tilework.catalog import implements
+from tilework.losses import _class_index
+from tilework.losses._criterion import Criterion
+
+__all__ = [
+    "NumberTokenCrossEntropyLoss",
+    "NumberTokenLoss",
+    "number_token_cross_entropy",
+    "number_token_loss",
+]
+
+_KINDS = ("wasserstein", "mse")
+_PAPER = implements(
+    "Regress, Don't Guess: A Regression-like Loss on Number Tokens for Language Models",
+    year=2024,
+    arxiv="2411.02083",
+)
+
+
+@_PAPER
+def number_token_loss(
+    input: Float[Tensor, "..."],
+    target: Int64[Tensor, "..."],
+    token_values: Float[Tensor, " classes"],
+    *,
+    kind: str = "wasserstein",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Float[Tensor, "..."]:
+    r"""Distance between the predicted distribution of numbers and the true number.
+
+    With the tokens :math:`M` that have a value :math:`v_m` in ``token_values``, the softmax
+    :math:`q_i` over their logits alone in ``input``, and the value :math:`v_{y_i}` of the target:
+
+    .. math::
+
+        \ell_i = \sum_{m \in M} q_{im} \, |v_m - v_{y_i}| \quad (\text{"wasserstein"}), \qquad
+        \ell_i = \Big( \sum_{m \in M} q_{im} v_m - v_{y_i} \Big)^2 \quad (\text{"mse"})
+
+    The first is the Wasserstein-1 distance to the true number; the second is also 0 where wrong
+    numbers have the true one as their mean. Positions count whose target is a number: ``"mean"`` is
+    over these, and 0 if there are none. Other tokens' logits are not read.
+
+    Args:
+        input: Logits, shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``.
+        target: Tokens, int64 of shape ``()``, ``(N)`` or ``(N, d1, ...)``.
+        token_values: The number that each token stands for, nan for other tokens, shape ``(C)``; a
+            constant.
+        kind: ``"wasserstein"`` or ``"mse"``.
+        ignore_index: Targets of this value do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or for ``"none"`` the shape of ``target`` with zeros where no number is expected;
+        of the dtype of ``input``, for half precision under autocast float32.
+
+    Raises:
+        ValueError: A shape or option is not one of those above, ``token_values`` requires a
+            gradient, or on the CPU has an infinity or no number.
+        TypeError: ``input`` or ``token_values`` is not of a floating dtype, or ``target`` is not
+            int64.
+        IndexError: On the CPU, a target is neither a class nor ``ignore_index``. Elsewhere its loss
+            is nan.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import number_token_loss
+        >>> token_values = torch.tensor([torch.nan, 4.0, 5.0, 6.0])  # the first is no number
+        >>> input = torch.tensor([[3.0, 0.0, -torch.inf, 0.0]])  # half 4, half 6
+        >>> number_token_loss(input, torch.tensor([2]), token_values)
+        tensor(1.)
+        >>> number_token_loss(input, torch.tensor([2]), token_values, kind="mse")
+        tensor(0.)
+
+    Deviations:
+        The released code averages an empty selection to nan; and one of its forms measures
+        distances in ranks of tokens, not in their values.
+
+    Reference:
+        Jonas Zausinger, Lars Pennig, Anamarija Kozina, and others. Regress, Don't Guess: A
+        Regression-like Loss on Number Tokens for Language Models. 2024. arXiv:2411.02083.
+    """
+    name = "number_token_loss"
+    _check_options(name, kind, ignore_index, reduction)
+    loss = _distance(name, input, target, token_values, None, kind, ignore_index, reduction)
+    return loss.to(_class_index.result_dtype(input))
+
+
+@_PAPER
+def number_token_cross_entropy(
+    input: Float[Tensor, "..."],
+    target: Int64[Tensor, "..."],
+    token_values: Float[Tensor, " classes"],
+    *,
+    ntl_weight: float = 0.3,
+    kind: str = "wasserstein",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, "..."]:
+    r"""``F.cross_entropy`` plus the number token loss.
+
+    With the smoothed cross-entropy :math:`\mathrm{CE}` of ``F.cross_entropy``, :math:`\mathrm{NTL}`
+    the :func:`number_token_loss` and :math:`\lambda` = ``ntl_weight``:
+
+    .. math::
+
+        \ell = \mathrm{CE} + \lambda \, \mathrm{NTL}
+
+    For ``"mean"`` each part is the mean over its own positions: all that are kept, and those whose
+    target is a number.
+
+    Args:
+        input: Logits, shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``.
+        target: Tokens, int64 of shape ``()``, ``(N)`` or ``(N, d1, ...)``.
+        token_values: The number that each token stands for, nan for other tokens, shape ``(C)``; a
+            constant.
+        ntl_weight: The weight of the number token loss, at least 0.
+        kind: ``"wasserstein"`` or ``"mse"``.
+        ignore_index: Targets of this value do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: The part of the cross-entropy's target, from 0 to 1, that is spread evenly
+            over the classes.
+
+    Returns:
+        A scalar, or for ``"none"`` the shape of ``target`` with zeros where ignored; of the dtype
+        of ``input``, for half precision under autocast float32. ``"mean"`` over nothing is nan.
+
+    Raises:
+        ValueError: A shape or option is not one of those above, ``token_values`` requires a
+            gradient, or on the CPU has an infinity or no number.
+        TypeError: ``input`` or ``token_values`` is not of a floating dtype, or ``target`` is not
+            int64.
+        IndexError: On the CPU, a target is neither a class nor ``ignore_index``. Elsewhere its loss
+            is nan.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import number_token_cross_entropy
+        >>> token_values = torch.tensor([torch.nan, 4.0, 5.0, 6.0])
+        >>> target = torch.tensor([2, 0])  # a number and a word
+        >>> number_token_cross_entropy(torch.zeros(2, 4), target, token_values)
+        tensor(1.5863)
+
+    Deviations:
+        As :func:`number_token_loss`.
+
+    Reference:
+        As :func:`number_token_loss`.
+    """
+    name = "number_token_cross_entropy"
+    _check_options(name, kind, ignore_index, reduction)
+    _check_more_options(ntl_weight, label_smoothing)
+    return _cross_entropy(
+        input,
+        target,
+        token_values,
+        None,
+        ntl_weight,
+        kind,
+        ignore_index,
+        reduction,
+        label_smoothing,
+    )
+
+
+class _NumberTokens(Criterion):
+    """The buffers of the modules: the values, and the index of the tokens that have one."""
+
+    token_values: Tensor
+    numbers: Tensor
+
+    def __init__(self, function: str, token_values: Tensor) -> None:
+        super().__init__()
+        _checks.floating(function, "token_values", token_values)
+        if token_values.dim() != 1:
+            raise _checks.bad_value(function, "token_values", "of shape (classes,)", token_values)
+        values = token_values.detach()
+        _check_values(function, values)
+        self.register_buffer("token_values", values)
+        self.register_buffer("numbers", _numbers(values), persistent=False)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.numbers = _numbers(self.token_values)
+
+
+@_PAPER
+class NumberTokenLoss(_NumberTokens):
+    """:func:`number_token_loss` as a module.
+
+    It selects the logits of numbers by an index that it makes once. On a GPU that is faster than
+    the function, which cannot know their number without a synchronization and masks the others.
+
+    Args:
+        token_values: The number that each token stands for, nan for other tokens, shape ``(C)``; a
+            buffer.
+        kind: ``"wasserstein"`` or ``"mse"``.
+        ignore_index: Targets of this value do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        ValueError: An option is not one of those above, or ``token_values`` is not of shape
+            ``(C)``, has an infinity or no number.
+        TypeError: ``token_values`` is not of a floating dtype.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import NumberTokenLoss
+        >>> criterion = NumberTokenLoss(torch.tensor([torch.nan, 4.0, 5.0, 6.0]))
+        >>> criterion(torch.zeros(1, 4), torch.tensor([2]))
+        tensor(0.6667)
+
+    Reference:
+        As :func:`number_token_loss`.
+    """
+
+    def __init__(
+        self,
+        token_values: Tensor,
+        *,
+        kind: str = "wasserstein",
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__("number_token_loss", token_values)
+        _check_options("number_token_loss", kind, ignore_index, reduction)
+        self.kind = kind
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss; shapes as in :func:`number_token_loss`."""
+        loss = _distance(
+            "number_token_loss",
+            input,
+            target,
+            self.token_values,
+            self.numbers,
+            self.kind,
+            self.ignore_index,
+            self.reduction,
+        )
+        return loss.to(_class_index.result_dtype(input))
+
+
+@_PAPER
+class NumberTokenCrossEntropyLoss(_NumberTokens):
+    """:func:`number_token_cross_entropy` as a module, with the index of :class:`NumberTokenLoss`.
+
+    Args:
+        token_values: The number that each token stands for, nan for other tokens, shape ``(C)``; a
+            buffer.
+        ntl_weight: The weight of the number token loss, at least 0.
+        kind: ``"wasserstein"`` or ``"mse"``.
+        ignore_index: Targets of this value do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: The part of the cross-entropy's target that is spread evenly over the
+            classes.
+
+    Raises:
+        ValueError: An option is not one of those above, or ``token_values`` is not of shape
+            ``(C)``, has an infinity or no number.
+        TypeError: ``token_values`` is not of a floating dtype.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import NumberTokenCrossEntropyLoss
+        >>> criterion = NumberTokenCrossEntropyLoss(torch.tensor([torch.nan, 4.0, 5.0, 6.0]))
+        >>> criterion(torch.zeros(2, 4), torch.tensor([2, 0]))
+        tensor(1.5863)
+
+    Reference:
+        As :func:`number_token_loss`.
+    """
+
+    def __init__(
+        self,
+        token_values: Tensor,
+        *,
+        ntl_weight: float = 0.3,
+        kind: str = "wasserstein",
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__("number_token_cross_entropy", token_values)
+        _check_options("number_token_cross_entropy", kind, ignore_index, reduction)
+        _check_more_options(ntl_weight, label_smoothing)
+        self.ntl_weight = ntl_weight
+        self.kind = kind
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss; shapes as in :func:`number_token_cross_entropy`."""
+        return _cross_entropy(
+            input,
+            target,
+            self.token_values,
+            self.numbers,
+            self.ntl_weight,
+            self.kind,
+            self.ignore_index,
+            self.reduction,
+            self.label_smoothing,
+        )
+
+
+def _check_options(function: str, kind: str, ignore_index: int, reduction: str) -> None:
+    _checks.one_of(function, "kind", kind, _KINDS)
+    _class_index.check_options(function, ignore_index, reduction)
+
+
+def _check_more_options(ntl_weight: float, label_smoothing: float) -> None:
+    _checks.at_least("number_token_cross_entropy", "ntl_weight", ntl_weight, 0)
+    _checks.fraction("number_token_cross_entropy", "label_smoothing", label_smoothing)
+
+
+def _check_values(function: str, token_values: Tensor) -> None:
+    """Refuse an infinity or no number at all; this reads values."""
+    if bool(token_values.isinf().any()) or bool(token_values.isnan().all()):
+        raise ValueError(
+            f"{function}: token_values must be finite or nan, with a finite one at least"
+        )
+
+
+def _numbers(token_values: Tensor) -> Tensor:
+    """The index of the tokens with a value; its length depends on values."""
+    return token_values.isnan().logical_not().nonzero()[:, 0]
+
+
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    token_values: Tensor,
+    numbers: Tensor | None,
+    ntl_weight: float,
+    kind: str,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    name = "number_token_cross_entropy"
+    positions = _class_index.positions(name, input, target, ignore_index)
+    losses = positions.cross_entropy(label_smoothing)
+    likelihood = positions._replace(dtype=losses.dtype).reduce(losses, reduction)
+    distance = _distance(name, input, target, token_values, numbers, kind, ignore_index, reduction)
+    return (likelihood + ntl_weight * distance).to(positions.dtype)
+
+
+def _distance(
+    function: str,
+    input: Tensor,
+    target: Tensor,
+    token_values: Tensor,
+    numbers: Tensor | None,
+    kind: str,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """The reduced number token loss, before its rounding to half precision.
+
+    ``numbers`` is the index of tokens with a value. Where it is not known and would take a
+    synchronization to find, the other tokens get the probability 0 instead.
+    """
+    _class_index.check_input(function, "input", input)
+    dim = _class_index.class_dim(input)
+    classes = input.shape[dim]
+    _class_index.check_target(
+        function, "target", target, (*input.shape[:dim], *input.shape[dim + 1 :])
+    )
+    _checks.constant(function, "token_values", token_values, (classes,))
+    _checks.same_device(function, input=input, target=target, token_values=token_values)
+    if numbers is None and _checks.holds_values(token_values):
+        _check_values(function, token_values)
+        numbers = _numbers(token_values)
+
+    dtype = computation_dtype(input.dtype)
+    kept = target != ignore_index
+    known = kept & _class_index.inside(function, target, ignore_index, classes)
+    values = token_values.to(dtype)
+    true_value = values[target.where(known, 0)].where(known, torch.nan)
+    counts = kept & ~true_value.isnan()
+    true_value = true_value.where(counts, 0)
+
+    if numbers is None:
+        others = token_values.isnan()
+        values = values.where(~others, 0)
+        others = others.reshape(-1, *[1] * (input.dim() - dim - 1))
+        logits = input.to(dtype).where(counts.unsqueeze(dim), 0).masked_fill(others, -torch.inf)
+    else:
+        values = values.index_select(0, numbers)
+        logits = input.index_select(dim, numbers).to(dtype).where(counts.unsqueeze(dim), 0)
+    # Differences first: the mean of large values that are close together would cancel.
+    gaps = values.reshape(-1, *[1] * (input.dim() - dim - 1)) - true_value.unsqueeze(dim)
+    probabilities = logits.softmax(dim)
+    if kind == "wasserstein":
+        losses = (probabilities * gaps.abs()).sum(dim)
+    else:
+        losses = (probabilities * gaps).sum(dim).square()
+
+    losses = losses.where(counts, 0).masked_fill(kept & ~known, torch.nan)
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / counts.sum().clamp(min=1) if reduction == "mean" else losses
