@@ -170,6 +170,8 @@ def define(
             results.append(apply(*element))
         if not results:
             raise ValueError(f"tilework::{name}: vmap over an empty dimension")
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
         return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
     transformable: Any = type(
