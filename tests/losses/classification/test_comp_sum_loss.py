@@ -215,6 +215,16 @@ def test_adversarial_of_equal_inputs(tau: float) -> None:
     torch.testing.assert_close(clean.grad, expected)
 
 
+def test_adversarial_second_derivatives_of_equal_inputs() -> None:
+    row, target = torch.randn(5).double(), torch.tensor(2)
+    actual = torch.autograd.functional.hessian(
+        lambda input, moved: smooth_adversarial_comp_sum_loss(input, moved, target), (row, row)
+    )
+    expected = torch.autograd.functional.hessian(lambda input: comp_sum_loss(input, target), row)
+    torch.testing.assert_close(actual[0][0], expected)
+    assert not any(part.any() for part in (actual[0][1], *actual[1]))
+
+
 def test_adversarial_is_invariant_to_shifts_of_either_input() -> None:
     tensors = adversarial()
     expected = smooth_adversarial_comp_sum_loss(**tensors)

@@ -259,10 +259,10 @@ def test_adaptive_is_the_largest_over_temperatures() -> None:
 
 
 @given(st.integers(0, 10**6), st.floats(0.1, 5), st.floats(1.01, 20), st.integers(2, 50))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 def test_adaptive_properties(seed: int, temperature: float, alpha: float, classes: int) -> None:
     torch.manual_seed(seed)
-    input, target = class_index(5, classes=classes).values()
+    input, target = class_index(2, classes=classes).values()
     target = target.clamp(min=0)
     options: dict[str, Any] = {"temperature": temperature, "alpha": alpha, "reduction": "none"}
     steps = [aldr_kl_loss(input, target, num_steps=k, **options) for k in (0, 1, 2, 5, 20)]
@@ -290,6 +290,21 @@ def test_adaptive_is_more_so_for_certain_positions() -> None:
         )
         assert adapted > fixed
         assert (adapted > 1 - 1e-6) == nearly_one
+
+
+def test_adaptive_second_derivatives_are_those_of_a_fixed_temperature() -> None:
+    row, target = torch.randn(5, dtype=torch.float64), torch.tensor(2)
+    options: dict[str, Any] = {"temperature": 0.7, "alpha": 3.0}
+    gaps = gaps_of(row[None], target[None], 0.0)[0]
+    chosen = temperature_of(gaps, 0.7, 3.0, 10)
+    assert chosen < 0.7
+    actual, expected = (
+        torch.autograd.functional.hessian(
+            lambda input, loss=loss, o=o: loss(input, target, **o), row
+        )
+        for loss, o in ((aldr_kl_loss, options), (ldr_kl_loss, {"temperature": chosen}))
+    )
+    torch.testing.assert_close(actual, expected)
 
 
 def test_adaptive_at_smallest_alpha() -> None:
@@ -373,6 +388,13 @@ def test_bad_adaptive_options(message: str, error: type[Exception], change: dict
         aldr_kl_loss(input, target, **change)
     with pytest.raises(error, match=f"^aldr_kl_loss: {message}"):
         ALDRKLLoss(**change)
+
+
+@pytest.mark.untyped
+def test_linear_form_has_no_margin() -> None:
+    tensors = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(TypeError, match="margin"):
+        linear_ldr_kl_loss(*tensors, margin=0.0)  # type: ignore[call-arg]
 
 
 @pytest.mark.untyped

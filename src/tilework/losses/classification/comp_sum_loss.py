@@ -235,8 +235,8 @@ def smooth_adversarial_comp_sum_loss(
             + \nu \| \Delta'_i - \Delta_i \|_2, \qquad
         \Delta_{ij} = z_{i y_i} - z_{ij}, \quad \Delta'_{ij} = z'_{i y_i} - z'_{ij}
 
-    Both inputs have gradients; that of the norm is 0 where it is 0. ``"mean"`` is the mean over the
-    kept positions.
+    Both inputs have gradients; those of the norm are 0 where it is 0. ``"mean"`` is the mean over
+    the kept positions.
 
     Args:
         input: Logits of the examples, shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``.
@@ -289,7 +289,10 @@ def smooth_adversarial_comp_sum_loss(
 
     moved = perturbed.logits - positions.logits
     moved = positions.at_target(moved).unsqueeze(positions.dim) - moved
-    distance = torch.linalg.vector_norm(moved, dim=positions.dim)
+    squares = moved.square().sum(positions.dim)
+    apart = squares != 0
+    # Not vector_norm, whose second derivative at 0 is nan.
+    distance = squares.where(apart, 1).sqrt().where(apart, 0)
     scaled = positions._replace(logits=positions.logits / rho)
     return positions.reduce(_phi(scaled.nll(), tau) + nu * distance, reduction)
 

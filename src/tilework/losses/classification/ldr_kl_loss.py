@@ -237,9 +237,10 @@ def aldr_kl_loss(
         \lambda \leftarrow \lambda_0 \Big( 1 - \frac{\mathrm{KL}(\mathrm{softmax}(\delta_i /
             \lambda) \,\|\, 1 / C)}{\alpha \log C} \Big)
 
-    The iterates fall, and stay in :math:`[\lambda_0 (1 - 1 / \alpha), \lambda_0]`. The last one is
-    a constant for the gradient, which is that of the maximum where they have converged. ``"mean"``
-    is the mean over the kept positions.
+    The iterates fall to the largest temperature that they leave alone, and stay in
+    :math:`[\lambda_0 (1 - 1 / \alpha), \lambda_0]`. The last one is a constant for the gradient,
+    which is that of the maximum where they have converged. ``"mean"`` is the mean over the kept
+    positions.
 
     Args:
         input: Logits, shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``, ``C >= 2``.
