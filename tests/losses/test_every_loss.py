@@ -11,8 +11,12 @@ from helpers import FLOATING, HALF, assert_exact, dtype_name
 from losses.samples import Arguments, Sample, class_index, samples
 
 SAMPLES = samples()
-# These have folders of tests of their own.
-ELSEWHERE = {"linear_cross_entropy", "linear_kl_div"}
+# These have folders of tests of their own, linear forms of losses test_every_linear_form.py.
+ELSEWHERE = {"linear_cross_entropy", "linear_kl_div"} | {
+    name
+    for name in tilework.losses.__all__
+    if name.startswith("linear_") and name.removeprefix("linear_") in tilework.losses.__all__
+}
 
 every_loss = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
 every_class_index_loss = pytest.mark.parametrize(

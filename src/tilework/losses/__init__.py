@@ -1,15 +1,39 @@
 """Losses."""
 
-from tilework.losses.classification.categorical_value import categorical_value
+from tilework.losses.classification.categorical_value import (
+    categorical_value,
+)
+from tilework.losses.classification.comp_sum_loss import (
+    CompSumLoss,
+    comp_sum_loss,
+    linear_comp_sum_loss,
+    smooth_adversarial_comp_sum_loss,
+)
 from tilework.losses.classification.cross_entropy_with_z_loss import (
     CrossEntropyWithZLoss,
     cross_entropy_with_z_loss,
 )
-from tilework.losses.classification.emo_loss import EMOLoss, emo_loss
+from tilework.losses.classification.emo_loss import (
+    EMOLoss,
+    emo_loss,
+)
+from tilework.losses.classification.error_norm import (
+    ErrorNormTruncationLoss,
+    error_norm,
+    error_norm_truncation_loss,
+    linear_error_norm_truncation_loss,
+)
 from tilework.losses.classification.hl_gauss_loss import (
     HLGaussLoss,
     hl_gauss_loss,
     hl_gauss_targets,
+)
+from tilework.losses.classification.ldr_kl_loss import (
+    ALDRKLLoss,
+    LDRKLLoss,
+    aldr_kl_loss,
+    ldr_kl_loss,
+    linear_ldr_kl_loss,
 )
 from tilework.losses.classification.number_token_loss import (
     NumberTokenCrossEntropyLoss,
@@ -21,30 +45,56 @@ from tilework.losses.classification.soft_symmetric_cross_entropy import (
     SoftSymmetricCrossEntropyLoss,
     soft_symmetric_cross_entropy,
 )
-from tilework.losses.classification.squentropy import SquentropyLoss, squentropy
-from tilework.losses.classification.two_hot_targets import c51_targets, two_hot_targets
-from tilework.losses.classification.z_loss import ZLoss, z_loss
+from tilework.losses.classification.squentropy import (
+    SquentropyLoss,
+    linear_squentropy,
+    squentropy,
+)
+from tilework.losses.classification.two_hot_targets import (
+    c51_targets,
+    two_hot_targets,
+)
+from tilework.losses.classification.z_loss import (
+    ZLoss,
+    linear_z_loss,
+    z_loss,
+)
 from tilework.losses.linear_cross_entropy import (
     LinearCrossEntropy,
     LinearCrossEntropyLoss,
     VocabShard,
     linear_cross_entropy,
 )
-from tilework.losses.linear_kl_div import LinearKLDivLoss, linear_kl_div
-from tilework.losses.linear_log_probs import LinearLogProbs, linear_log_probs
+from tilework.losses.linear_kl_div import (
+    LinearKLDivLoss,
+    linear_kl_div,
+)
+from tilework.losses.linear_log_probs import (
+    LinearLogProbs,
+    linear_log_probs,
+)
 from tilework.losses.routing.load_balancing_loss import (
     GlobalLoadBalancer,
     expert_counts,
     load_balancing_loss,
 )
-from tilework.losses.routing.topk_softmax_gate import TopKGate, topk_softmax_gate
-from tilework.losses.sequence_log_probs import sequence_log_probs
+from tilework.losses.routing.topk_softmax_gate import (
+    TopKGate,
+    topk_softmax_gate,
+)
+from tilework.losses.sequence_log_probs import (
+    sequence_log_probs,
+)
 
 __all__ = [
+    "ALDRKLLoss",
+    "CompSumLoss",
     "CrossEntropyWithZLoss",
     "EMOLoss",
+    "ErrorNormTruncationLoss",
     "GlobalLoadBalancer",
     "HLGaussLoss",
+    "LDRKLLoss",
     "LinearCrossEntropy",
     "LinearCrossEntropyLoss",
     "LinearKLDivLoss",
@@ -56,20 +106,31 @@ __all__ = [
     "TopKGate",
     "VocabShard",
     "ZLoss",
+    "aldr_kl_loss",
     "c51_targets",
     "categorical_value",
+    "comp_sum_loss",
     "cross_entropy_with_z_loss",
     "emo_loss",
+    "error_norm",
+    "error_norm_truncation_loss",
     "expert_counts",
     "hl_gauss_loss",
     "hl_gauss_targets",
+    "ldr_kl_loss",
+    "linear_comp_sum_loss",
     "linear_cross_entropy",
+    "linear_error_norm_truncation_loss",
     "linear_kl_div",
+    "linear_ldr_kl_loss",
     "linear_log_probs",
+    "linear_squentropy",
+    "linear_z_loss",
     "load_balancing_loss",
     "number_token_cross_entropy",
     "number_token_loss",
     "sequence_log_probs",
+    "smooth_adversarial_comp_sum_loss",
     "soft_symmetric_cross_entropy",
     "squentropy",
     "topk_softmax_gate",

@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tilework.losses import SquentropyLoss, squentropy
+from tilework.losses import SquentropyLoss, linear_squentropy, squentropy
 
+from helpers import HALF, assert_exact, dtype_name
+from losses.linear_cross_entropy.problem import Problem
+from losses.linear_forms import LinearForm
 from losses.samples import Sample, class_index
 
 
@@ -38,6 +41,7 @@ SAMPLES = [
     Sample(squentropy, definition, SquentropyLoss),
     Sample(squentropy, definition, SquentropyLoss, lambda: class_index(13, weight=True)),
 ]
+LINEAR_FORMS = [LinearForm(linear_squentropy, definition, weight=True)]
 
 
 @given(st.integers(2, 100), st.integers(0, 10**6))
@@ -74,3 +78,51 @@ def test_bad_input(message: str, error: type[Exception], change: dict[str, Any])
     arguments = {"input": torch.zeros(4, 3), "target": torch.zeros(4, dtype=torch.int64)}
     with pytest.raises(error, match=f"squentropy: {message}"):
         squentropy(**(arguments | change))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_name)
+@pytest.mark.parametrize("implementation", ["tiled", "reference"])
+def test_linear_form_where_hidden_states_cancel(implementation: str, dtype: torch.dtype) -> None:
+    """Orthogonal to what all classes have in common, where a Gram matrix loses digits twice."""
+    problem = Problem.random(40, 64, 200, bias=True)
+    common = 10 * torch.randn(64)
+    with torch.no_grad():
+        problem.linear_weight.add_(common)
+        problem.input.sub_(torch.outer(problem.input @ common, common) / common.square().sum())
+    form = LINEAR_FORMS[0]
+    problem = problem.to(dtype)
+    problem.options["implementation"] = implementation
+    actual = problem.solve(linear_squentropy)
+    problem.options = {}
+    truth = problem.to(torch.float64).solve(form.composed)
+    for results in zip(actual, problem.solve(form.composed), truth, strict=True):
+        assert_exact(*results, dtype)
+
+
+@pytest.mark.parametrize("implementation", ["tiled", "reference"])
+def test_linear_form_leaves_the_target_out(implementation: str) -> None:
+    """A target whose square would swallow the others."""
+    hidden, head = torch.tensor([[1e4]]), torch.tensor([[1e-4], [-2e-4], [2.0], [0.0]])
+    target = torch.tensor([2])
+    loss = linear_squentropy(hidden, head, target, implementation=implementation)
+    torch.testing.assert_close(loss, torch.tensor((1.0 + 4.0) / 3))
+
+
+@pytest.mark.untyped
+def test_linear_form_of_one_class() -> None:
+    target = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="linear_squentropy: linear_weight must be of at least 2"):
+        linear_squentropy(torch.zeros(2, 3), torch.zeros(1, 3), target)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("bias", [False, True])
+def test_operators(bias: bool) -> None:
+    problem = Problem.random(tokens=9, classes=30, bias=bias)
+    tensors = problem.input, problem.linear_weight, problem.target, problem.linear_bias
+    torch.library.opcheck(torch.ops.tilework.linear_wrong_squares.default, (*tensors, -100))
+    torch.library.opcheck(
+        torch.ops.tilework.linear_wrong_squares_backward.default,
+        (torch.randn(9), *tensors, -100, [True, True, bias]),
+    )

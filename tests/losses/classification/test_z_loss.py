@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tilework.losses import ZLoss, z_loss
+from tilework.losses import ZLoss, linear_cross_entropy, linear_z_loss, z_loss
 
+from losses.linear_forms import LinearForm
 from losses.samples import Sample, class_index
 
 
@@ -40,6 +41,7 @@ SAMPLES = [
         class_index=False,
     ),
 ]
+LINEAR_FORMS = [LinearForm(linear_z_loss, definition, options=({}, {"coefficient": 0.5}))]
 
 
 def test_rows_of_log_sum_0_add_nothing() -> None:
@@ -67,3 +69,22 @@ def test_bad_coefficient(coefficient: float) -> None:
             make(coefficient=coefficient)
     with pytest.raises(TypeError, match="z_loss: coefficient must be a number"):
         ZLoss(coefficient="1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^linear_z_loss: coefficient must be a finite number of"):
+        linear_z_loss(torch.zeros(2, 3), torch.zeros(4, 3), coefficient=coefficient)
+
+
+def test_linear_form_without_targets_keeps_all() -> None:
+    hidden, head = torch.randn(2, 5, 4).double(), torch.randn(9, 4).double()
+    for ignore_index in (-100, 0):
+        actual = linear_z_loss(
+            hidden, head, coefficient=1.0, ignore_index=ignore_index, reduction="none"
+        )
+        torch.testing.assert_close(actual, torch.logsumexp(hidden @ head.T, 2) ** 2)
+
+
+def test_linear_form_is_the_term_of_linear_cross_entropy() -> None:
+    hidden, head, target = torch.randn(12, 4), torch.randn(9, 4), torch.randint(9, (12,))
+    target[3] = -100
+    both = linear_cross_entropy(hidden, head, target, z_loss=0.3)
+    expected = both - linear_cross_entropy(hidden, head, target)
+    torch.testing.assert_close(linear_z_loss(hidden, head, target, coefficient=0.3), expected)

@@ -6,12 +6,13 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework.catalog import implements
-from tilework.losses import _class_index
+from tilework.losses import _class_index, _linear_positions
 from tilework.losses._criterion import Criterion
 
-__all__ = ["ZLoss", "z_loss"]
+__all__ = ["ZLoss", "linear_z_loss", "z_loss"]
 
 _NAME = "z_loss"
+_LINEAR = "linear_z_loss"
 _PAPER = implements(
     "Small-scale proxies for large-scale Transformer training instabilities",
     year=2023,
@@ -72,7 +73,7 @@ def z_loss(
         Mitchell Wortsman, Peter J. Liu, Lechao Xiao, and others. Small-scale proxies for
         large-scale Transformer training instabilities. 2023. arXiv:2309.14322.
     """
-    _check_options(coefficient, ignore_index, reduction)
+    _check_options(_NAME, coefficient, ignore_index, reduction)
     positions = _class_index.positions(_NAME, input, target, ignore_index)
     log_sum = torch.logsumexp(positions.logits, positions.dim)
     return positions.reduce(coefficient * log_sum.square(), reduction)
@@ -108,7 +109,7 @@ class ZLoss(Criterion):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _check_options(coefficient, ignore_index, reduction)
+        _check_options(_NAME, coefficient, ignore_index, reduction)
         self.coefficient = coefficient
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -124,6 +125,62 @@ class ZLoss(Criterion):
         )
 
 
-def _check_options(coefficient: float, ignore_index: int, reduction: str) -> None:
-    _checks.at_least(_NAME, "coefficient", coefficient, 0)
-    _class_index.check_options(_NAME, ignore_index, reduction)
+@_PAPER
+def linear_z_loss(
+    input: Float[Tensor, "*tokens features"],
+    linear_weight: Float[Tensor, "classes features"],
+    target: Int64[Tensor, "*tokens"] | None = None,
+    *,
+    linear_bias: Float[Tensor, " classes"] | None = None,
+    coefficient: float = 1e-4,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    implementation: str | None = None,
+) -> Float[Tensor, "..."]:
+    """:func:`z_loss` of ``F.linear(input, linear_weight, linear_bias)`` without storing it.
+
+    Args:
+        input: Hidden states, shape ``(N, D)`` or ``(B, T, D)``, any strides.
+        linear_weight: The head's weight, shape ``(V, D)``, of ``input``'s dtype.
+        target: Classes, int64 of shape ``(N)`` or ``(B, T)``, which say only which positions are
+            ignored; None keeps all.
+        linear_bias: The head's bias, shape ``(V)``, of ``input``'s dtype.
+        coefficient: What the squares are multiplied by, at least 0.
+        ignore_index: Targets of this value do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        implementation: As in :func:`linear_log_probs`.
+
+    Returns:
+        A scalar, or for ``"none"`` one number for each position with zeros where ignored; float32
+        for half-precision input, otherwise of its dtype. ``"mean"`` over nothing is nan.
+
+    Raises:
+        ValueError: A shape, option or implementation is not one of those above.
+        TypeError: ``target`` is not int64, or the floating dtypes differ outside autocast.
+        IndexError: On the CPU, a target is neither a class nor ``ignore_index``. Elsewhere its loss
+            and gradients are nan.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import linear_z_loss
+        >>> linear_z_loss(torch.zeros(4, 8), torch.randn(10, 8), coefficient=1.0)  # log(10)**2
+        tensor(5.3019)
+
+    Deviations:
+        As :func:`z_loss`. Beside the likelihood, ``z_loss`` of :func:`linear_cross_entropy` is the
+        same term at no cost.
+
+    Reference:
+        As :func:`z_loss`.
+    """
+    _check_options(_LINEAR, coefficient, ignore_index, reduction)
+    positions = _linear_positions.positions(
+        _LINEAR, input, linear_weight, target, linear_bias, ignore_index, implementation
+    )
+    losses = coefficient * positions.weights * positions.statistics().lse.square()
+    return positions.reduce(losses, reduction)
+
+
+def _check_options(function: str, coefficient: float, ignore_index: int, reduction: str) -> None:
+    _checks.at_least(function, "coefficient", coefficient, 0)
+    _class_index.check_options(function, ignore_index, reduction)

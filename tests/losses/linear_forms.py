@@ -1,0 +1,41 @@
+"""What the tests of linear forms run on: losses of a linear head without its logits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """A linear form, and the definition of its loss, on rows of logits."""
+
+    function: Callable[..., Tensor]
+    definition: Callable[..., Tensor]
+    options: tuple[dict[str, Any], ...] = ({},)
+    weight: bool = False
+    """Whether it takes class weights."""
+    twice: bool = True
+    """Whether a second derivative exists."""
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    def composed(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        *,
+        linear_bias: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The loss from torch's own parts; half-precision logits are upcast, as trainers do."""
+        logits = F.linear(input, linear_weight, linear_bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = self.definition(logits.flatten(0, -2), target.flatten(), **options)
+        return losses.reshape(target.shape) if losses.dim() else losses

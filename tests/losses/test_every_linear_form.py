@@ -1,0 +1,380 @@
+"""What every linear form keeps. The test file of its loss describes it in ``LINEAR_FORMS``."""
+
+import inspect
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import tilework.losses
+
+from helpers import FLOATING, assert_exact, dtype_name
+from losses.classification import (
+    test_comp_sum_loss,
+    test_error_norm,
+    test_ldr_kl_loss,
+    test_squentropy,
+    test_z_loss,
+)
+from losses.linear_cross_entropy.problem import IMPLEMENTATIONS, Problem
+from losses.linear_forms import LinearForm
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+FORMS = [
+    form
+    for file in (
+        test_comp_sum_loss,
+        test_error_norm,
+        test_ldr_kl_loss,
+        test_squentropy,
+        test_z_loss,
+    )
+    for form in file.LINEAR_FORMS
+]
+EXACT = ("reference", "tiled")
+REDUCTIONS = ("none", "sum", "mean")
+
+every_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+
+
+def test_every_linear_form_is_here() -> None:
+    names = set()
+    for name in tilework.losses.__all__:
+        function = getattr(tilework.losses, name)
+        folder = ".classification." in function.__module__
+        names |= {name} if folder and name.startswith("linear_") else set()
+    assert names == {form.name for form in FORMS}
+
+
+def check(form: LinearForm, problem: Problem, implementation: str) -> None:
+    function = partial(form.function, implementation=implementation)
+    given = problem.input.dtype
+    dtype = torch.float32 if given == torch.float64 else given
+    upstream = None
+    if problem.options.get("reduction") == "none":
+        upstream = torch.rand(problem.target.shape).double() + 0.5
+    results = (
+        problem.solve(function, upstream),
+        problem.to(dtype).solve(form.composed, upstream),
+        problem.to(torch.float64).solve(form.composed, upstream),
+    )
+    assert results[0][0].dtype == torch.promote_types(given, torch.float32)
+    for actual, composition, truth in zip(*results, strict=True):
+        assert_exact(actual, composition, truth, given)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_name)
+@pytest.mark.parametrize("implementation", EXACT)
+@every_form
+def test_equals_the_loss_of_the_logits(
+    form: LinearForm, implementation: str, dtype: torch.dtype
+) -> None:
+    for options in form.options:
+        for reduction in REDUCTIONS:
+            problem = Problem.random(dtype=dtype, bias=True, weight=form.weight, scale=0.3)
+            problem.options |= options | {"reduction": reduction}
+            check(form, problem, implementation)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "chunked", None])
+@every_form
+def test_other_implementations(form: LinearForm, implementation: str) -> None:
+    problem = Problem.random(20, 5, 50, bias=True, scale=0.5, **form.options[-1])
+    check(form, problem, implementation)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "features", "classes"), [(1, 7, 63), (63, 1, 100), (33, 64, 7), (7, 3, 2)]
+)
+@every_form
+def test_odd_shapes(form: LinearForm, tokens: int, features: int, classes: int) -> None:
+    problem = Problem.random(tokens, features, classes, ignored=0.0, **form.options[-1])
+    check(form, problem, "tiled")
+
+
+@every_form
+def test_sequences_and_strides(form: LinearForm) -> None:
+    problem = Problem.random(15, 6, 40, torch.float64, bias=True)
+    expected = problem.solve(form.function)
+    wide = torch.zeros(6, 3, 5, 2, dtype=torch.float64)
+    wide[..., 1] = problem.input.detach().reshape(3, 5, 6).movedim(-1, 0)
+    problem.input = wide[..., 1].movedim(0, -1).requires_grad_()
+    problem.target = problem.target.reshape(3, 5)
+    head = problem.linear_weight.detach().T.contiguous().T.requires_grad_()
+    problem.linear_weight = head
+    actual = problem.solve(form.function)
+    actual[1] = actual[1].reshape(15, 6)
+    torch.testing.assert_close(actual, expected)
+    problem.options["reduction"] = "none"
+    assert problem.solve(form.function)[0].shape == (3, 5)
+
+
+@pytest.mark.parametrize("implementation", EXACT)
+@every_form
+def test_gradients_one_at_a_time(form: LinearForm, implementation: str) -> None:
+    problem = Problem.random(9, 4, 30, torch.float64, bias=True)
+    expected = problem.solve(form.function)[1:]
+    for index, leaf in enumerate(problem.leaves):
+        for other in problem.leaves:
+            other.requires_grad_(other is leaf)
+        loss = form.function(
+            problem.input,
+            problem.linear_weight,
+            problem.target,
+            linear_bias=problem.linear_bias,
+            implementation=implementation,
+        )
+        torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected[index])
+
+
+@pytest.mark.parametrize("implementation", EXACT)
+@pytest.mark.parametrize("filling", [1e30, torch.inf, torch.nan])
+@every_form
+def test_ignored_positions_do_not_count(
+    form: LinearForm, filling: float, implementation: str
+) -> None:
+    function = partial(form.function, implementation=implementation)
+    for ignore_index in (-100, 3):
+        for reduction in REDUCTIONS:
+            options = form.options[-1] | {"reduction": reduction, "ignore_index": ignore_index}
+            problem = Problem.random(12, 4, 20, bias=True, ignored=0.3, **options)
+            ignored = problem.target == ignore_index
+            with torch.no_grad():
+                problem.input[ignored] = filling
+            few = Problem(
+                problem.input.detach()[~ignored].requires_grad_(),
+                problem.linear_weight,
+                problem.target[~ignored],
+                problem.linear_bias,
+                options,
+            )
+            loss, grad_input, *grads = problem.solve(function)
+            expected, expected_input, *expected_grads = few.solve(function)
+            if reduction == "none":
+                assert not loss[ignored].any()
+                loss = loss[~ignored]
+            assert not grad_input[ignored].any()
+            torch.testing.assert_close(
+                [loss, grad_input[~ignored], *grads], [expected, expected_input, *expected_grads]
+            )
+
+
+@pytest.mark.parametrize("implementation", EXACT)
+@every_form
+def test_of_nothing(form: LinearForm, implementation: str) -> None:
+    for tokens, ignored in ((0, 0.0), (4, 1.0)):
+        for reduction in REDUCTIONS:
+            problem = Problem.random(tokens, 3, 5, ignored=ignored, reduction=reduction)
+            problem.options |= form.options[-1] | {"implementation": implementation}
+            loss, *gradients = problem.solve(form.function)
+            if reduction == "mean":
+                assert loss.isnan()
+            else:
+                assert not loss.any()
+                assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("implementation", EXACT)
+@every_form
+def test_nan_shows_and_stays_in_its_row(form: LinearForm, implementation: str) -> None:
+    problem = Problem.random(5, ignored=0.0)
+    hidden = problem.input.detach().clone()
+    hidden[2, 0] = torch.nan
+    for options in form.options:
+        losses = form.function(
+            hidden,
+            problem.linear_weight,
+            problem.target,
+            reduction="none",
+            implementation=implementation,
+            **options,
+        )
+        assert losses.isnan().tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("implementation", EXACT)
+@every_form
+def test_far_logits(form: LinearForm, implementation: str) -> None:
+    """Logits of 1e4 and more; hidden states and head are whole numbers, exact in every dtype."""
+    for dtype, size in ((torch.float32, 1e4), (torch.bfloat16, 8192.0), (torch.float16, 128.0)):
+        problem = Problem.random(14, 3, 9, dtype, ignored=0.0, reduction="none")
+        with torch.no_grad():
+            problem.input.copy_(size * problem.input.sign())
+            problem.linear_weight.copy_(problem.linear_weight.round())
+        check(form, problem, implementation)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("implementation", EXACT)
+@every_form
+def test_derivatives(form: LinearForm, implementation: str) -> None:
+    problem = Problem.random(5, 3, 11, torch.float64, bias=True, weight=form.weight, scale=0.5)
+    for options in (form.options[0], form.options[-1]):
+
+        def function(hidden, head, bias, options=options):
+            return form.function(
+                hidden,
+                head,
+                problem.target,
+                linear_bias=bias,
+                implementation=implementation,
+                **problem.options,
+                **options,
+            )
+
+        assert torch.autograd.gradcheck(function, problem.leaves, check_forward_ad=True)
+        if form.twice:
+            assert torch.autograd.gradgradcheck(function, problem.leaves)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("implementation", EXACT)
+@every_form
+def test_vmap(form: LinearForm, implementation: str) -> None:
+    hidden, head = torch.randn(3, 5, 4).double(), torch.randn(31, 4).double()
+    target = torch.randint(31, (3, 5))
+    target[:, 1] = -100
+    options = form.options[-1] | {"implementation": implementation}
+    gradient = torch.func.grad_and_value(partial(form.function, **options), (0, 1))
+    actual = torch.func.vmap(gradient, (0, None, 0))(hidden, head, target)
+    expected = [gradient(h, head, t) for h, t in zip(hidden, target, strict=True)]
+    for index in range(3):
+        (of_hidden, of_head), value = expected[index]
+        (all_hidden, all_head), values = actual
+        torch.testing.assert_close(
+            [all_hidden[index], all_head[index], values[index]], [of_hidden, of_head, value]
+        )
+
+
+@pytest.mark.untyped
+@every_form
+def test_compiles(form: LinearForm) -> None:
+    function = partial(form.function, implementation="tiled", **form.options[-1])
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (6, 9):
+        problem = Problem.random(tokens, 4, 30, bias=True)
+        torch.testing.assert_close(problem.solve(compiled), problem.solve(function))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_form
+def test_autocast(form: LinearForm, implementation: str) -> None:
+    problem = Problem.random(9, 4, 30, bias=True)
+    options = form.options[-1] | {"linear_bias": problem.linear_bias}
+    options["implementation"] = implementation
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = form.function(problem.input, problem.linear_weight, problem.target, **options)
+    half = problem.to(torch.bfloat16)
+    half.options = form.options[-1] | {"implementation": implementation}
+    expected, *half_gradients = half.solve(form.function)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    for gradient, other in zip(
+        torch.autograd.grad(loss, problem.leaves), half_gradients, strict=True
+    ):
+        assert torch.equal(gradient, other.float())
+
+
+@pytest.mark.untyped
+@every_form
+def test_bad_targets(form: LinearForm) -> None:
+    hidden, head = torch.randn(3, 4), torch.randn(9, 4)
+    with pytest.raises(IndexError, match=rf"^{form.name}: target must lie in \[0, 9\).*, got 9"):
+        form.function(hidden, head, torch.tensor([0, 9, 1]))
+    # Where values cannot be read, such as under a transform, the loss is nan.
+    for options in form.options:
+        function = partial(form.function, hidden, head, reduction="none", **options)
+        losses = torch.func.vmap(function)(torch.tensor([[0, -1, -100]]))[0]
+        assert losses.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("message", "error", "change"),
+    [
+        ("input must be of shape", ValueError, {"input": torch.zeros(4)}),
+        ("input must be a floating-point tensor", TypeError, {"input": torch.zeros(3, 4).int()}),
+        ("linear_weight must be of shape", ValueError, {"linear_weight": torch.zeros(9, 3)}),
+        (
+            "linear_weight must be of input's",
+            TypeError,
+            {"linear_weight": torch.zeros(9, 4).half()},
+        ),
+        ("linear_bias must be of shape", ValueError, {"linear_bias": torch.zeros(8)}),
+        ("target must be int64 of shape", TypeError, {"target": torch.zeros(3)}),
+        ("target must be of shape", ValueError, {"target": torch.zeros(2, dtype=torch.int64)}),
+        ("ignore_index must be an int", TypeError, {"ignore_index": None}),
+        ("reduction must be one of", ValueError, {"reduction": "average"}),
+        ("implementation must be one of", ValueError, {"implementation": "cut"}),
+        ("linear_weight must lie on", ValueError, {"linear_weight": torch.zeros(9, 4).to("meta")}),
+        ("linear_bias must lie on", ValueError, {"linear_bias": torch.zeros(9).to("meta")}),
+    ],
+)
+@every_form
+def test_bad_input(
+    form: LinearForm, message: str, error: type[Exception], change: dict[str, Any]
+) -> None:
+    arguments = {
+        "input": torch.zeros(3, 4),
+        "linear_weight": torch.zeros(9, 4),
+        "target": torch.zeros(3, dtype=torch.int64),
+    }
+    with pytest.raises(error, match=f"^{form.name}: {message}"):
+        form.function(**(arguments | change))
+
+
+@pytest.mark.untyped
+@every_form
+def test_options(form: LinearForm) -> None:
+    problem = Problem.random(3, 4, 9)
+    tensors = problem.input, problem.linear_weight, problem.target
+    with pytest.raises(TypeError, match="positional"):
+        form.function(*tensors, None)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        form.function(*tensors, reductoin="mean")
+    loss = getattr(tilework.losses, form.name.removeprefix("linear_"))
+    plain = inspect.signature(loss).parameters
+    for name, parameter in inspect.signature(form.function).parameters.items():
+        if name in plain and name not in ("input", "target"):
+            assert parameter.default == plain[name].default
+            assert parameter.kind is parameter.KEYWORD_ONLY
+    if not form.weight:
+        return
+    for message, error, weight in (
+        ("weight must be of shape", ValueError, torch.ones(8)),
+        ("weight must not require", ValueError, torch.ones(9, requires_grad=True)),
+        ("weight must be a floating-point tensor", TypeError, torch.ones(9).int()),
+        ("weight must lie on", ValueError, torch.ones(9).to("meta")),
+    ):
+        with pytest.raises(error, match=f"^{form.name}: {message}"):
+            form.function(*tensors, weight=weight)
+
+
+def test_store_no_logits() -> None:
+    code = """if True:
+        import resource, sys, torch, tilework.losses
+        options = {"linear_error_norm_truncation_loss": {"fraction": 0.1}}
+        def call(name, tokens, classes):
+            function = getattr(tilework.losses, name)
+            hidden = torch.randn(tokens, 64, requires_grad=True)
+            head = torch.randn(classes, 64, requires_grad=True)
+            target = torch.randint(classes, (tokens,))
+            given = options.get(name, {}) | {"implementation": "tiled"}
+            function(hidden, head, target, **given).backward()
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        for name in sys.argv[1:]:
+            call(name, 64, 2000)
+        before = peak()
+        for name in sys.argv[1:]:
+            call(name, 1024, 48000)
+        print(peak() - before)
+    """
+    names = [form.name for form in FORMS]
+    output = subprocess.run(
+        [sys.executable, "-c", code, *names], check=True, capture_output=True, text=True
+    ).stdout
+    assert float(output) < 90  # MiB; the logits are 188, the head and its gradient 12 each
