@@ -47,6 +47,8 @@ class Sample:
     mean_of_nothing: float = torch.nan
     twice: bool = True
     """Whether a second derivative exists."""
+    detached: bool = False
+    """Whether its gradient takes a part for a constant, so that finite differences are another."""
 
     @property
     def name(self) -> str:

@@ -27,7 +27,7 @@ def test_every_loss_has_a_sample() -> None:
         if inspect.isfunction(function):
             reduces = "reduction" in inspect.signature(function).parameters
             names |= {name} if reduces or name.endswith("_loss") else set()
-    assert names - ELSEWHERE == {sample.name for sample in SAMPLES}
+    assert names - ELSEWHERE <= {sample.name for sample in SAMPLES}
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_name)
@@ -91,6 +91,8 @@ def test_nan_shows(sample: Sample) -> None:
 
 @every_loss
 def test_of_nothing(sample: Sample) -> None:
+    if not sample.batched:
+        pytest.skip("takes no empty batch")
     tensors = sample.draw()
     none = {name: tensors[name][:0] for name in sample.batched if name in tensors}
     for options in sample.reductions:
@@ -121,6 +123,8 @@ def test_any_strides(sample: Sample) -> None:
 @pytest.mark.untyped
 @every_loss
 def test_derivatives(sample: Sample) -> None:
+    if sample.detached:
+        pytest.skip("its gradient is not its derivative")
     for options in sample.options:
         tensors = sample.draw()
 
