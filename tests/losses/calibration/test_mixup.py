@@ -96,7 +96,11 @@ def test_of_one_target_is_cross_entropy(shape: tuple[int, ...]) -> None:
         }
         other = other.where(other != ignore_index, 0)
         expected = F.cross_entropy(input, target, **options)
-        for first, second, lam in ((target, other, 1.0), (other, target, 0), (target, target, 0.3)):
+        for first, second, lam in (
+            (target, other, 1.0),
+            (other, target, 0.0),
+            (target, target, 0.3),
+        ):
             actual = mixup_cross_entropy(input, first, second, lam, **options)
             torch.testing.assert_close(actual, expected, equal_nan=True)
 

@@ -64,7 +64,7 @@ def test_first_prediction_is_the_probability(kind: str) -> None:
     for probability in (0.3, 0.5, 0.999):
         assert scaling.predict(probability) == pytest.approx(probability, rel=1e-12)
     assert scaling.predict(0.0) == pytest.approx(1e-3)
-    assert scaling.predict(1) == pytest.approx(1 - 1e-3)
+    assert scaling.predict(1.0) == pytest.approx(1 - 1e-3)
 
 
 @every_kind

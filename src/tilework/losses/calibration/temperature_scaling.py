@@ -1,7 +1,6 @@
 """The temperature that calibrates logits after training."""
 
 import math
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -78,7 +77,9 @@ class TemperatureScaling(Criterion):
         self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
 
     @torch.no_grad()
-    def fit(self, input: Tensor, target: Tensor, *, ignore_index: int = -100) -> Self:
+    def fit(
+        self, input: Tensor, target: Tensor, *, ignore_index: int = -100
+    ) -> "TemperatureScaling":
         """Set the temperature from logits of shape ``(N, C)`` and classes of shape ``(N)``.
 
         Waits for the device of the logits.

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from tilework import _checks
@@ -45,7 +45,7 @@ class F1Thresholds(NamedTuple):
 @_PAPER
 def best_f1_thresholds(
     scores: Float[Tensor, "samples classes"],
-    target: Bool[Tensor, "samples classes"] | Int[Tensor, "samples classes"],
+    target: Bool[Tensor, "samples classes"] | Integer[Tensor, "samples classes"],
 ) -> F1Thresholds:
     r"""Find for each class the threshold on its scores with the largest F1 score.
 
