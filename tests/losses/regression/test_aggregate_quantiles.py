@@ -20,8 +20,8 @@ def by_loops(input: Tensor, weight_logits: Tensor) -> Tensor:
         *batch, k = index.tolist()
         weights = [math.exp(value) for value in logits[(*batch, slice(None), k)].tolist()]
         values = input[(*batch, slice(None), k)].tolist()
-        total = sum(weight * value for weight, value in zip(weights, values, strict=True))
-        results[(*batch, k)] = total / sum(weights)
+        total = math.fsum(w * value for w, value in zip(weights, values, strict=True))
+        results[(*batch, k)] = total / math.fsum(weights)
     return results
 
 

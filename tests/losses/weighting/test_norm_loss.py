@@ -3,9 +3,13 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tilework.losses import NormLoss, norm_loss
 
+import processes
 from losses.samples import Sample
 
 
@@ -98,6 +102,38 @@ def test_of_a_model() -> None:
     assert model.layers[0].weight.grad is not None
     assert model.embedding.weight.grad is None
     assert repr(NormLoss(coefficient=0.2)) == "NormLoss(coefficient=0.2)"
+
+
+def sharded_model() -> list[Tensor]:
+    """The loss after a forward pass, when some weights are gathered, and the gradients."""
+    model = a_model()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in (*model, model):
+        fully_shard(layer, mesh=mesh)
+    output = model(torch.ones(4, 3))
+    kinds = {isinstance(layer.weight, DTensor) for layer in model}
+    assert True in kinds
+    loss = NormLoss(coefficient=0.5)(model)
+    (output.sum() + loss).backward()
+    gradients = [layer.weight.grad.full_tensor() for layer in model]
+    columns = distribute_tensor(torch.arange(6.0).reshape(2, 3), mesh, [Shard(1)])
+    return [loss.detach(), *gradients, norm_loss(columns)]
+
+
+def a_model() -> nn.Sequential:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7), nn.Linear(7, 2))
+
+
+def test_of_a_sharded_model() -> None:
+    model = a_model()
+    loss = NormLoss(coefficient=0.5)(model)
+    (model(torch.ones(4, 3)).sum() + loss).backward()
+    columns = norm_loss(torch.arange(6.0).reshape(2, 3))
+    expected = [loss.detach(), *(layer.weight.grad for layer in model), columns]
+    for results in processes.run(sharded_model, 2):
+        for result, value in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, value)
 
 
 @pytest.mark.untyped

@@ -125,6 +125,7 @@ def _minimize(gaps: Tensor, at_target: Tensor, low: float, high: float) -> float
         return low
     if derivatives(high)[0] <= 0:
         return high
+    previous = high - low
     while high / low - 1 > _TOLERANCE:
         first, second = derivatives(inverse)
         if first < 0:
@@ -134,7 +135,9 @@ def _minimize(gaps: Tensor, at_target: Tensor, low: float, high: float) -> float
         step = first / second if second else math.inf
         if abs(step) <= _TOLERANCE * inverse:
             return inverse - step
-        # Newton's method where it stays inside, otherwise the geometric middle of the bracket.
-        inside = low < inverse - step < high
-        inverse = inverse - step if inside else math.sqrt(low * high)
+        # Newton's method while its steps halve inside of the bracket, otherwise the middle of it.
+        if low < inverse - step < high and 2 * abs(step) < previous:
+            inverse, previous = inverse - step, abs(step)
+        else:
+            inverse, previous = math.sqrt(low * high), high - low
     return inverse

@@ -26,7 +26,7 @@ _PAPER = implements(
 
 @_PAPER
 def norm_loss(
-    weight: Float[Tensor, "rows ..."] | Iterable[Float[Tensor, "rows_of_each ..."]],
+    weight: Float[Tensor, "rows ..."] | Iterable[Float[Tensor, "..."]],
     *,
     coefficient: float = 0.01,
 ) -> Float[Tensor, ""]:
@@ -39,7 +39,8 @@ def norm_loss(
 
         \lambda \sum_c (1 - \lVert w_c \rVert_2)^2
 
-    summed over the weights. The gradient of a row of zeros is 0.
+    summed over the weights. The gradient of a row of zeros is 0. Weights may be DTensors, as in a
+    model under FSDP2: each process gets the whole sum.
 
     Args:
         weight: A tensor of at least 2 dimensions, or an iterable of at least one such.
@@ -135,4 +136,6 @@ def _named(weights: Iterable[Tensor]) -> dict[str, Tensor]:
 def _penalty(weight: Tensor) -> Tensor:
     rows = weight.to(computation_dtype(weight.dtype)).flatten(1)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return (1 - norms).square().sum()
+    penalty = (1 - norms).square().sum()
+    # Of a DTensor, which is a part of the weight's rows or columns: the whole sum, on each process.
+    return penalty.full_tensor() if hasattr(penalty, "full_tensor") else penalty
