@@ -83,6 +83,8 @@ def test_target_of_another_dtype() -> None:
     actual = pinball_loss(input, target, levels)
     assert actual.dtype == torch.bfloat16
     assert actual == pinball_loss(input.double(), target, levels.double()).bfloat16()
+    near = torch.tensor([1e8 + 1], dtype=torch.float64)  # 1e8 in float32
+    assert pinball_loss(torch.tensor([[1e8]]), near, torch.tensor([0.5])) == 0.5
 
 
 @pytest.mark.untyped
