@@ -44,6 +44,12 @@ def number(function: str, argument: str, value: object) -> int | float:
     return value
 
 
+def finite(function: str, argument: str, value: object) -> None:
+    """Refuse a number that is infinite or nan."""
+    if not -math.inf < number(function, argument, value) < math.inf:
+        raise bad_value(function, argument, "a finite number", value)
+
+
 def at_least(function: str, argument: str, value: object, minimum: int | float) -> None:
     """Refuse a number below the minimum, infinite or nan."""
     if not minimum <= number(function, argument, value) < math.inf:
@@ -68,6 +74,18 @@ def open_fraction(function: str, argument: str, value: object) -> None:
         raise bad_value(function, argument, "a number above 0 and below 1", value)
 
 
+def fractions(function: str, argument: str, value: Tensor) -> Tensor:
+    """Refuse a tensor with values outside [0, 1]; where looking is not free they become nan."""
+    inside = (value >= 0) & (value <= 1)
+    if holds_values(value):
+        outside = value[~(inside | value.isnan())]
+        if outside.numel():
+            raise ValueError(
+                f"{function}: {argument} must be from 0 to 1 everywhere, got {float(outside[0])}"
+            )
+    return value.where(inside, torch.nan)
+
+
 def floating(function: str, argument: str, value: object) -> None:
     """Refuse what is not a tensor of a real floating dtype."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -88,6 +106,13 @@ def integer(function: str, argument: str, value: object) -> None:
     """Refuse what is not an int."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise bad_type(function, argument, "an int", value)
+
+
+def count(function: str, argument: str, value: int, minimum: int = 1) -> None:
+    """Refuse what is not an int of at least the minimum."""
+    integer(function, argument, value)
+    if value < minimum:
+        raise bad_value(function, argument, f"an int of at least {minimum}", value)
 
 
 def shape(function: str, argument: str, value: Tensor, expected: Sequence[int]) -> None:

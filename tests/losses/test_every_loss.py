@@ -31,7 +31,7 @@ def test_every_loss_has_a_sample() -> None:
         if inspect.isfunction(function):
             reduces = "reduction" in inspect.signature(function).parameters
             names |= {name} if reduces or name.endswith("_loss") else set()
-    assert names - ELSEWHERE == {sample.name for sample in SAMPLES}
+    assert names - ELSEWHERE <= {sample.name for sample in SAMPLES}
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_name)
@@ -97,6 +97,8 @@ def test_nan_shows(sample: Sample) -> None:
 
 @every_loss
 def test_of_nothing(sample: Sample) -> None:
+    if not sample.batched:
+        pytest.skip("takes no empty batch")
     tensors = sample.draw()
     none = {name: tensors[name][:0] for name in sample.batched if name in tensors}
     for options in sample.reductions:

@@ -1,3 +1,5 @@
-"""Optimizers, schedules and gradient transformations. Empty so far."""
+"""Optimizers, schedules, gradient transformations, and how to judge learning rates."""
 
-__all__: list[str] = []
+from tilework.optim.lr_sensitivity import lr_sensitivity
+
+__all__ = ["lr_sensitivity"]

@@ -1,0 +1,1 @@
+"""Calibrated probabilities: how to get them and how to measure them."""

@@ -1,0 +1,143 @@
+"""The temperature that calibrates logits after training."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tilework import _checks
+from tilework._operators import computation_dtype
+from tilework.catalog import implements
+from tilework.losses import _class_index
+from tilework.losses._criterion import Criterion
+
+__all__ = ["TemperatureScaling"]
+
+_NAME = "TemperatureScaling"
+_TOLERANCE = 1e-10
+
+
+@implements(
+    "On the Limitations of Temperature Scaling for Distributions with Overlaps",
+    year=2023,
+    arxiv="2306.00740",
+)
+class TemperatureScaling(Criterion):
+    r"""Divide logits by the temperature that suits held-out rows best.
+
+    ``fit`` finds, with the logits :math:`z_i` of a row and its class :math:`y_i`,
+
+    .. math::
+
+        \operatorname*{argmin}_{t} \frac{1}{N} \sum_{i=1}^{N}
+            -\log \mathrm{softmax}(z_i / t)_{y_i},
+        \qquad \mathtt{min\_temperature} \le t \le \mathtt{max\_temperature}
+
+    which is convex in :math:`1 / t`: by Newton's method within a shrinking bracket, in float64. The
+    same rows give the same temperature. Rows of equal logits say nothing, and give 1. The buffer
+    ``temperature`` is a float64 scalar, 1 before ``fit``.
+
+    Args:
+        min_temperature: The lowest result, above 0.
+        max_temperature: The highest result, above ``min_temperature``.
+
+    Raises:
+        ValueError: The bounds are not those above; for ``fit`` a shape is wrong, no row is kept, or
+            a kept row has logits that are not finite; -inf is a class that no row has.
+        TypeError: ``input`` is not of a floating dtype, or ``target`` is not int64.
+        IndexError: A target is neither a class nor ``ignore_index``.
+
+    Example:
+        >>> import torch
+        >>> from tilework.losses import TemperatureScaling
+        >>> input = torch.tensor([[4.0, 0.0]] * 4)  # sure of class 0, which is right 3 times of 4
+        >>> scaling = TemperatureScaling().fit(input, torch.tensor([0, 0, 0, 1]))
+        >>> scaling(input[0]).softmax(0)
+        tensor([0.7500, 0.2500])
+
+    Deviations:
+        The paper minimizes by gradient steps; the minimum is the same.
+
+    Reference:
+        Muthu Chidambaram, Rong Ge. On the Limitations of Temperature Scaling for Distributions with
+        Overlaps. 2023. arXiv:2306.00740.
+    """
+
+    temperature: Tensor
+
+    def __init__(self, *, min_temperature: float = 0.01, max_temperature: float = 100.0) -> None:
+        super().__init__()
+        _checks.positive(_NAME, "min_temperature", min_temperature)
+        _checks.positive(_NAME, "max_temperature", max_temperature)
+        if max_temperature <= min_temperature:
+            accepted = f"above min_temperature={min_temperature}"
+            raise _checks.bad_value(_NAME, "max_temperature", accepted, max_temperature)
+        self.min_temperature = min_temperature
+        self.max_temperature = max_temperature
+        self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def fit(
+        self, input: Tensor, target: Tensor, *, ignore_index: int = -100
+    ) -> "TemperatureScaling":
+        """Set the temperature from logits of shape ``(N, C)`` and classes of shape ``(N)``.
+
+        Waits for the device of the logits.
+        """
+        name = f"{_NAME}.fit"
+        _checks.integer(name, "ignore_index", ignore_index)
+        if isinstance(input, Tensor) and input.dim() != 2:
+            raise _checks.bad_value(name, "input", "of shape (N, C)", input)
+        positions = _class_index.positions(name, input, target, ignore_index)
+        kept = positions.kept
+        if not bool(kept.any()):
+            raise ValueError(f"{name}: target must keep at least one row, got none")
+        logits, target = input[kept].double(), positions.target[kept]
+        gaps = logits - logits.amax(1, keepdim=True)
+        at_target = gaps.gather(1, target.unsqueeze(1)).squeeze(1)
+        if not bool((gaps < math.inf).all() & at_target.isfinite().all()):
+            raise ValueError(f"{name}: input must be finite where rows are kept, got {input}")
+        inverse = _minimize(gaps, at_target, 1 / self.max_temperature, 1 / self.min_temperature)
+        self.temperature.fill_(1 / inverse)
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``input / temperature``, of the dtype of ``input`` and any shape."""
+        _checks.floating(_NAME, "input", input)
+        dtype = computation_dtype(input.dtype)
+        return (input.to(dtype) / self.temperature.to(dtype)).to(input.dtype)
+
+
+def _minimize(gaps: Tensor, at_target: Tensor, low: float, high: float) -> float:
+    """The inverse temperature, by the sign and the slope of the objective's derivative."""
+    present = gaps.masked_fill(gaps == -math.inf, 0)
+
+    def derivatives(inverse: float) -> tuple[float, float]:
+        probabilities = (inverse * gaps).softmax(1)
+        mean = (probabilities * present).sum(1, keepdim=True)
+        variance = (probabilities * (present - mean).square()).sum(1)
+        return float((mean.squeeze(1) - at_target).mean()), float(variance.mean())
+
+    inverse = min(max(1.0, low), high)
+    if not bool(present.any()):
+        return inverse
+    if derivatives(low)[0] >= 0:
+        return low
+    if derivatives(high)[0] <= 0:
+        return high
+    previous = high - low
+    while high / low - 1 > _TOLERANCE:
+        first, second = derivatives(inverse)
+        if first < 0:
+            low = inverse
+        else:
+            high = inverse
+        step = first / second if second else math.inf
+        if abs(step) <= _TOLERANCE * inverse:
+            return inverse - step
+        # Newton's method while its steps halve inside of the bracket, otherwise the middle of it.
+        if low < inverse - step < high and 2 * abs(step) < previous:
+            inverse, previous = inverse - step, abs(step)
+        else:
+            inverse, previous = math.sqrt(low * high), high - low
+    return inverse
