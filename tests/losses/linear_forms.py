@@ -18,8 +18,8 @@ class LinearForm:
     options: tuple[dict[str, Any], ...] = ({},)
     weight: bool = False
     """Whether it takes class weights."""
-    twice: bool = True
-    """Whether a second derivative exists."""
+    steps: bool = False
+    """Whether rounding of the logits may turn the loss to another one, but for the first options."""
 
     @property
     def name(self) -> str:

@@ -75,7 +75,9 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"fraction": 0.25, "denominator": "kept", "label_smoothing": 0.2},
 )
 SAMPLES = [Sample(error_norm_truncation_loss, definition, ErrorNormTruncationLoss, options=OPTIONS)]
-LINEAR_FORMS = [LinearForm(linear_error_norm_truncation_loss, definition, options=OPTIONS)]
+LINEAR_FORMS = [
+    LinearForm(linear_error_norm_truncation_loss, definition, options=OPTIONS, steps=True)
+]
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_name)
@@ -286,6 +288,28 @@ def test_linear_form_drops_the_same(implementation: str) -> None:
         assert torch.equal(losses == 0, plain == 0)
         assert not grad_input[losses == 0].any()
         assert grad_input[losses != 0].any(1).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_name)
+def test_linear_form_drops_wrong_positions(dtype: torch.dtype) -> None:
+    """Norms of about 0.06 and 1.4, far from the threshold."""
+    head, place = 4 * torch.eye(6, dtype=dtype), torch.arange(30) % 6
+    hidden = torch.eye(6, dtype=dtype)[place]
+    wrong = torch.arange(30) % 4 == 1
+    target = (place + wrong) % 6
+    for options in ({"threshold": 0.7}, {"fraction": wrong.double().mean().item()}):
+        losses = linear_error_norm_truncation_loss(
+            hidden, head, target, reduction="none", **options
+        )
+        assert torch.equal(losses == 0, wrong)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_nan_is_not_dropped(options: dict[str, Any]) -> None:
+    input, target = class_index(9).values()
+    input[4, 2] = torch.nan
+    losses = error_norm_truncation_loss(input, target.clamp(min=0), **options, reduction="none")
+    assert losses.isnan().tolist() == [index == 4 for index in range(9)]
 
 
 @pytest.mark.untyped
