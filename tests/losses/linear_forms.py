@@ -19,7 +19,7 @@ class LinearForm:
     weight: bool = False
     """Whether it takes class weights."""
     steps: bool = False
-    """Whether rounding of the logits may turn the loss to another one, but for the first options."""
+    """Whether rounded logits may change which positions count, under all options but the first."""
 
     @property
     def name(self) -> str:
