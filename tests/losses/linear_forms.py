@@ -18,8 +18,8 @@ class LinearForm:
     options: tuple[dict[str, Any], ...] = ({},)
     weight: bool = False
     """Whether it takes class weights."""
-    twice: bool = True
-    """Whether a second derivative exists."""
+    steps: bool = False
+    """Whether rounded logits may change which positions count, under all options but the first."""
 
     @property
     def name(self) -> str:

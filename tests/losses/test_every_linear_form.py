@@ -11,7 +11,7 @@ import torch
 
 import tilework.losses
 
-from helpers import FLOATING, assert_exact, dtype_name
+from helpers import FLOATING, HALF, assert_exact, dtype_name
 from losses.classification import (
     test_comp_sum_loss,
     test_error_norm,
@@ -53,9 +53,8 @@ def check(form: LinearForm, problem: Problem, implementation: str) -> None:
     function = partial(form.function, implementation=implementation)
     given = problem.input.dtype
     dtype = torch.float32 if given == torch.float64 else given
-    upstream = None
-    if problem.options.get("reduction") == "none":
-        upstream = torch.rand(problem.target.shape).double() + 0.5
+    problem.options["reduction"] = "none"
+    upstream = torch.rand(problem.target.shape).double() + 0.5
     results = (
         problem.solve(function, upstream),
         problem.to(dtype).solve(form.composed, upstream),
@@ -72,11 +71,22 @@ def check(form: LinearForm, problem: Problem, implementation: str) -> None:
 def test_equals_the_loss_of_the_logits(
     form: LinearForm, implementation: str, dtype: torch.dtype
 ) -> None:
+    for options in form.options[:1] if form.steps and dtype in HALF else form.options:
+        problem = Problem.random(200, dtype=dtype, bias=True, weight=form.weight, scale=0.3)
+        problem.options |= options
+        check(form, problem, implementation)
+
+
+@pytest.mark.parametrize("implementation", EXACT)
+@every_form
+def test_reductions(form: LinearForm, implementation: str) -> None:
     for options in form.options:
         for reduction in REDUCTIONS:
-            problem = Problem.random(dtype=dtype, bias=True, weight=form.weight, scale=0.3)
-            problem.options |= options | {"reduction": reduction}
-            check(form, problem, implementation)
+            problem = Problem.random(weight=form.weight, reduction=reduction)
+            problem.options |= options
+            problem = problem.to(torch.float64)
+            function = partial(form.function, implementation=implementation)
+            torch.testing.assert_close(problem.solve(function), problem.solve(form.composed))
 
 
 @pytest.mark.parametrize("implementation", ["triton", "chunked", None])
@@ -200,7 +210,7 @@ def test_nan_shows_and_stays_in_its_row(form: LinearForm, implementation: str) -
 def test_far_logits(form: LinearForm, implementation: str) -> None:
     """Logits of 1e4 and more; hidden states and head are whole numbers, exact in every dtype."""
     for dtype, size in ((torch.float32, 1e4), (torch.bfloat16, 8192.0), (torch.float16, 128.0)):
-        problem = Problem.random(14, 3, 9, dtype, ignored=0.0, reduction="none")
+        problem = Problem.random(14, 3, 9, dtype, ignored=0.0)
         with torch.no_grad():
             problem.input.copy_(size * problem.input.sign())
             problem.linear_weight.copy_(problem.linear_weight.round())
@@ -226,8 +236,7 @@ def test_derivatives(form: LinearForm, implementation: str) -> None:
             )
 
         assert torch.autograd.gradcheck(function, problem.leaves, check_forward_ad=True)
-        if form.twice:
-            assert torch.autograd.gradgradcheck(function, problem.leaves)
+        assert torch.autograd.gradgradcheck(function, problem.leaves)
 
 
 @pytest.mark.untyped
@@ -286,9 +295,18 @@ def test_bad_targets(form: LinearForm) -> None:
         form.function(hidden, head, torch.tensor([0, 9, 1]))
     # Where values cannot be read, such as under a transform, the loss is nan.
     for options in form.options:
-        function = partial(form.function, hidden, head, reduction="none", **options)
-        losses = torch.func.vmap(function)(torch.tensor([[0, -1, -100]]))[0]
-        assert losses.isnan().tolist() == [False, True, False]
+
+        def losses(hidden, target, options=options):
+            return form.function(hidden, head, target, reduction="none", **options)
+
+        def gradient(target, losses=losses):
+            return torch.func.grad(lambda hidden: losses(hidden, target).sum())(hidden)
+
+        unread = torch.tensor([[0, -1, -100]])
+        values = torch.func.vmap(partial(losses, hidden))(unread)[0]
+        gradients = torch.func.vmap(gradient)(unread)[0]
+        for results in (values[:, None], gradients):
+            assert results.isnan().all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.untyped

@@ -31,13 +31,10 @@ def reduced(losses: Tensor, weights: Tensor, reduction: str) -> Tensor:
     return losses.sum() if reduction == "sum" else losses.sum() / weights.sum()
 
 
-def by_margins(input: Tensor, target: Tensor, tau: float) -> Tensor:
-    """The loss of each position from its sum of exponentials; a class for each target."""
-    if tau == 1:
-        return F.cross_entropy(input, target, reduction="none")
-    others = (input - input.gather(1, target[:, None])).exp()
-    u = others.scatter(1, target[:, None], 0).sum(1)
-    return ((1 + u) ** (1 - tau) - 1) / (1 - tau)
+def by_probability(input: Tensor, target: Tensor, tau: float) -> Tensor:
+    """The loss of each position from torch's cross-entropy; a class for each target."""
+    nll = F.cross_entropy(input, target, reduction="none")
+    return nll if tau == 1 else (1 - nll.neg().exp() ** (tau - 1)) / (tau - 1)
 
 
 def definition(
@@ -52,7 +49,7 @@ def definition(
     kept = target != ignore_index
     index = target.where(kept, 0)
     weights = kept.to(input.dtype) if weight is None else weight[index] * kept
-    return reduced(weights * by_margins(input, index, tau), weights, reduction)
+    return reduced(weights * by_probability(input, index, tau), weights, reduction)
 
 
 def adversarial_definition(
@@ -71,7 +68,7 @@ def adversarial_definition(
     margins = (logits.gather(1, index[:, None]) - logits for logits in (input, adversarial_input))
     before, after = margins
     distance = (after - before).square().sum(1).sqrt()
-    losses = by_margins(input / rho, index, tau) + nu * distance
+    losses = by_probability(input / rho, index, tau) + nu * distance
     return reduced(losses, kept.to(input.dtype), reduction)
 
 
@@ -81,7 +78,7 @@ def adversarial() -> Arguments:
     return {"input": tensors["input"], "adversarial_input": moved, "target": tensors["target"]}
 
 
-# The exponential of a difference of larger logits is beyond float16.
+# The inverse of a smaller probability is beyond float16.
 SAMPLES = [
     Sample(
         comp_sum_loss,

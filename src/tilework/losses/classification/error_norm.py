@@ -325,10 +325,7 @@ def _linear_error_norms(positions: LinearPositions) -> Tensor:
     _, total, gap = positions.statistics()
     _, total_square, gap_square = positions.statistics(0.5)
     wrong = total - (-gap).exp()
-    # The squares of parts add up to the square of their sum at most, and to that of their mean.
-    others = max(len(positions.linear_weight) - 1, 1)
-    squares = torch.minimum(total_square - (-gap_square).exp(), wrong.square())
-    squares = torch.maximum(squares, wrong.square() / others)
+    squares = (total_square - (-gap_square).exp()).clamp(min=0)  # a kernel may round otherwise
     return (squares + wrong.square()).sqrt() / total
 
 

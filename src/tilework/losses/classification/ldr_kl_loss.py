@@ -290,7 +290,7 @@ def aldr_kl_loss(
     for _ in range(num_steps):
         scaled = constant / (temperature * share).unsqueeze(dim)
         entropy = torch.special.entr(scaled.softmax(dim)).sum(dim)
-        divergence = (log_classes - entropy).clamp(min=0)
+        divergence = log_classes - entropy
         share = (1 - divergence / (alpha * log_classes)).clamp(min=1 - 1 / alpha)
     penalty = temperature / 2 * divergence * (1 - share)
     losses = _soft_maximum(gaps, temperature * share, dim) - penalty
