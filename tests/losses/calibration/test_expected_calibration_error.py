@@ -58,13 +58,13 @@ def by_loops(
 )
 def test_equals_torchmetrics(rows: int, classes: int, num_bins: int, norm: str, seed: int) -> None:
     torch.manual_seed(seed)
-    input = 3 * torch.randn(rows, classes + 1, dtype=torch.float64)  # no confidence rounds to 1
+    input = torch.randn(rows, classes + 1)  # so small that no confidence rounds to 1
     target = torch.randint(classes + 1, (rows,))
     actual = expected_calibration_error(input, target, num_bins=num_bins, norm=norm)
     expected = multiclass_calibration_error(
         input.softmax(1), target, classes + 1, n_bins=num_bins, norm=norm
     )
-    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", NORMS)
