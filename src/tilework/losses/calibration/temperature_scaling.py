@@ -96,7 +96,7 @@ class TemperatureScaling(Criterion):
         gaps = logits - logits.amax(1, keepdim=True)
         at_target = gaps.gather(1, target.unsqueeze(1)).squeeze(1)
         if not bool((gaps < math.inf).all() & at_target.isfinite().all()):
-            raise ValueError(f"{name}: input must be finite where rows are kept, got {input}")
+            raise _checks.bad_value(name, "input", "finite where rows are kept", input)
         inverse = _minimize(gaps, at_target, 1 / self.max_temperature, 1 / self.min_temperature)
         self.temperature.fill_(1 / inverse)
         return self
