@@ -54,7 +54,7 @@ def test_shapes_and_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_numbers() -> None:
-    actual = lr_sensitivity([3, 2.0, math.inf], initial_loss=5.0)
+    actual = lr_sensitivity([3.0, 2.0, math.inf], initial_loss=5.0)
     assert actual.shape == ()
     assert actual.dtype == torch.get_default_dtype()
     assert actual.item() == pytest.approx(4 / 3)
