@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 def composed(query: Tensor, key: Tensor, is_causal: bool, scale: float | None) -> Tensor:
-    """The entropy of the softmax by torch, whose own sums have no gradient rule for hidden keys."""
+    """The entropy by way of torch's log-sum-exp, of which a hidden key has no part."""
     values = scores(query, key, is_causal, scale)
-    hidden = values == -torch.inf
-    logs = values.log_softmax(-1).masked_fill(hidden, 0)
-    return -(values.softmax(-1) * logs).sum(-1)
+    values = values.to(torch.promote_types(query.dtype, torch.float32))
+    logs = values - values.logsumexp(-1, keepdim=True)
+    return -(logs.exp() * logs.masked_fill(logs == -torch.inf, 0)).sum(-1)
 
 
 def compare(
@@ -58,7 +58,7 @@ def test_equals_torch(implementation: str, dtype: torch.dtype, is_causal: bool) 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("lengths", LENGTHS[2:])
+@pytest.mark.parametrize("lengths", LENGTHS[1:])
 @pytest.mark.parametrize("heads", [(3, 1, 5), (1, 1, 80)])
 def test_lengths_heads_and_features(
     implementation: str, is_causal: bool, lengths: tuple[int, int], heads: tuple[int, int, int]
@@ -103,8 +103,11 @@ def test_weights_that_vanish_add_nothing(implementation: str) -> None:
     leaves = [(1e4 * query).requires_grad_(), key.requires_grad_()]
     function = partial(attention_entropy, implementation=implementation)
     entropy = function(*leaves, attention_lse(*leaves, implementation=implementation))
-    # The largest scores are further apart than float32 holds.
-    torch.testing.assert_close(entropy, torch.zeros_like(entropy), rtol=0, atol=1e-6)
+    first, second = scores(*leaves, False, None).topk(2).values.unbind(-1)
+    alone = first > second + 100
+    assert alone.sum() > 20
+    assert entropy.isfinite().all()
+    assert (entropy[alone].abs() < 1e-6).all()
     for gradient in torch.autograd.grad(entropy.sum(), leaves):
         assert gradient.isfinite().all()
 

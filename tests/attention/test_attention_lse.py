@@ -69,6 +69,13 @@ def test_nothing(implementation: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_key_is_its_score(implementation: str) -> None:
+    query, key = tensors(1, 1)
+    lse = attention_lse(query, key, scale=-0.3, enable_gqa=True, implementation=implementation)
+    torch.testing.assert_close(lse[..., None], scores(query, key, False, -0.3))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_extreme_scores(implementation: str) -> None:
     query, key = (leaf.detach() for leaf in tensors(batch=1, heads=1, kv_heads=1))
     function = partial(attention_lse, implementation=implementation)

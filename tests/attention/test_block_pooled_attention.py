@@ -86,7 +86,7 @@ def test_equals_torch(implementation: str, dtype: torch.dtype, is_causal: bool, 
 def test_blocks_and_lengths(
     implementation: str, block: tuple[int, int], lengths: tuple[int, int]
 ) -> None:
-    leaves = tensors(*lengths, 5, batch=1, heads=1, kv_heads=1)
+    leaves = tensors(*lengths, 5, batch=1, heads=2, kv_heads=1)
     pool = "max" if block[0] < 40 else "mean"
     compare(leaves, implementation, block, pool, is_causal=block[0] != 64)
 

@@ -90,7 +90,8 @@ def solve(result: Any, leaves: list[Tensor]) -> list[Tensor]:
     output, lse = result
     lse = lse.masked_fill(lse == -torch.inf, 0)
     generator = torch.Generator().manual_seed(0)
-    upstream = [torch.randn(t.shape, generator=generator).to(t) for t in (output, lse)]
+    # Rounded as the narrowest dtype takes them.
+    upstream = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in (output, lse)]
     loss = (output * upstream[0]).sum() + (lse * upstream[1]).sum()
     return [output, lse, *torch.autograd.grad(loss, leaves)]
 

@@ -69,12 +69,15 @@ def merge_attention(
     blind = (stacked == -torch.inf).all(0)
     # What sees nothing is computed as if it saw all parts alike, so that nothing divides by 0.
     stacked = stacked.masked_fill(blind, 0)
-    weights = stacked.softmax(0).masked_fill(blind, 0)[..., None]
+    peak = stacked.amax(0).detach()
+    masses = (stacked - peak).exp()
+    total = masses.sum(0)
+    weights = (masses / total).masked_fill(blind, 0)[..., None]
     output = sum(
         (weight * output.to(dtype) for weight, output in zip(weights, outputs, strict=True)),
         start=torch.zeros((), dtype=dtype, device=weights.device),
     )
-    return output.to(outputs[0].dtype), stacked.logsumexp(0).masked_fill(blind, -torch.inf)
+    return output.to(outputs[0].dtype), (peak + total.log()).masked_fill(blind, -torch.inf)
 
 
 def _check(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
