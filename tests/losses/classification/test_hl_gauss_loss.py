@@ -97,12 +97,12 @@ def test_targets_in_every_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> N
 
     def composed(other: torch.dtype) -> Tensor:
         values = target.to(other).clamp(-2, 3)[..., None]
-        edges = torch.linspace(-2, 3, 8, dtype=other)
-        below = torch.special.ndtr((edges - values).to(torch.float64) / 0.5).to(other)
+        edges = torch.linspace(-2, 3, 101, dtype=other)
+        below = torch.special.ndtr((edges - values).to(torch.float64) / 0.05).to(other)
         return below.diff(dim=-1) / (below[..., -1:] - below[..., :1])
 
-    actual = hl_gauss_targets(target, **RANGE, num_bins=7, sigma=0.5)
-    assert actual.shape == (*shape, 7)
+    actual = hl_gauss_targets(target, **RANGE, num_bins=100, sigma=0.05)
+    assert actual.shape == (*shape, 100)
     assert actual.dtype == dtype
     # In single precision also for half, which is rounded once.
     assert_exact(actual, composed(torch.float32), composed(torch.float64), dtype)
