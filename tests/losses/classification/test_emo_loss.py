@@ -188,6 +188,10 @@ def test_classes_that_cost_nothing() -> None:
     cost_embedding = torch.rand(63, 1) * direction
     input = torch.randn(100, 63, requires_grad=True)
     target = torch.randint(63, (100,))
+    nll = F.cross_entropy(input, target, reduction="none")
+    losses = emo_loss(input, target, cost_embedding, eps=1e-7, reduction="none")
+    assert (losses >= 0.499 * nll).all()
+    assert (losses <= 1.001 * nll).all()
     loss = emo_loss(input, target, cost_embedding, eps=1.0)
     expected = F.cross_entropy(input, target) / 2
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)

@@ -21,8 +21,8 @@ def definition(row: list[float], k: int) -> tuple[list[float], list[int]]:
 
 
 @given(
-    st.lists(st.integers(-3, 3), min_size=1, max_size=9),
-    st.integers(1, 9),
+    st.lists(st.integers(-3, 3), min_size=1, max_size=63),
+    st.integers(1, 63),
 )
 def test_equals_its_definition_with_ties(row: list[int], k: int) -> None:
     k = min(k, len(row))

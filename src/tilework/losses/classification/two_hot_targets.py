@@ -129,14 +129,14 @@ def c51_targets(
         _checks.floating(name, "discount", discount)
         _checks.shape(name, "discount", discount, batch)
         _checks.same_device(name, next_probs=next_probs, reward=reward, discount=discount)
-        discount = discount.detach().unsqueeze(-1)
+        discount = discount.unsqueeze(-1)
     else:
         _checks.number(name, "discount", discount)
         _checks.same_device(name, next_probs=next_probs, reward=reward)
     _value_bins.check_range(name, min_value, max_value)
 
     dtype = computation_dtype(torch.promote_types(next_probs.dtype, reward.dtype))
-    reward = reward.detach().to(dtype).unsqueeze(-1)
+    reward = reward.to(dtype).unsqueeze(-1)
     points = _value_bins.ends(reward, min_value, max_value, num_bins - 1)
     moved = _split(reward + discount * points, min_value, max_value, num_bins)
     return (next_probs.detach().unsqueeze(-1) * moved).sum(-2).to(next_probs.dtype)
