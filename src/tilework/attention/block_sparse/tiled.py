@@ -364,7 +364,8 @@ class _Blocks:
         """Positions, the third dimension, in whole blocks, and features, filled up with zeros."""
         given = tensor.shape[3]
         if self._places is None:
-            return F.pad(tensor, (0, features - given, 0, self._missing))
+            missing = (0, features - given, 0, self._missing)
+            return F.pad(tensor, missing) if any(missing) else tensor
         whole = tensor.new_zeros(*tensor.shape[:2], self._whole, features)
         whole[..., :given].index_copy_(2, self._places, tensor)
         return whole

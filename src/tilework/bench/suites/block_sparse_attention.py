@@ -31,7 +31,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cases(device: str) -> list[Case]:
-    """A quarter of causal attention and all of it, then fewer blocks, then a small one."""
+    """An eighth of causal attention, a quarter and all of it, then other shares, then a small one."""
     sizes = {"L": 8192, "H": 4, "E": 64}
     dtypes: tuple[str, ...] = ("float32",)
     if device != "cpu":
@@ -40,10 +40,10 @@ def cases(device: str) -> list[Case]:
     return [
         *(
             Case(kind, sizes | {"K": kept}, dtypes)
-            for kept in (blocks // 8, blocks)
+            for kept in (blocks // 16, blocks // 8, blocks)
             for kind in (FORWARD, TRAINING)
         ),
-        *(Case(TRAINING, sizes | {"K": blocks // part}, dtypes) for part in (32, 16, 4)),
+        *(Case(TRAINING, sizes | {"K": blocks // part}, dtypes) for part in (32, 4)),
         Case(TRAINING, {"L": 512, "H": 2, "E": 32, "K": 3}, dtypes, quick=True),
     ]
 
