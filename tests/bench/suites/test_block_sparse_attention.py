@@ -69,6 +69,6 @@ def test_candidates_are_right_or_say_why_not(kind: str, kept: int) -> None:
 
 
 def test_cases_start_with_the_sizes_of_the_claims() -> None:
-    assert suite.cases("cpu")[0].name == "forward L=8192 H=4 E=64 K=16"
-    assert suite.cases("cuda")[0].name == "forward L=32768 H=32 E=128 K=64"
+    assert suite.cases("cpu")[0].name == "forward L=8192 H=4 E=64 K=8"
+    assert suite.cases("cuda")[0].name == "forward L=32768 H=32 E=128 K=32"
     assert any(one.quick for one in suite.cases("cpu"))

@@ -31,7 +31,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cases(device: str) -> list[Case]:
-    """An eighth of causal attention, a quarter and all of it, then other shares, then a small one."""
+    """An eighth of causal attention, a quarter and all of it, other shares, and a small one."""
     sizes = {"L": 8192, "H": 4, "E": 64}
     dtypes: tuple[str, ...] = ("float32",)
     if device != "cpu":
