@@ -300,17 +300,23 @@ def test_epsilon_is_under_the_root(implementation: str, centered: bool) -> None:
 def test_large_tensors_on_the_cpu_go_by_tiles(
     centered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where torch has no fused kernel: all but layer normalization that rounds its sum."""
+    """Where torch has no fused kernel, and where its gradients of weights are poor."""
     monkeypatch.setattr(tiled, "SMALLEST", 100)
     calls = []
     kernel = tiled.forward
     monkeypatch.setattr(tiled, "forward", lambda *args: calls.append(args) or kernel(*args))
-    for rows, dtype, residual, expected in (
-        (9, torch.float32, None, 0),
-        (10, torch.float32, None, not centered),
-        (10, torch.float32, torch.float32, not centered),
-        (10, torch.float16, torch.float16, 1),
+    single, half = torch.float32, torch.float16
+    for rows, dtype, options, expected in (
+        (9, single, {}, 0),
+        (10, single, {}, not centered),
+        (9, single, {"residual": single}, 0),
+        (10, single, {"residual": single}, 1),
+        (10, half, {"residual": half}, 1),
+        (9, single, {"weight": single, "bias": single}, 0),
+        (9, half, {}, 0),
+        (9, half, {"weight": half}, centered),
+        (9, half, {"bias": half}, centered),
     ):
         calls.clear()
-        check(Problem.random(centered, (rows, 10), dtype, residual=residual), None)
+        check(Problem.random(centered, (rows, 10), dtype, **options), None)  # type: ignore[arg-type]
         assert len(calls) == expected

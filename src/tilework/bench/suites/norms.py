@@ -193,9 +193,12 @@ def _ours(case: Case, inputs: Inputs, implementation: str) -> Callable[[], Resul
 def _default(case: Case, inputs: Inputs) -> str:
     input, operator = inputs["input"], "norms.rms_norm"
     chosen = _operators.choose(operator, _operators.TABLES[operator], None, input)
-    if chosen == "torch" and tiled.pays(input, inputs.get("residual"), "layer" in case.kind):
-        return "tiled"
-    return chosen
+    parameters = (inputs["weight"], inputs.get("bias"))
+    with torch.set_grad_enabled("backward" in case.kind):
+        better = tiled.preferred(
+            input, inputs.get("residual"), *parameters, centered="layer" in case.kind
+        )
+    return "tiled" if chosen == "torch" and better else chosen
 
 
 def _eager(case: Case, inputs: Inputs) -> Step:

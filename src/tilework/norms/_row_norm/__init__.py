@@ -76,8 +76,9 @@ def row_norm(
     """
     _check_tensors(function, input, normalized_shape, weight, bias, residual, heads)
     chosen = _operators.choose(function, table, implementation, input)
-    if implementation is None and chosen == "torch" and tiled.pays(input, residual, centered):
-        chosen = "tiled"
+    if implementation is None and chosen == "torch":
+        better = tiled.preferred(input, residual, weight, bias, centered)
+        chosen = "tiled" if better else "torch"
     if eps is None:
         eps = torch.finfo(computation_dtype(input.dtype)).eps
     if num_measured is None:
