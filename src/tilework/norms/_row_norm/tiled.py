@@ -27,10 +27,16 @@ def preferred(
     """
     if not _checks.holds_values(input):
         return False
-    if not centered or residual is not None:
-        return input.numel() >= SMALLEST
-    trained = any(p is not None and p.requires_grad for p in (weight, bias))
-    return input.dtype in HALF and trained and torch.is_grad_enabled()
+    half, large = input.dtype in HALF, input.numel() >= SMALLEST
+
+    def trained(*tensors: Tensor | None) -> bool:
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+    if not centered:
+        return large
+    if residual is not None:
+        return large and (half or trained(input, residual, weight, bias))
+    return half and trained(weight, bias)
 
 
 def forward(
