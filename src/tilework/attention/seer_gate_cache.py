@@ -125,22 +125,23 @@ class SeerGateCache:
         first = self.num_tokens // gate.block_size
         rows = gate.compress_queries(query, first_block=first)
         self.num_tokens = first * gate.block_size + query.shape[2]
-        self._store(first, gate.compress_keys(key, first_block=first))
+        keys = self._store(first, gate.compress_keys(key, first_block=first))
         rest = query.shape[2] - self.num_tokens % gate.block_size
         self._running = query[:, :, rest:].clone(), key[:, :, rest:].clone()
 
-        assert self._keys is not None
-        logits = gate.score(rows, self._keys[:, :, : self.num_blocks])
+        logits = gate.score(rows, keys)
         row, column = (torch.arange(size, device=query.device) for size in logits.shape[2:])
         return logits.masked_fill(column > first + row[:, None], -torch.inf)
 
-    def _store(self, first: int, keys: Tensor) -> None:
-        """Put compressed keys at the place of the block ``first``; room is doubled when it ends."""
-        stop, room = first + keys.shape[2], 0 if self._keys is None else self._keys.shape[2]
-        if self._keys is None or stop > room:
-            old, shape = self._keys, list(keys.shape)
-            shape[2] = max(stop, 2 * room)
-            self._keys = keys.new_empty(shape)
-            if old is not None:
-                self._keys[:, :, :first] = old[:, :, :first]
-        self._keys[:, :, first:stop] = keys
+    def _store(self, first: int, keys: Tensor) -> Tensor:
+        """Put compressed keys at the place of the block ``first``; return those of all blocks."""
+        stop, stored = first + keys.shape[2], self._keys
+        room = 0 if stored is None else stored.shape[2]
+        if stored is None or stop > room:
+            # Room doubles, so that tokens one by one do not copy everything each time.
+            larger = keys.new_empty(*keys.shape[:2], max(stop, 2 * room), keys.shape[3])
+            if stored is not None:
+                larger[:, :, :first] = stored[:, :, :first]
+            self._keys = stored = larger
+        stored[:, :, first:stop] = keys
+        return stored[:, :, :stop]

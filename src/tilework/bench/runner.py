@@ -166,7 +166,7 @@ def measure(
         progress(f"{job.name}: checking {entry.candidate.name}", CHECKING * number / len(entries))
         _check(entry, job, inputs, truth, composition)
         if entry.step is not None and chosen(entry.candidate):
-            _name_kernels(entry, device)
+            _name_kernels(entry.row, entry.step, device)
     del truth
     entries = {name: entry for name, entry in entries.items() if chosen(entry.candidate)}
 
@@ -187,14 +187,14 @@ def measure(
         if times.error is not None:
             entries[name].drop(FAILED, describe(times.error))
         else:
-            _record_time(entries[name].row, times.samples, rates)
+            _record_time(entries[name].row, job, times.samples, rates)
             entries[name].row.others_cpus = busy
 
     for number, entry in enumerate(entries.values()):
         done = CHECKING + TIMING + MEMORY * number / len(entries)
         progress(f"{job.name}: memory of {entry.candidate.name}", done)
         if settings.memory and entry.step is not None:
-            _record_memory(entry, job, device)
+            _record_memory(entry.row, entry.step, job, device)
         yield entry.row
     progress(job.name, 1.0)
 
@@ -257,41 +257,36 @@ def _check(entry: _Entry, job: Job, inputs: Inputs, truth: Results, composition:
     entry.step = step
 
 
-def _name_kernels(entry: _Entry, device: torch.device) -> None:
-    assert entry.step is not None
+def _name_kernels(row: Row, step: Step, device: torch.device) -> None:
     try:
-        found = kernels.names(entry.step.run, device)
+        found = kernels.names(step.run, device)
     except Exception as error:
-        entry.row.notes.append(f"kernels: {describe(error)}")
+        row.notes.append(f"kernels: {describe(error)}")
         return
-    entry.row.kernel = f"{entry.step.kernel} ({', '.join(found)})"
+    row.kernel = f"{step.kernel} ({', '.join(found)})"
 
 
-def _record_time(row: Row, samples: list[float], rates: dict[str, float]) -> None:
+def _record_time(row: Row, job: Job, samples: list[float], rates: dict[str, float]) -> None:
     quartiles = timing.Quartiles.of(samples)
     row.q1, row.median, row.q3 = quartiles.q1, quartiles.median, quartiles.q3
     row.runs = len(samples)
     row.limits = rates
-    assert row.flops is not None
-    assert row.traffic_bytes is not None
+    traffic = job.suite.traffic(job.case, getattr(torch, job.dtype))
     least = max(
-        row.flops / rates["matmul_flops_per_second"],
-        row.traffic_bytes / rates["copy_bytes_per_second"],
+        job.suite.flops(job.case) / rates["matmul_flops_per_second"],
+        traffic / rates["copy_bytes_per_second"],
     )
     row.fraction_of_limit = least / row.median
 
 
-def _record_memory(entry: _Entry, job: Job, device: torch.device) -> None:
-    assert entry.step is not None
+def _record_memory(row: Row, step: Step, job: Job, device: torch.device) -> None:
     try:
         if device.type == "cuda":
-            entry.row.peak_bytes = memory.on_gpu(entry.step.run, device)
+            row.peak_bytes = memory.on_gpu(step.run, device)
         else:
-            entry.row.peak_bytes = memory.in_fresh_process(
-                job.suite, job.case, job.dtype, entry.candidate.name
-            )
+            row.peak_bytes = memory.in_fresh_process(job.suite, job.case, job.dtype, row.candidate)
     except memory.Unmeasured as reason:
-        entry.row.notes.append(f"memory: {reason}")
+        row.notes.append(f"memory: {reason}")
 
 
 def answers(device: torch.device) -> bool:

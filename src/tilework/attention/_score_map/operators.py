@@ -134,8 +134,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and key; of the entropy where it is given, of the log-sum-exp if not."""
     offset, slope = grad, None
-    if entropy is not None:
-        assert total is not None
+    if entropy is not None and total is not None:
         # The exact log-sum-exp has the slope p / total, so that a row's gradients add up to 0.
         offset, slope = -grad * (entropy / total).masked_fill(total == 0, 0), -grad
     results: tuple[Tensor, Tensor] = _run(

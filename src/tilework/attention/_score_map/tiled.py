@@ -148,10 +148,9 @@ class _Planes:
         shape = count, group, query.shape[2]
         self.queries = query.to(dtype).mul(scale).reshape(*shape, features)
         self.keys = key.to(dtype).reshape(count, keys, features)
-        # Rows without a log-sum-exp of their own get weights of exp(-inf).
-        self._shift = (
-            None if lse is None else lse.masked_fill(lse == -torch.inf, torch.inf).reshape(shape)
-        )
+        # Rows whose log-sum-exp is -inf get weights of exp(-inf).
+        shift = self.per_query(0.0) if lse is None else lse.reshape(shape)
+        self._shift = shift.masked_fill(shift == -torch.inf, torch.inf)
         self._is_causal = is_causal
 
     def per_query(self, value: float) -> Tensor:
@@ -182,7 +181,6 @@ class _Planes:
 
     def logs(self, tile: _Tile) -> Tensor:
         """The logarithm of the map."""
-        assert self._shift is not None
         return self.scores(tile).sub_(self._shift[tile.queries][..., None])
 
     def weights_and_logs(self, tile: _Tile) -> tuple[Tensor, Tensor]:

@@ -335,10 +335,9 @@ def _survivors(
     """Which kept positions are not dropped; one of nan is not."""
     if threshold is not None:
         return kept & ~(norms > threshold)
-    assert fraction is not None
     # Ranks are tensors, so that the host need not wait for a count.
     ordered = norms.masked_fill(~kept, -1).flatten().sort(descending=True).values
-    rank = (kept.sum().double() * fraction).floor().to(torch.int64)
+    rank = (kept.sum().double() * (fraction or 0)).floor().to(torch.int64)
     limit = F.pad(ordered, (0, 1)).gather(0, rank[None]).squeeze(0)
     return kept & ~(norms > limit)
 

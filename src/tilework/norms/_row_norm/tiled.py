@@ -58,9 +58,9 @@ def forward(
     rate = input.new_zeros(input.shape[:-dims], dtype=dtype)
     gain, shift = _parameters(weight, bias, dims, weight_offset, dtype)
     ones = rate.new_ones(input.shape[-dims:].numel())
-    tensors = (input, residual, output, None if residual is None else total)
+    others = (residual, output, None if residual is None else total)
     statistics = (mean if centered else None, rate)
-    for some, branch, result, kept, means, rates in _tiles(weight, dims, tensors, statistics):
+    for some, branch, result, kept, means, rates in _tiles(weight, dims, input, others, statistics):
         rows = some if branch is None else torch.add(some.to(dtype), branch)
         rows = rows.to(dtype)
         if kept is not None:
@@ -114,9 +114,11 @@ def backward(
         else None
         for parameter, need in zip((weight, bias), needed[1:], strict=True)
     ]
-    tensors = (total, grad_output, grad_total, grad_input if needed[0] else None)
+    others = (grad_output, grad_total, grad_input if needed[0] else None)
     statistics = (mean if centered else None, rate)
-    for some, upper, direct, result, means, rates in _tiles(weight, dims, tensors, statistics):
+    for some, upper, direct, result, means, rates in _tiles(
+        weight, dims, total, others, statistics
+    ):
         rows, grad = some.to(compute), upper.to(compute)
         tile_rate = rates[..., None]
         normal = torch.sub(rows, means[..., None]).mul_(tile_rate) if centered else rows * tile_rate
@@ -144,17 +146,16 @@ def backward(
 def _tiles(
     weight: Tensor | None,
     dims: int,
-    tensors: tuple[Tensor | None, ...],
+    first: Tensor,
+    others: tuple[Tensor | None, ...],
     statistics: tuple[Tensor | None, ...],
 ) -> Iterator[tuple[Any, ...]]:
     """Parts of tensors as ``(rows, heads, features)``, and of statistics as ``(rows, heads)``."""
-    first = tensors[0]
-    assert first is not None
     if first.numel() == 0:
         return
     heads = 1 if weight is None or weight.dim() == dims else weight.shape[0]
     features = first.shape[-dims:].numel()
-    parts = [None if t is None else t.reshape(-1, heads, features) for t in tensors]
+    parts = [None if t is None else t.reshape(-1, heads, features) for t in (first, *others)]
     parts += [None if t is None else t.view(-1, heads) for t in statistics]
     step = max(1, TILE * torch.get_num_threads() // (heads * features))
     for start in range(0, first.numel() // (heads * features), step):
