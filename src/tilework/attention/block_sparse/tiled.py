@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tilework._operators import computation_dtype
 
-SCORES = 2**20  # scores at a time, for which 4 MiB of a mask may be needed in float32
+SCORES = 2**18  # scores at a time for each thread; more of them fall out of its cache
 FUSED = ("cpu",)  # where torch has a fused attention that returns the log-sum-exp, for every dtype
 
 
@@ -42,9 +42,15 @@ def forward(
     keys, values = grid.blocks_of(key, features), grid.blocks_of(value, features)
     output = torch.zeros_like(queries)
     lse = queries.new_full(queries.shape[:2], -torch.inf)
+    room = grid.room(keys), grid.room(values)
     for batch in grid.batches():
-        blocks = batch.gather(keys), batch.gather(values)
-        result, log_sum = _attend(queries[batch.rows], *blocks, batch.mask, scale)
+        result, log_sum = _attend(
+            queries.index_select(0, batch.rows),
+            batch.gather(keys, room[0]),
+            batch.gather(values, room[1]),
+            batch.mask,
+            scale,
+        )
         if batch.may_be_blind and batch.mask is not None:
             log_sum = log_sum.masked_fill((batch.mask == -torch.inf).all(-1), -torch.inf)
         output.index_copy_(0, batch.rows, result)
@@ -89,19 +95,22 @@ def backward(
     log_sums = grid.rows_of(lse.masked_fill(lse == -torch.inf, 0)[..., None], 1)[..., 0]
     grad_queries = torch.zeros_like(queries)
     grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+    room = grid.room(keys), grid.room(values)
     for batch in grid.batches():
-        rows = batch.rows
+        above, asked, result, log_sum = (
+            tensor.index_select(0, batch.rows) for tensor in (upstream, queries, outputs, log_sums)
+        )
         grads = _attend_backward(
-            upstream[rows],
-            queries[rows],
-            batch.gather(keys),
-            batch.gather(values),
-            outputs[rows],
-            log_sums[rows],
+            above,
+            asked,
+            batch.gather(keys, room[0]),
+            batch.gather(values, room[1]),
+            result,
+            log_sum,
             batch.mask,
             scale,
         )
-        grad_queries.index_copy_(0, rows, grads[0])
+        grad_queries.index_copy_(0, batch.rows, grads[0])
         batch.scatter_add_(grad_keys, grads[1])
         batch.scatter_add_(grad_values, grads[2])
     return (
@@ -171,9 +180,10 @@ class _Batch(NamedTuple):
     mask: Tensor | None  # (R or 1, queries, keys): -inf where a query does not see a key, else 0
     may_be_blind: bool  # whether a query may see no key
 
-    def gather(self, blocks: Tensor) -> Tensor:
-        """The keys or values of each row."""
-        chosen = blocks.index_select(0, self.blocks.flatten())
+    def gather(self, blocks: Tensor, room: Tensor) -> Tensor:
+        """The keys or values of each row, in ``room`` until the next batch."""
+        chosen = room[: self.blocks.numel()]
+        torch.index_select(blocks, 0, self.blocks.flatten(), out=chosen)
         return chosen.view(len(self.rows), -1, blocks.shape[-1])
 
     def scatter_add_(self, blocks: Tensor, values: Tensor) -> None:
@@ -195,7 +205,7 @@ class _Grid:
         block_size: list[int],
         is_causal: bool,
     ) -> None:
-        self._height, self._width = block_size
+        self._block_size = self._height, self._width = block_size
         self._dtype = computation_dtype(query.dtype)
         self._is_causal = is_causal
         self._batch, heads = query.shape[:2]
@@ -205,10 +215,12 @@ class _Grid:
         # Heads of a group are one row, unless each has a list of its own.
         self._lists = heads if kv_num_blocks.shape[1] == heads else self._kv_heads
         self._group = heads // max(1, self._lists)
+        scores = max(1, self._group * self._height * self._width)
+        self._blocks_at_once = torch.get_num_threads() * SCORES // scores
 
         shape = self._batch, self._lists, self._rows.count
         kv_num_blocks, kv_indices = (self._rows.lists(t) for t in (kv_num_blocks, kv_indices))
-        self._first_query, queries, self._num_keys, first_block = (
+        first_query, queries, num_keys, first_block = (
             values.expand(shape).reshape(-1)
             for values in (
                 self._rows.first,
@@ -222,24 +234,47 @@ class _Grid:
         )
         kv_head = torch.arange(self._batch, device=query.device)[:, None, None] * self._kv_heads
         first_head = ((kv_head + head) * self._columns.count).expand(shape).reshape(-1)
-        self._first_block = first_head + first_block
-        rows = len(self._first_query)
+        rows = len(first_query)
         indices = kv_indices.expand(*shape, -1).reshape(rows, kv_indices.shape[-1]).long()
         listed = torch.arange(indices.shape[1], device=query.device) < (
             kv_num_blocks.expand(shape).reshape(rows, 1)
         )
-        end = self._num_keys
+        end = num_keys
         if is_causal:
-            end = torch.minimum(torch.minimum(self._first_query + self._height, queries), end)
+            end = torch.minimum(torch.minimum(first_query + self._height, queries), end)
         listed &= indices * self._width < end[:, None]
-        self._indices, self._counts = indices, listed.sum(1)
+
+        # The shortest lists first; each ends at the right.
+        self._counts, self._order = listed.sum(1).sort(stable=True)
+        self._lengths = self._counts.tolist()
+        longest = max(self._lengths, default=0)
+        slot = self._counts[:, None] - longest + torch.arange(longest, device=query.device)
+        indices = indices[self._order].gather(1, slot.clamp(min=0))
+        self._blocks = indices + (first_head + first_block)[self._order, None]
+        self._find_edges(
+            indices * self._width, first_query[self._order, None], num_keys[self._order, None]
+        )
+
+    def _find_edges(self, starts: Tensor, first_query: Tensor, num_keys: Tensor) -> None:
+        """Find out what the blocks at the right, of which ``starts`` are the first keys, hide."""
+        # Query i of a row sees the keys of a block before an end, and before the diagonal + i.
+        longest = starts.shape[1]
+        last = starts[:, longest - self._cut_blocks(longest) :]
+        end = (num_keys - last).clamp_max(self._width)
+        diagonal = first_query + 1 - last if self._is_causal else end
+        self._edges = torch.stack([end, diagonal.clamp(1 - self._height, self._width)], 1)
+        # Neighbors of one kind have the same edges.
+        changes = (self._edges.diff(dim=0) != 0).flatten(1).any(1)
+        self._kinds = F.pad(changes.cumsum(0), (1, 0)).tolist()
+        self._last_mask: tuple[object, Tensor | None] = None, None
+        self._blind = ((starts[:, :1] > first_query) & self._is_causal).any(1).tolist()
 
     def rows_of(self, tensor: Tensor, features: int) -> Tensor:
         """Queries, or what they have, as (rows, group * queries of a block, features)."""
         rows = self._rows.pad(tensor.to(self._dtype), features).reshape(
             self._batch, self._lists, self._group, self._rows.count, self._height, features
         )
-        shape = len(self._counts), self._group * self._height, features
+        shape = len(self._order), self._group * self._height, features
         return rows.transpose(2, 3).reshape(shape)
 
     def from_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -262,55 +297,57 @@ class _Grid:
         shape = *like.shape[:2], self._columns.count * self._width, blocks.shape[-1]
         return self._columns.cut(blocks.view(shape)[..., : like.shape[-1]], like.dtype)
 
+    def room(self, blocks: Tensor) -> Tensor:
+        """Memory for the keys or values of any batch; fresh memory costs more than the copy."""
+        most = max(self._blocks_at_once, self._blocks.shape[1])
+        return blocks.new_empty(min(most, self._blocks.numel()), *blocks.shape[1:])
+
     def batches(self) -> Iterator[_Batch]:
-        """The rows that see something, the shortest first."""
-        counts, order = self._counts.sort(stable=True)
-        lengths = counts.tolist()
+        """The rows that see something, the longest lists first."""
+        lengths = self._lengths
         end = len(lengths)
         while end > 0 and lengths[end - 1] > 0:
-            size = self._group * self._height * self._width * lengths[end - 1]
-            start = max(0, end - max(1, SCORES // size))
+            start = max(0, end - max(1, self._blocks_at_once // lengths[end - 1]))
             # Rows of one length need no mask at the left.
             longest = max(start, bisect_left(lengths, lengths[end - 1]))
             if 2 * (end - longest) >= end - start:
                 start = longest
             while lengths[start] == 0:
                 start += 1
-            yield self._gathered(order[start:end], lengths[start], lengths[end - 1])
+            yield self._batch_of(start, end)
             end = start
 
-    def _gathered(self, rows: Tensor, shortest: int, longest: int) -> _Batch:
-        device = rows.device
-        slot = self._counts[rows, None] - longest + torch.arange(longest, device=device)
-        indices = self._indices[rows].gather(1, slot.clamp(min=0))
-        repeated = (slot[:, : longest - shortest] < 0).repeat_interleave(self._width, 1)
+    def _batch_of(self, first: int, stop: int) -> _Batch:
+        longest = self._lengths[stop - 1]
+        blocks = self._blocks[first:stop, self._blocks.shape[1] - longest :]
+        mask, may_be_blind = self._mask(first, stop), any(self._blind[first:stop])
+        return _Batch(self._order[first:stop], blocks, mask, may_be_blind)
 
-        within = torch.arange(self._width, device=device)
-        keys = (
-            indices[:, longest - self._cut_blocks(longest) :, None] * self._width + within
-        ).view(len(rows), 1, -1)
-        queries = self._first_query[rows, None, None] + torch.arange(
-            self._height, device=device
-        ).view(-1, 1)
-        cut = (keys >= self._num_keys[rows, None, None]).expand(-1, self._height, -1)
-        may_be_blind = False
-        if self._is_causal:
-            cut = cut | (keys > queries)
-            may_be_blind = bool((indices[:, 0] * self._width > self._first_query[rows]).any())
-        blocks = indices + self._first_block[rows, None]
-        return _Batch(rows, blocks, self._mask(repeated, cut, longest), may_be_blind)
-
-    def _mask(self, repeated: Tensor, cut: Tensor, longest: int) -> Tensor | None:
-        """The mask of rows, of which the keys at the left repeat and those at the right are cut."""
-        if repeated.shape[1] == cut.shape[2] == 0:
+    def _mask(self, first: int, stop: int) -> Tensor | None:
+        shortest, longest = self._lengths[first], self._lengths[stop - 1]
+        edges = self._edges[first:stop, :, -self._cut_blocks(longest) :]
+        if shortest == longest and edges.shape[2] == 0:
             return None
-        if repeated.shape[1] == 0 and bool((cut == cut[:1]).all()):
-            cut = cut[:1]  # as where each row ends with the diagonal
+        kind = None
+        if shortest == longest and self._kinds[first] == self._kinds[stop - 1]:
+            edges = edges[:1]  # as where each row ends with the diagonal
+            kind = longest, self._kinds[first]
+            if kind == self._last_mask[0]:
+                return self._last_mask[1]
+        end, diagonal = edges[..., None, None].unbind(1)
+        query, key = (torch.arange(size, device=edges.device) for size in self._block_size)
+        cut = (key >= torch.minimum(end, diagonal + query[:, None])).transpose(1, 2).flatten(2)
+        missing = longest - self._counts[first:stop, None]
+        repeated = torch.arange(longest - shortest, device=edges.device) < missing
+        repeated = repeated.repeat_interleave(self._width, 1)[: len(cut), None]
+
         keys = longest * self._width
         mask = torch.zeros(len(cut), self._height, keys, dtype=self._dtype, device=cut.device)
-        mask[..., : repeated.shape[1]].masked_fill_(repeated[: len(cut), None], -torch.inf)
+        mask[..., : repeated.shape[2]].masked_fill_(repeated, -torch.inf)
         mask[..., keys - cut.shape[2] :].masked_fill_(cut, -torch.inf)
-        return mask.repeat(1, self._group, 1)
+        mask = mask.repeat(1, self._group, 1)
+        self._last_mask = kind, mask
+        return mask
 
     def _cut_blocks(self, longest: int) -> int:
         """How many blocks at the right of a list may be seen in part."""
