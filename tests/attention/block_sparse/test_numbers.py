@@ -28,7 +28,7 @@ BUILT = [
 def few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from tilework.attention.block_sparse import tiled
 
-    monkeypatch.setattr(tiled, "SCORES", 3 * 8 * 8 * 4)
+    monkeypatch.setattr(tiled, "SCORES", 3 * 8 * 8 * 4 // torch.get_num_threads())
 
 
 def tensors(
@@ -150,6 +150,17 @@ def test_kernels_for_blocks_lengths_and_features(
     mask = active(leaves[0], leaves[1], block, 2, 1)
     for is_causal in (False, True):
         check(leaves, mask, block, "triton", is_causal=is_causal)
+
+
+@pytest.mark.filterwarnings("error")  # as of memory that is resized
+def test_one_list_exceeds_the_memory_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilework.attention.block_sparse import tiled
+
+    monkeypatch.setattr(tiled, "SCORES", 8 * 8)
+    query, key, value = tensors()
+    layout = BlockLayout.from_dense(torch.ones(1, 1, 5, 6, dtype=torch.bool), 8)
+    output = block_sparse_attention(query, key, value, layout, implementation="tiled")
+    torch.testing.assert_close(output, F.scaled_dot_product_attention(query, key, value))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "tiled"])
