@@ -71,6 +71,57 @@ def outputs(
     return outputs
 
 
+@triton.jit
+def grouped_tile(
+    num_rows,
+    num_columns,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """The row and column of blocks that is this program's tile.
+
+    Programs walk in groups of ``GROUP`` blocks of rows, so that they share blocks of the weight in
+    the cache.
+    """
+    program = tl.program_id(0)
+    row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
+    column_blocks = tl.cdiv(num_columns, BLOCK_COLUMNS)
+    group = program // (GROUP * column_blocks)
+    group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
+    place = program % (GROUP * column_blocks)
+    row_block = group * GROUP + place % group_rows
+    return row_block.to(tl.int64), (place // group_rows).to(tl.int64)
+
+
+@triton.jit
+def store_panel(
+    panel_ptr,
+    column_sum_ptr,
+    grad,
+    row_block,
+    column_block,
+    num_rows,
+    num_columns,
+    NEED_COLUMN_SUM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Write a tile of a panel of gradients, and the sums of its columns."""
+    first_row, first_column = row_block * BLOCK_ROWS, column_block * BLOCK_COLUMNS
+    row, column = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS)
+    row_mask, column_mask = row < num_rows - first_row, column < num_columns - first_column
+    if NEED_COLUMN_SUM:
+        offset = row_block * num_columns + first_column
+        tl.store(column_sum_ptr + offset + column, tl.sum(grad, 0), mask=column_mask)
+    panel_ptr += first_row * num_columns + first_column
+    tl.store(
+        panel_ptr + row[:, None] * num_columns + column[None, :],
+        grad.to(panel_ptr.dtype.element_ty),
+        mask=row_mask[:, None] & column_mask[None, :],
+    )
+
+
 def panel_gradients(
     hidden: Tensor,
     linear_weight: Tensor,

@@ -22,9 +22,11 @@ from tilework.losses._head_kernels import (
     SHARE,
     choose_config,
     contiguous,
+    grouped_tile,
     outputs,
     precision,
     short_strides,
+    store_panel,
 )
 from tilework.losses.linear_cross_entropy.shared import Statistics, accumulate, filter_scale
 
@@ -291,20 +293,12 @@ def backward_kernel(
 ):
     """The gradient of a panel of logits: ``num_tokens`` rows, ``num_classes`` from ``first_class``.
 
-    All but targets start at the panel's first token or class. Programs walk in groups of ``GROUP``
-    blocks of rows, so that they share blocks of the weight in the cache.
+    All but targets start at the panel's first token or class.
     """
-    program = tl.program_id(0)
-    row_blocks = tl.cdiv(num_tokens, BLOCK_ROWS)
-    column_blocks = tl.cdiv(num_classes, BLOCK_COLUMNS)
-    group = program // (GROUP * column_blocks)
-    group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
-    place = program % (GROUP * column_blocks)
-    row_block = group * GROUP + place % group_rows
-    column_block = place // group_rows
-
-    first_row = row_block.to(tl.int64) * BLOCK_ROWS
-    first_column = column_block.to(tl.int64) * BLOCK_COLUMNS
+    row_block, column_block = grouped_tile(
+        num_tokens, num_classes, BLOCK_ROWS, BLOCK_COLUMNS, GROUP
+    )
+    first_row, first_column = row_block * BLOCK_ROWS, column_block * BLOCK_COLUMNS
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     panel_columns = first_column + tl.arange(0, BLOCK_COLUMNS)
     row_mask = rows < num_tokens
@@ -357,18 +351,21 @@ def backward_kernel(
     if NEED_MASS:
         mass = tl.sum(tl.where(column_mask[None, :], tl.abs(grad), 0.0), 1)
         mass = tl.where(place >= 0, float("inf"), mass)
-        offsets = column_block.to(tl.int64) * num_tokens + rows
+        offsets = column_block * num_tokens + rows
         tl.store(mass_ptr + offsets, tl.where(kept, mass, 0.0), mask=row_mask)
     grad *= slope * inverse_temperature
     grad = tl.where(kept[:, None] & column_mask[None, :], grad, 0.0)
-    if NEED_COLUMN_SUM:
-        offsets = row_block.to(tl.int64) * num_classes + panel_columns
-        tl.store(column_sum_ptr + offsets, tl.sum(grad, 0), mask=column_mask)
-    offsets = tl.arange(0, BLOCK_ROWS)[:, None] * num_classes + tl.arange(0, BLOCK_COLUMNS)[None, :]
-    tl.store(
-        panel_ptr + first_row * num_classes + first_column + offsets,
-        grad.to(panel_ptr.dtype.element_ty),
-        mask=row_mask[:, None] & column_mask[None, :],
+    store_panel(
+        panel_ptr,
+        column_sum_ptr,
+        grad,
+        row_block,
+        column_block,
+        num_tokens,
+        num_classes,
+        NEED_COLUMN_SUM,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
     )
 
 

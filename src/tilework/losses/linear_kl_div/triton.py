@@ -21,10 +21,12 @@ from tilework.losses._head_kernels import (
     MAX_SHARES,
     SHARE,
     choose_config,
+    grouped_tile,
     outputs,
     panel_gradients,
     precision,
     short_strides,
+    store_panel,
 )
 from tilework.losses.linear_cross_entropy.shared import NEGLIGIBLE as NEGLIGIBLE_GAP
 from tilework.losses.linear_kl_div import shared
@@ -434,20 +436,12 @@ def backward_kernel(
     """The gradient of a panel of the student's outputs.
 
     It has ``num_tokens`` rows, and ``num_classes`` columns from ``first_class``. The token
-    arguments start at the panel's first token. Programs walk in groups of ``GROUP`` blocks of rows,
-    so that they share blocks of the weights in the cache.
+    arguments start at the panel's first token.
     """
-    program = tl.program_id(0)
-    row_blocks = tl.cdiv(num_tokens, BLOCK_ROWS)
-    column_blocks = tl.cdiv(num_classes, BLOCK_COLUMNS)
-    group = program // (GROUP * column_blocks)
-    group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
-    place = program % (GROUP * column_blocks)
-    row_block = group * GROUP + place % group_rows
-    column_block = place // group_rows
-
-    first_row = row_block.to(tl.int64) * BLOCK_ROWS
-    first_column = column_block.to(tl.int64) * BLOCK_COLUMNS
+    row_block, column_block = grouped_tile(
+        num_tokens, num_classes, BLOCK_ROWS, BLOCK_COLUMNS, GROUP
+    )
+    first_row, first_column = row_block * BLOCK_ROWS, column_block * BLOCK_COLUMNS
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     columns = first_column + tl.arange(0, BLOCK_COLUMNS)
     row_mask = rows < num_tokens
@@ -529,14 +523,17 @@ def backward_kernel(
         grad *= (beta - 1) * (excess - mean)
     grad *= slope
     grad = tl.where(counted[:, None] & column_mask[None, :], grad, 0.0)
-    if NEED_COLUMN_SUM:
-        offsets = row_block.to(tl.int64) * num_classes + columns
-        tl.store(column_sum_ptr + offsets, tl.sum(grad, 0), mask=column_mask)
-    offsets = tl.arange(0, BLOCK_ROWS)[:, None] * num_classes + tl.arange(0, BLOCK_COLUMNS)[None, :]
-    tl.store(
-        panel_ptr + first_row * num_classes + first_column + offsets,
-        grad.to(panel_ptr.dtype.element_ty),
-        mask=row_mask[:, None] & column_mask[None, :],
+    store_panel(
+        panel_ptr,
+        column_sum_ptr,
+        grad,
+        row_block,
+        column_block,
+        num_tokens,
+        num_classes,
+        NEED_COLUMN_SUM,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
     )
 
 
