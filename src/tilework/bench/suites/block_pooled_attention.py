@@ -167,13 +167,13 @@ def _composition(case: Case, inputs: Inputs, softmax: bool = False) -> Reduction
     def reduction(query: Tensor, key: Tensor, lse: Tensor) -> Tensor:
         scores = (query @ key.mT * features**-0.5).masked_fill(hidden, -torch.inf)
         if softmax:
-            weights = scores.softmax(-1, dtype=torch.float32)
+            weights: Tensor = scores.softmax(-1, dtype=torch.float32)
         else:
             weights = (scores.float() - lse[..., None]).exp()
         if case.kind == MASS:
             return weights.sum(2)
         if case.kind == ENTROPY:
-            return torch.special.entr(weights).sum(3)
+            return -torch.xlogy(weights, weights).sum(3)
         blocks = weights.view(1, heads, length // block, block, length // block, block)
         return blocks.amax((3, 5)) if case.kind == MAX else blocks.sum((3, 5))
 
