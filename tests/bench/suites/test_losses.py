@@ -10,7 +10,7 @@ from tilework.bench.suites import losses as suite
 CPU = torch.device("cpu")
 KINDS = list(suite.FORMULAS)
 CLASS_KINDS = (suite.CROSS_ENTROPY, suite.SQUENTROPY, suite.COMP_SUM)
-QUIET = runner.Settings(CPU, seconds=0, rounds=(2, 2), memory=False)
+QUIET = runner.Settings(CPU, seconds=0.0, rounds=(2, 2), memory=False)
 
 
 def case(kind: str, rows: int = 7, width: int = 33) -> Case:
