@@ -86,9 +86,12 @@ def test_costs_count_what_is_seen(length: int) -> None:
     assert suite.traffic(case(suite.MASS, length), torch.float32) == 4 * elements + 16 * length
 
 
-def test_cases_start_with_the_size_of_the_claim() -> None:
-    assert suite.cases("cpu")[0].name == "max of blocks L=4096 H=4 E=64 B=64"
-    assert suite.cases("cuda")[0].name == "max of blocks L=32768 H=32 E=128 B=64"
+def test_cases_start_with_the_yardstick() -> None:
+    assert suite.cases("cpu")[0].name == "sum of blocks L=4096 H=4 E=64 B=64"
+    assert [one.name for one in suite.cases("cuda")[:2]] == [
+        "sum of blocks L=32768 H=32 E=128 B=256",
+        "max of blocks L=32768 H=32 E=128 B=64",
+    ]
 
 
 @pytest.mark.untyped

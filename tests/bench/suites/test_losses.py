@@ -36,7 +36,7 @@ def test_the_truth_is_what_autograd_finds_in_float64(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "candidate",
-    [one for one in suite.SUITE.candidates if one.name != "torch compile"],
+    [one for one in suite.SUITE.candidates if "compile" not in one.name],
     ids=lambda one: one.name,
 )
 def test_each_candidate_is_right_or_says_why_it_is_not_there(candidate, dtype, kind) -> None:
@@ -107,5 +107,6 @@ def test_traffic_is_inputs_and_results_once() -> None:
 def test_the_runner_measures_the_suite_with_compiled_peers() -> None:
     job = runner.Job(suite.SUITE, case(suite.SQUENTROPY), "bfloat16")
     rows = {row.candidate: row.status for row in runner.measure(job, QUIET)}
-    assert rows["tilework"] == rows["torch compile"] == rows["torch eager (float32)"] == "ok"
-    assert rows["liger-kernel"] == "missing"
+    missing = {name for name, status in rows.items() if status == "missing"}
+    assert missing == {"liger-kernel", "transformers"}
+    assert {status for name, status in rows.items() if name not in missing} == {"ok"}

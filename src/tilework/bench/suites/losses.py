@@ -310,6 +310,11 @@ def _ours(case: Case, inputs: Inputs) -> Step:
     return _step(FORMULAS[case.kind].ours, inputs, f"tilework losses.{case.kind}", default=True)
 
 
+def _ours_compiled(case: Case, inputs: Inputs) -> Step:
+    compiled = torch.compile(FORMULAS[case.kind].ours, dynamic=False)
+    return _step(compiled, inputs, f"inductor of tilework losses.{case.kind}")
+
+
 def _torch_eager(case: Case, inputs: Inputs) -> Step:
     return _step(FORMULAS[case.kind].composition, inputs, "torch's operators")
 
@@ -355,6 +360,7 @@ SUITE = Suite(
     inputs=inputs,
     candidates=(
         Candidate("tilework", _ours, peer=False),
+        Candidate("tilework (compiled)", _ours_compiled, peer=False),
         Candidate("torch eager", _torch_eager),
         Candidate("torch eager (float32)", _torch_upcast, dtypes=HALF),
         Candidate("torch compile", _torch_compile),
