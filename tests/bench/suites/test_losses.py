@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,10 +69,36 @@ def test_a_gradient_that_is_wrong_by_a_percent_is_refused(
         return loss + 0.01 * (loss - loss.detach())
 
     monkeypatch.setitem(suite.FORMULAS, kind, dataclasses.replace(formula, ours=wrong))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     job = runner.Job(suite.SUITE, case(kind, rows=64), "float32")
-    (row,) = runner.measure(job, QUIET, lambda one: one.name == "tilework")
-    assert row.status == "refused"
-    assert str(row.reason).startswith("the error of grad input is 0.01")
+    rows = {row.candidate: row for row in runner.measure(job, QUIET)}
+    for name in ("tilework", "tilework (compiled)"):
+        assert rows[name].status == "refused"
+        assert str(rows[name].reason).startswith("the error of grad input is 0.01")
+    assert rows["torch eager"].status == rows["torch compile"].status == "ok"
+
+
+def test_a_peer_that_overwrites_its_input_gets_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class LigerCrossEntropyLoss:
+        def __init__(self, label_smoothing: float, lse_square_scale: float) -> None:
+            assert lse_square_scale == suite.Z_LOSS
+            assert label_smoothing == suite.SMOOTHING
+
+        def __call__(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            loss = suite.FORMULAS[suite.CROSS_ENTROPY].composition(input * 1, target)
+            with torch.no_grad():
+                input.zero_()
+            return loss
+
+    module = SimpleNamespace(LigerCrossEntropyLoss=LigerCrossEntropyLoss)
+    monkeypatch.setattr(suite, "import_module", lambda name: module)
+    problem = case(suite.CROSS_ENTROPY)
+    inputs = suite.inputs(problem, torch.float32, CPU)
+    liger = next(one for one in suite.SUITE.candidates if one.name == "liger-kernel")
+    step = liger.build(problem, inputs)
+    for _ in range(2):
+        errors = accuracy.errors(step.run(), suite.truth(problem, inputs))
+        assert max(errors.values()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
