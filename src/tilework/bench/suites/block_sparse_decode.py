@@ -58,9 +58,9 @@ def cases(device: str) -> list[Case]:
 
 def growth() -> tuple[Growth, ...]:
     """The length at a quarter of the blocks, then the blocks of one length."""
-    sizes = {"B": 1, "S": 32768, "H": 16, "G": 4, "E": 128}
+    sizes = {"B": 1, "S": 65536, "H": 32, "G": 8, "E": 64}
     by_length = [sizes | {"S": 2**power, "K": 2**power // BLOCK // 4} for power in range(10, 18)]
-    by_blocks = [sizes | {"K": 2**power} for power in range(1, 9)]
+    by_blocks = [sizes | {"K": 2**power} for power in range(2, 10)]
     return tuple(
         Growth(over, tuple(Case(CONTIGUOUS, sizes, ("float32",)) for sizes in series))
         for over, series in (("S", by_length), ("K", by_blocks))

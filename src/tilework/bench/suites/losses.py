@@ -71,8 +71,8 @@ def growth() -> tuple[Growth, ...]:
     return tuple(
         Growth(over, tuple(Case(kind, sizes | {over: 2**power}, ("float32",)) for power in powers))
         for kind, sizes, over, powers in (
-            (CROSS_ENTROPY, {"N": 0, "C": 4096}, "N", range(6, 14)),
-            (CROSS_ENTROPY, {"N": 256, "C": 0}, "C", range(10, 18)),
+            (CROSS_ENTROPY, {"N": 0, "C": 4096}, "N", range(5, 13)),
+            (CROSS_ENTROPY, {"N": 256, "C": 0}, "C", range(9, 17)),
             (BALANCE, {"N": 0, "C": 64}, "N", range(11, 19)),
         )
     )
