@@ -109,3 +109,13 @@ def test_the_runner_refuses_a_map_that_is_wrong_by_a_percent(
     rows = {row.candidate: row for row in runner.measure(job, settings)}
     assert rows["tilework tiled"].status == "refused"
     assert rows["torch eager (softmax)"].status == "ok"
+
+
+def test_nothing_is_compiled_with_quick() -> None:
+    (problem,) = (one for one in suite.cases("cpu") if one.quick)
+    inputs = suite.inputs(problem, torch.float32, CPU)
+    compiled = [one for one in suite.SUITE.candidates if "compile" in one.name]
+    assert compiled
+    for candidate in compiled:
+        with pytest.raises(Unavailable, match="left out of --quick"):
+            candidate.bind(problem, inputs)

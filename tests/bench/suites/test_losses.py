@@ -137,3 +137,13 @@ def test_the_runner_measures_the_suite_with_compiled_peers() -> None:
     missing = {name for name, status in rows.items() if status == "missing"}
     assert missing == {"liger-kernel", "transformers"}
     assert {status for name, status in rows.items() if name not in missing} == {"ok"}
+
+
+def test_nothing_is_compiled_with_quick() -> None:
+    (problem,) = (one for one in suite.cases("cpu") if one.quick)
+    inputs = suite.inputs(problem, torch.float32, CPU)
+    compiled = [one for one in suite.SUITE.candidates if "compile" in one.name]
+    assert compiled
+    for candidate in compiled:
+        with pytest.raises(Unavailable, match="left out of --quick"):
+            candidate.bind(problem, inputs)

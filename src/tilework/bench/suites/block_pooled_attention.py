@@ -189,6 +189,8 @@ def _softmax(case: Case, inputs: Inputs) -> Step:
 
 
 def _compiled(case: Case, inputs: Inputs) -> Step:
+    if case.quick:
+        raise Unavailable("it is left out of --quick, as it takes long to compile")
     compiled = torch.compile(_composition(case, inputs), dynamic=False)
     return Step(_run(inputs, compiled), "inductor of torch's operators")
 

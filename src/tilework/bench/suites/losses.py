@@ -310,8 +310,15 @@ def _ours(case: Case, inputs: Inputs) -> Step:
     return _step(FORMULAS[case.kind].ours, inputs, f"tilework losses.{case.kind}", default=True)
 
 
+def _compiled(case: Case, loss: Loss) -> Loss:
+    if case.quick:
+        raise Unavailable("it is left out of --quick, as it takes long to compile")
+    compiled: Loss = torch.compile(loss, dynamic=False)
+    return compiled
+
+
 def _ours_compiled(case: Case, inputs: Inputs) -> Step:
-    compiled = torch.compile(FORMULAS[case.kind].ours, dynamic=False)
+    compiled = _compiled(case, FORMULAS[case.kind].ours)
     return _step(compiled, inputs, f"inductor of tilework losses.{case.kind}")
 
 
@@ -324,7 +331,7 @@ def _torch_upcast(case: Case, inputs: Inputs) -> Step:
 
 
 def _torch_compile(case: Case, inputs: Inputs) -> Step:
-    compiled = torch.compile(_upcast(case), dynamic=False)
+    compiled = _compiled(case, _upcast(case))
     return _step(compiled, inputs, "inductor of torch's operators in float32")
 
 
