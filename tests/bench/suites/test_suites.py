@@ -51,6 +51,27 @@ def test_implementations_say_which_is_the_default_and_why_one_cannot_run() -> No
         )
 
 
+def test_the_kind_of_a_case_chooses_the_operator() -> None:
+    operators = {"one": "attention.block_sparse_decode", "two": "attention.attention_entropy"}
+    candidates = suites.by_kind(
+        {kind: suites.implementations(name, lambda *_: dict) for kind, name in operators.items()}
+    )
+    assert [one.name for one in candidates] == [
+        "tilework triton",
+        "tilework tiled",
+        "tilework reference",
+    ]
+    inputs = {"input": torch.zeros(1)}
+    for kind, name in operators.items():
+        steps = [one.bind(Case(kind, {}), inputs) for one in candidates[1:]]
+        assert [step.kernel for step in steps] == [
+            f"tilework {name} tiled",
+            f"tilework {name} reference",
+        ]
+        with pytest.raises(suites.Unavailable, match="it runs on cuda, not on cpu"):
+            candidates[0].bind(Case(kind, {}), inputs)
+
+
 def test_gradients_are_those_of_the_inputs_that_require_one() -> None:
     inputs = {"a": torch.tensor(3.0, requires_grad=True), "b": torch.tensor(2.0)}
     results = suites.loss_and_gradients(lambda: inputs["a"] ** 2 * inputs["b"], inputs)()
@@ -67,6 +88,9 @@ def test_the_core_operators_grow_in_each_of_their_sizes() -> None:
     assert grown["linear_cross_entropy"] == {"N", "V"}
     assert grown["norms"] == {"M", "N"}
     assert grown["block_sparse_attention"] == {"L", "K"}
+    assert grown["block_sparse_decode"] == {"S", "K"}
+    assert grown["block_pooled_attention"] == {"L"}
+    assert grown["losses"] == {"N", "C"}
 
 
 def test_a_package_that_needs_more_than_its_name_says_so() -> None:

@@ -6,7 +6,7 @@ A new suite is a new file: the runner, the commands and the plots learn all they
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -195,6 +195,23 @@ def implementations(
         return Candidate(f"tilework {entry.name}", build, peer=False, devices=entry.devices)
 
     return tuple(candidate(entry) for entry in table)
+
+
+def by_kind(candidates: Mapping[str, tuple[Candidate, ...]]) -> tuple[Candidate, ...]:
+    """The candidates of several operators, each the operator of one kind of cases.
+
+    Their tables must have implementations of the same names and devices.
+    """
+
+    def candidate(alike: Mapping[str, Candidate]) -> Candidate:
+        def build(case: Case, inputs: Inputs) -> Step:
+            return alike[case.kind].build(case, inputs)
+
+        (common,) = {replace(one, build=build) for one in alike.values()}
+        return common
+
+    columns = zip(*candidates.values(), strict=True)
+    return tuple(candidate(dict(zip(candidates, column, strict=True))) for column in columns)
 
 
 def loss_and_gradients(
