@@ -1,5 +1,6 @@
 """Block-sparse decoding against torch's attention to the selected tokens."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ def few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Case:
-    """A query, its caches, and the tokens that each sequence and head of keys selects."""
+    """A query, its caches, and what each sequence, head of keys and query token sees."""
 
     query: Tensor
     key: Tensor
@@ -42,7 +43,11 @@ class Case:
     kv_indices: Tensor | None
     kv_num_blocks: Tensor | None
     block_size: int
-    selected: list[list[list[int]]]
+    seen: list[list[list[list[int]]]]
+
+    def selected(self, b: int, h: int) -> list[int]:
+        """The tokens that any query token sees."""
+        return sorted(set().union(*self.seen[b][h]))
 
     def solve(self, implementation: str | None, **options: Any) -> tuple[Tensor, Tensor]:
         """The result from the contiguous cache."""
@@ -75,7 +80,7 @@ class Case:
             cache = torch.full(shape, torch.nan).to(tensor)
             for b in range(batch):
                 for h in range(kv_heads):
-                    for t in self.selected[b][h]:
+                    for t in self.selected(b, h):
                         cache[table[b, t // page_size], t % page_size, h] = tensor[b, h, t]
             caches.append(cache)
         past = torch.arange(per_sequence) * page_size >= self.seq_lengths[:, None].cpu()
@@ -97,22 +102,21 @@ class Case:
 
     def expected(self, dtype: torch.dtype, scale: float | None = None) -> tuple[Tensor, Tensor]:
         """SDPA of each head to the gathered tokens, and the log-sum-exp."""
-        batch, heads, _, features = self.query.shape
+        batch, heads, length, features = self.query.shape
         group = heads // self.key.shape[1]
-        output = torch.zeros(batch, heads, 1, self.value.shape[3], dtype=dtype)
+        output = torch.zeros(batch, heads, length, self.value.shape[3], dtype=dtype)
         lse = torch.full(
-            (batch, heads, 1), -torch.inf, dtype=torch.promote_types(dtype, torch.float32)
+            (batch, heads, length), -torch.inf, dtype=torch.promote_types(dtype, torch.float32)
         )
         factor = 1 / math.sqrt(features) if scale is None else scale
-        for b in range(batch):
-            for h in range(heads):
-                tokens = self.selected[b][h // group]
-                if not tokens:
-                    continue
-                q = self.query[b, h].to(dtype)[None]
-                k, v = (t[b, h // group, tokens].to(dtype)[None] for t in (self.key, self.value))
-                output[b, h] = F.scaled_dot_product_attention(q, k, v, scale=scale)[0]
-                lse[b, h] = ((q @ k.mT).to(lse.dtype) * factor).logsumexp(-1)[0]
+        for b, h, i in itertools.product(range(batch), range(heads), range(length)):
+            tokens = self.seen[b][h // group][i]
+            if not tokens:
+                continue
+            q = self.query[b, h, i : i + 1].to(dtype)[None]
+            k, v = (t[b, h // group, tokens].to(dtype)[None] for t in (self.key, self.value))
+            output[b, h, i] = F.scaled_dot_product_attention(q, k, v, scale=scale)[0, 0]
+            lse[b, h, i] = ((q @ k.mT).to(lse.dtype) * factor).logsumexp(-1)[0, 0]
         return output, lse
 
 
@@ -124,14 +128,16 @@ def case(
     features: int = 12,
     values: int = 6,
     block_size: int = 16,
+    length: int = 1,
     *,
+    of_tokens: bool = False,
     list_heads: int | None = None,
     width: int | None = 3,
     counted: bool = True,
     dtype: torch.dtype = torch.float32,
     index_dtype: torch.dtype = torch.int64,
 ) -> Case:
-    query = torch.randn(batch, heads, 1, features).to(dtype)
+    query = torch.randn(batch, heads, length, features).to(dtype)
     key = torch.randn(batch, kv_heads, tokens, features).to(dtype)
     value = torch.randn(batch, kv_heads, tokens, values).to(dtype)
     seq_lengths = torch.randint(min(1, tokens), tokens + 1, (batch,))
@@ -141,24 +147,23 @@ def case(
         seq_lengths[2] = 0
     blocks = -(-tokens // block_size)
     kv_indices = kv_num_blocks = None
-    selected = [[list(range(n))] * kv_heads for n in seq_lengths.tolist()]
+    chosen = [[[list(range(tokens))] * length] * kv_heads] * batch
     if width is not None:
         width = min(width, blocks)
         lists = kv_heads if list_heads is None else list_heads
-        kv_indices = torch.rand(batch, lists, blocks).argsort(-1)[..., :width]
-        counts = torch.full((batch, lists), width)
+        each = (batch, lists, length) if of_tokens else (batch, lists)
+        kv_indices = torch.rand(*each, blocks).argsort(-1)[..., :width]
+        counts = torch.full(each, width)
         if counted:
-            counts = kv_num_blocks = torch.randint(0, width + 1, (batch, lists))
-        selected = [
-            [
-                [
-                    t
-                    for j in kv_indices[b, h % lists, : counts[b, h % lists]].tolist()
-                    for t in range(j * block_size, (j + 1) * block_size)
-                    if t < seq_lengths[b]
-                ]
-                for h in range(kv_heads)
-            ]
+            counts = kv_num_blocks = torch.randint(0, width + 1, each)
+
+        def listed(b: int, h: int, i: int) -> list[int]:
+            place = (b, h % lists, i) if of_tokens else (b, h % lists)
+            first = (j * block_size for j in kv_indices[place][: counts[place]].tolist())
+            return [t for start in first for t in range(start, start + block_size)]
+
+        chosen = [
+            [[listed(b, h, i) for i in range(length)] for h in range(kv_heads)]
             for b in range(batch)
         ]
         if counted:  # what does not count is not read: other blocks, or none at all
@@ -168,6 +173,13 @@ def case(
             kv_indices = kv_indices.masked_fill(past, none)
         kv_indices = kv_indices.to(index_dtype)
         kv_num_blocks = None if kv_num_blocks is None else kv_num_blocks.to(index_dtype)
+    seen = [
+        [
+            [[t for t in chosen[b][h][i] if t <= n - length + i] for i in range(length)]
+            for h in range(kv_heads)
+        ]
+        for b, n in enumerate(seq_lengths.tolist())
+    ]
     return Case(
         query,
         key,
@@ -176,7 +188,7 @@ def case(
         kv_indices,
         kv_num_blocks,
         block_size,
-        selected,
+        seen,
     )
 
 
@@ -206,6 +218,15 @@ SHAPES = {
     "odd blocks": {"block_size": 7, "tokens": 100, "width": 9},
     "one token": {"tokens": 1, "batch": 2},
     "few of many integers": {"index_dtype": torch.uint8, "batch": 2},
+    "two tokens": {"length": 2},
+    "tokens over blocks": {"length": 9, "block_size": 4, "width": 12, "index_dtype": torch.uint8},
+    "many tokens": {"length": 40, "width": None, "values": 20},
+    "more tokens than keys": {"length": 7, "tokens": 5, "block_size": 4},
+    "tokens of no groups": {"length": 5, "heads": 3, "kv_heads": 3, "list_heads": 1, "width": 4},
+    "lists of tokens": {"length": 3, "of_tokens": True},
+    "one list for all heads of tokens": {"length": 5, "of_tokens": True, "list_heads": 1},
+    "no counts of tokens": {"length": 4, "of_tokens": True, "counted": False, "block_size": 7},
+    "a list of one token": {"of_tokens": True, "index_dtype": torch.int32},
 }
 PAGES = {16: (4, 16, 32), 4: (2, 4, 8), 7: (1, 7, 21)}
 
@@ -257,7 +278,7 @@ def test_what_is_not_selected_does_not_matter(bad: float, implementation: str) -
     for tensor in (one.key, one.value):
         for b in range(len(tensor)):
             for h in range(tensor.shape[1]):
-                others = sorted(set(range(tensor.shape[2])) - set(one.selected[b][h]))
+                others = sorted(set(range(tensor.shape[2])) - set(one.selected(b, h)))
                 tensor[b, h, others] = bad
     for actual, expected in zip(one.solve(implementation), clean, strict=True):
         assert torch.equal(actual, expected)
