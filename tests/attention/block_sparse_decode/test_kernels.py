@@ -23,8 +23,8 @@ def test_every_kernel_compiles_for_every_architecture(reports: list[dict[str, An
     assert seen == {(arch, kernel) for arch in ahead_of_time.SHARED_MEMORY for kernel in kernels}
     for report in reports:
         assert report["shared"] <= ahead_of_time.SHARED_MEMORY[report["arch"]], report
-        # With several tokens in float32, ptxas may prefer more programs to eight bytes in registers.
-        is_tight = report["launch"].startswith("torch.float32") and " 1 tokens" not in report["launch"]
+        # In float32, ptxas may save eight bytes of registers to fit in one program more.
+        is_tight = "float32" in report["launch"] and ", 1 tokens" not in report["launch"]
         assert report["spilled"] <= 8 * is_tight, report
         if report["kernel"] == "split_kernel" and "bfloat16" in report["launch"]:
             # Few rows take the instructions of sm_80 also on newer GPUs.

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tilework.attention import block_sparse_decode, paged_block_sparse_decode
+from tilework.attention import (
+    BlockLayout,
+    block_sparse_attention,
+    block_sparse_decode,
+    paged_block_sparse_decode,
+)
 
-from helpers import FLOATING, assert_exact, dtype_name
+from helpers import FLOATING, HALF, assert_exact, dtype_name
 
 IMPLEMENTATIONS = ("reference", "tiled", "triton")
 BUILT = [
@@ -327,6 +333,13 @@ def test_empty(implementation: str) -> None:
     assert not output.any()  # type: ignore[union-attr]
     one = case(batch=0)
     assert one.solve(implementation)[0].shape == (0, 4, 1, 6)
+    for of_tokens in (False, True):
+        one = case(length=0, of_tokens=of_tokens)
+        assert one.solve(implementation)[0].shape == (3, 4, 0, 6)
+        one = case(1, tokens=0, length=2, of_tokens=of_tokens)
+        output, lse = one.solve(implementation)
+        assert not output.any()
+        assert (lse == -torch.inf).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -355,27 +368,143 @@ def test_strides_are_respected_and_nothing_is_modified(implementation: str) -> N
         torch.testing.assert_close(actual, right)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.uint8], ids=dtype_name)
+def test_short_sequences_leave_the_first_tokens_blind(
+    index_dtype: torch.dtype, implementation: str
+) -> None:
+    one = case(length=4, width=None, index_dtype=index_dtype)
+    one.seq_lengths[:] = torch.tensor([3, 4, 0])
+    output, lse = one.solve(implementation)
+    blind = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()[:, None].expand(3, 4, 4)
+    assert torch.equal(lse == -torch.inf, blind)
+    assert not output[blind].any()
+    torch.testing.assert_close(output[1, :, 0], one.value[1, :, 0].repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_several_tokens_equal_single_ones_as_the_sequence_grows(
+    of_tokens: bool, implementation: str
+) -> None:
+    one = case(length=5, block_size=4, width=9, of_tokens=of_tokens)
+    for solve in (one.solve, partial(one.solve_paged, page_size=8)):
+        together = solve(implementation)
+        for i in range(5):
+            single = replace(
+                one,
+                query=one.query[:, :, i : i + 1],
+                seq_lengths=(one.seq_lengths - 4 + i).clamp(min=0),
+            )
+            if of_tokens:
+                assert one.kv_indices is not None
+                assert one.kv_num_blocks is not None
+                single.kv_indices = one.kv_indices[:, :, i]
+                single.kv_num_blocks = one.kv_num_blocks[:, :, i]
+            for actual, expected in zip(together, single.solve(implementation), strict=True):
+                torch.testing.assert_close(actual[:, :, i : i + 1], expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_equals_the_last_rows_of_block_sparse_attention(
+    of_tokens: bool, implementation: str
+) -> None:
+    """The layout of all tokens has one list for each, or the same for all."""
+    query = torch.randn(2, 4, 30, 12)
+    key, value = torch.randn(2, 2, 30, 12), torch.randn(2, 2, 30, 6)
+    lists = torch.rand(2, 2, 30 if of_tokens else 1, 8).argsort(-1)[..., :3]
+    mask = torch.zeros(2, 2, lists.shape[2], 8, dtype=torch.bool).scatter(3, lists, True)
+    layout = BlockLayout.from_dense(mask.expand(2, 2, 30, 8), (1, 4), seq_lengths=(30, 30))
+    expected = block_sparse_attention(
+        query, key, value, layout, is_causal=True, enable_gqa=True, return_lse=True
+    )
+    actual = block_sparse_decode(
+        query[:, :, -7:],
+        key,
+        value,
+        lists[:, :, -7:] if of_tokens else lists[:, :, 0],
+        block_size=4,
+        return_lse=True,
+        implementation=implementation,
+    )
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other[:, :, -7:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=dtype_name)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_later_tokens_do_not_matter(bad: float, dtype: torch.dtype, implementation: str) -> None:
+    one = case(1, length=6, tokens=90, width=None, dtype=dtype)
+    one.seq_lengths[:] = 80
+    clean = one.solve(implementation)
+    for name, slot in itertools.product(("key", "value"), (74, 77, 79)):
+        tensor = getattr(one, name)
+        dirty = tensor.clone()
+        dirty[0, 1, slot, 2] = bad
+        output, lse = replace(one, **{name: dirty}).solve(implementation)
+        before = slot - 74
+        assert torch.equal(output[:, :, :before], clean[0][:, :, :before])
+        assert torch.equal(lse[:, :, :before], clean[1][:, :, :before])
+        assert torch.equal(output[:, :2], clean[0][:, :2])
+        assert torch.equal(lse[:, :2], clean[1][:, :2])
+        if name == "value":
+            assert torch.equal(lse, clean[1])
+            after = output[0, 2:, before:]
+            if implementation == "triton":
+                assert after.isnan().all()
+            else:
+                torch.testing.assert_close(
+                    after[..., 2], torch.full_like(after[..., 2], bad), equal_nan=True
+                )
+                others = [0, 1, 3, 4, 5]
+                torch.testing.assert_close(
+                    after[..., others], clean[0][0, 2:, before:, others], atol=0, rtol=0
+                )
+        elif bad != bad:
+            assert output[0, 2:, before:].isnan().all()
+            assert lse[0, 2:, before:].isnan().all()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     tokens=st.integers(1, 60),
     block_size=st.integers(1, 9),
     width=st.integers(1, 5),
     page_factor=st.sampled_from([1, 2, 3]),
+    length=st.integers(1, 4),
+    of_tokens=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_properties(tokens: int, block_size: int, width: int, page_factor: int, seed: int) -> None:
+def test_properties(
+    tokens: int,
+    block_size: int,
+    width: int,
+    page_factor: int,
+    length: int,
+    of_tokens: bool,
+    seed: int,
+) -> None:
     torch.manual_seed(seed)
     one = case(
-        2, tokens=tokens, block_size=block_size, width=width, counted=False, dtype=torch.float64
+        2,
+        tokens=tokens,
+        block_size=block_size,
+        length=length,
+        of_tokens=of_tokens,
+        width=width,
+        counted=False,
+        dtype=torch.float64,
     )
     output, lse = one.solve(None)
     # The order of the list is irrelevant, and so are the pages.
     assert one.kv_indices is not None
-    one.kv_indices = one.kv_indices[..., torch.randperm(one.kv_indices.shape[2])]
+    one.kv_indices = one.kv_indices[..., torch.randperm(one.kv_indices.shape[-1])]
     torch.testing.assert_close(one.solve(None), (output, lse))
     torch.testing.assert_close(one.solve_paged(None, page_factor * block_size), (output, lse))
     # A part of the list sees less, and the rest of it the rest.
-    half = one.kv_indices.shape[2] // 2
+    half = one.kv_indices.shape[-1] // 2
     parts = []
     for indices in (one.kv_indices[..., :half], one.kv_indices[..., half:]):
         parts.append(
@@ -405,11 +534,13 @@ def test_two_calls_are_bitwise_equal(implementation: str) -> None:
     assert torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5, 14])
-def test_any_number_of_splits_by_triton(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("splits", "length"), [(1, 1), (2, 1), (2, 7), (5, 3), (14, 1), (14, 3)])
+def test_any_number_of_splits_by_triton(
+    splits: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tilework.attention.block_sparse_decode import triton
 
-    one = case(heads=6, tokens=260, width=13)  # one of the sequences is empty
+    one = case(heads=6, tokens=260, width=13, length=length)  # one of the sequences is empty
     monkeypatch.setattr(triton, "count_splits", lambda *_: splits)
     check(one, one.solve("triton"))
     check(one, one.solve_paged("triton", 8))
