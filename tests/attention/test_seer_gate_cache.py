@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tilework.attention import SeerGate, SeerGateCache
+from tilework.attention import (
+    BlockLayout,
+    SeerGate,
+    SeerGateCache,
+    block_sparse_attention,
+    block_sparse_decode,
+)
 
 from helpers import DEVICES, FLOATING, clones, dtype_name
 
@@ -71,6 +77,30 @@ def test_prefill_then_token_by_token(dtype: torch.dtype, device: str) -> None:
         assert logits.dtype == inside
         prefix = gate(query[:, :, :length], key[:, :, :length])
         torch.testing.assert_close(logits, prefix[:, :, -1:])
+
+
+def test_several_tokens_select_as_their_rows_of_the_whole_prefix_do() -> None:
+    """The selection that the documentation shows, for tokens that end with a block."""
+    size, start, stop, count = 4, 26, 32, 3
+    gate = build(size)
+    query, key = tensors(stop)
+    value = torch.randn_like(key)
+    cache = SeerGateCache(gate)
+    cache.update(query[:, :, :start], key[:, :, :start])
+    logits = cache.update(query[:, :, start:], key[:, :, start:])
+    own = torch.arange(start, stop) // size
+    scores = logits[:, :, own - start // size].unflatten(1, (2, -1)).amax(2)
+    scores[:, :, torch.arange(len(own)), own] = torch.inf
+    blocks = scores.topk(count).indices
+    output = block_sparse_decode(query[:, :, start:], key, value, blocks, block_size=size)
+
+    scores = gate(query, key).unflatten(1, (2, -1)).amax(2)
+    scores.diagonal(dim1=2, dim2=3).fill_(torch.inf)
+    layout = BlockLayout.from_scores_topk(scores, count, block_size=size, is_causal=True)
+    expected = block_sparse_attention(
+        query, key, value, layout, is_causal=True, enable_gqa=True, implementation="reference"
+    )
+    torch.testing.assert_close(output, expected[:, :, start:])
 
 
 def test_complete_blocks_are_compressed_once(monkeypatch: pytest.MonkeyPatch) -> None:

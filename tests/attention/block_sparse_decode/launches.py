@@ -7,8 +7,8 @@ import torch
 from tilework.attention.block_sparse_decode import triton
 
 
-def _call(dtype: torch.dtype, features: int, heads: int, is_paged: bool) -> None:
-    query = torch.randn(1, heads, 1, features).to(dtype)
+def _call(dtype: torch.dtype, features: int, heads: int, is_paged: bool, length: int) -> None:
+    query = torch.randn(1, heads, length, features).to(dtype)
     if is_paged:
         cache = torch.randn(40, 16, 2, features).to(dtype)
         table = torch.arange(40, dtype=torch.int32)[None]
@@ -22,13 +22,19 @@ def _call(dtype: torch.dtype, features: int, heads: int, is_paged: bool) -> None
 
 LAUNCHES = []
 for _dtype in (torch.bfloat16, torch.float32):
-    for _features, _heads, _is_paged in (
-        (64, 8, True),
-        (128, 8, True),
-        (128, 2, False),
-        (128, 128, True),
-        (256, 16, False),
+    for _features, _heads, _is_paged, _length in (
+        (64, 8, True, 1),
+        (128, 8, True, 1),
+        (128, 2, False, 1),
+        (128, 128, True, 1),
+        (256, 16, False, 1),
+        (64, 8, True, 3),
+        (128, 2, False, 4),
+        (128, 8, True, 16),
+        (256, 16, True, 5),
     ):
-        _launch = partial(_call, _dtype, _features, _heads, _is_paged)
-        _launch.__name__ = f"{_dtype} {_features} features, {_heads} heads, {_is_paged}"  # type: ignore[attr-defined]
+        _launch = partial(_call, _dtype, _features, _heads, _is_paged, _length)
+        _launch.__name__ = (  # type: ignore[attr-defined]
+            f"{_dtype} {_features} features, {_heads} heads, {_is_paged}, {_length} tokens"
+        )
         LAUNCHES.append(_launch)

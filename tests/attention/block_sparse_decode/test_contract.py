@@ -21,8 +21,16 @@ KEYS, VALUES = torch.randn(9, 8, 2, 8), torch.randn(9, 8, 2, 3)
 TABLE = torch.tensor([[3, 8, 1], [0, 7, -1]])
 
 
-def decode(implementation: str) -> Callable[..., Any]:
-    return partial(block_sparse_decode, **LISTS, return_lse=True, implementation=implementation)  # type: ignore[arg-type]
+QUERIES = torch.randn(2, 4, 3, 8)
+LISTS_OF_TOKENS = {
+    "kv_indices": torch.stack([INDICES, INDICES.flip(2), INDICES], 2),
+    "kv_num_blocks": torch.stack([COUNTS, COUNTS, COUNTS.flip(1)], 2),
+}
+
+
+def decode(implementation: str, **lists: Any) -> Callable[..., Any]:
+    options = LISTS | lists | {"return_lse": True, "implementation": implementation}
+    return partial(block_sparse_decode, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.untyped
@@ -52,19 +60,27 @@ def test_gradients_are_refused() -> None:
         output.sum().backward()
 
 
+KINDS = pytest.mark.parametrize(
+    ("one", "lists"),
+    [(QUERY, {}), (QUERIES, {}), (QUERIES, LISTS_OF_TOKENS)],
+    ids=["one token", "several tokens", "lists of tokens"],
+)
+
+
 @pytest.mark.untyped
 @pytest.mark.parametrize("implementation", ["reference", "tiled"])
-def test_functional_transforms(implementation: str) -> None:
-    function = decode(implementation)
-    queries = torch.stack([QUERY, -QUERY])
+@KINDS
+def test_functional_transforms(one: Tensor, lists: dict[str, Any], implementation: str) -> None:
+    function = decode(implementation, **lists)
+    queries = torch.stack([one, -one])
     batched = torch.func.vmap(function, (0, None, None))(queries, KEY, VALUE)
     for index, query in enumerate(queries):
         single = function(query, KEY, VALUE)
         for actual, expected in zip(batched, single, strict=True):
             torch.testing.assert_close(actual[index], expected)
-    tangents = [torch.randn_like(tensor) for tensor in (QUERY, KEY, VALUE)]
-    _, tangent = torch.func.jvp(lambda *t: function(*t)[0], (QUERY, KEY, VALUE), tuple(tangents))
-    wide = [tensor.double() for tensor in (QUERY, KEY, VALUE)]
+    tangents = [torch.randn_like(tensor) for tensor in (one, KEY, VALUE)]
+    _, tangent = torch.func.jvp(lambda *t: function(*t)[0], (one, KEY, VALUE), tuple(tangents))
+    wide = [tensor.double() for tensor in (one, KEY, VALUE)]
     steps = [
         function(*(t + sign * 1e-6 * d for t, d in zip(wide, tangents, strict=True)))[0]
         for sign in (1, -1)
@@ -74,7 +90,27 @@ def test_functional_transforms(implementation: str) -> None:
 
 @pytest.mark.untyped
 @pytest.mark.parametrize("implementation", ["reference", "tiled"])
-def test_compiles_as_one_graph_for_every_length(implementation: str) -> None:
+@KINDS
+def test_compiles_as_one_graph_for_every_length(
+    one: Tensor, lists: dict[str, Any], implementation: str
+) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    function = decode(implementation, **lists)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (20, 24, 33):
+        key, value = torch.randn(2, 2, tokens, 8), torch.randn(2, 2, tokens, 3)
+        torch.testing.assert_close(compiled(one, key, value), function(one, key, value))
+    assert len(graphs) == 1
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("implementation", ["reference", "tiled"])
+def test_compiles_as_one_graph_for_every_number_of_tokens(implementation: str) -> None:
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
@@ -83,21 +119,27 @@ def test_compiles_as_one_graph_for_every_length(implementation: str) -> None:
 
     function = decode(implementation)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
-    for tokens in (20, 24, 33):
-        key, value = torch.randn(2, 2, tokens, 8), torch.randn(2, 2, tokens, 3)
-        torch.testing.assert_close(compiled(QUERY, key, value), function(QUERY, key, value))
+    for tokens in (5, 6, 7):
+        query = torch.randn(2, 4, tokens, 8)
+        torch.testing.assert_close(compiled(query, KEY, VALUE), function(query, KEY, VALUE))
     assert len(graphs) == 1
 
 
 @pytest.mark.untyped
 def test_operator() -> None:
     lists = TABLE, LENGTHS, INDICES[:, :1], COUNTS
+    of_tokens = TABLE, LENGTHS, *LISTS_OF_TOKENS.values()
     operator = torch.ops.tilework.block_sparse_decode
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    for arguments in ((KEYS, VALUES, *lists), (KEYS[:2], VALUES[:2], *[None] * 4)):
+    for arguments in (
+        (QUERY, KEYS, VALUES, *lists),
+        (QUERIES, KEYS, VALUES, *lists),
+        (QUERIES, KEYS, VALUES, *of_tokens),
+        (QUERY, KEYS[:2], VALUES[:2], *[None] * 4),
+    ):
         torch.library.opcheck(
             operator,
-            (QUERY, *arguments, 4, 0.3, "tiled"),
+            (*arguments, 4, 0.3, "tiled"),
             test_utils=(*tests, "test_autograd_registration"),
         )
 
@@ -119,11 +161,33 @@ def test_chooses_by_device() -> None:
 
 BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("query must be a floating-point tensor", TypeError, {"query": QUERY.long()}),
-    ("query must be of shape (B, Hq, 1, E)", ValueError, {"query": QUERY[0]}),
-    ("query must be of shape (B, Hq, 1, E)", ValueError, {"query": QUERY.expand(2, 4, 2, 8)}),
+    ("query must be of shape (B, Hq, T, E)", ValueError, {"query": QUERY[0]}),
     ("kv_indices must be an integer tensor, got float32", TypeError, {"kv_indices": INDICES / 1}),
     ("kv_indices must be an integer tensor, got bool", TypeError, {"kv_indices": INDICES > 0}),
-    ("kv_indices must be of shape (2, 2 or 1, K)", ValueError, {"kv_indices": INDICES[0]}),
+    (
+        "kv_indices must be of shape (2, 2 or 1, K) or (2, 2 or 1, 1, K), got",
+        ValueError,
+        {"kv_indices": INDICES[0]},
+    ),
+    (
+        "kv_indices must be of shape (2, 2 or 1, K) or (2, 2 or 1, 3, K), got",
+        ValueError,
+        {
+            "query": QUERY.expand(2, 4, 3, 8),
+            "kv_indices": INDICES[:, :, None].expand(2, 2, 2, 2),
+            "kv_num_blocks": None,
+        },
+    ),
+    (
+        "kv_num_blocks must be of shape (2, 2 or 1, 1), got int64 of shape (2, 2)",
+        ValueError,
+        {"kv_indices": INDICES[:, :, None]},
+    ),
+    (
+        "kv_num_blocks must be of shape (2, 2 or 1), got int64 of shape (2, 2, 1)",
+        ValueError,
+        {"kv_num_blocks": COUNTS[..., None]},
+    ),
     ("kv_indices must be of shape (2, 2 or 1, K)", ValueError, {"kv_indices": INDICES[:1]}),
     (
         "kv_indices must be of shape (2, 2 or 1, K)",

@@ -23,7 +23,9 @@ def test_every_kernel_compiles_for_every_architecture(reports: list[dict[str, An
     assert seen == {(arch, kernel) for arch in ahead_of_time.SHARED_MEMORY for kernel in kernels}
     for report in reports:
         assert report["shared"] <= ahead_of_time.SHARED_MEMORY[report["arch"]], report
-        assert report["spilled"] == 0, report
+        # In float32, ptxas may save eight bytes of registers to fit in one program more.
+        is_tight = "float32" in report["launch"] and ", 1 tokens" not in report["launch"]
+        assert report["spilled"] <= 8 * is_tight, report
         if report["kernel"] == "split_kernel" and "bfloat16" in report["launch"]:
             # Few rows take the instructions of sm_80 also on newer GPUs.
             assert report["matrix"] + report["matrix of sm_80"] > 0, report
@@ -44,6 +46,7 @@ def test_every_kernel_compiles_for_every_architecture(reports: list[dict[str, An
             "heads": 16,
         },
         {"features": 256, "values": 80, "tokens": 1000, "block_size": 32, "width": 9, "batch": 1},
+        {"features": 128, "values": 128, "tokens": 2000, "block_size": 64, "width": 9, "length": 5},
     ],
     ids=str,
 )

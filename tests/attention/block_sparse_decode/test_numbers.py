@@ -1,7 +1,9 @@
 """Block-sparse decoding against torch's attention to the selected tokens."""
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,9 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tilework.attention import block_sparse_decode, paged_block_sparse_decode
+from tilework.attention import (
+    BlockLayout,
+    block_sparse_attention,
+    block_sparse_decode,
+    paged_block_sparse_decode,
+)
 
-from helpers import FLOATING, assert_exact, dtype_name
+from helpers import FLOATING, HALF, assert_exact, dtype_name
 
 IMPLEMENTATIONS = ("reference", "tiled", "triton")
 BUILT = [
@@ -33,7 +40,7 @@ def few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Case:
-    """A query, its caches, and the tokens that each sequence and head of keys selects."""
+    """A query, its caches, and what each sequence, head of keys and query token sees."""
 
     query: Tensor
     key: Tensor
@@ -42,7 +49,11 @@ class Case:
     kv_indices: Tensor | None
     kv_num_blocks: Tensor | None
     block_size: int
-    selected: list[list[list[int]]]
+    seen: list[list[list[list[int]]]]
+
+    def selected(self, b: int, h: int) -> list[int]:
+        """The tokens that any query token sees."""
+        return sorted(set().union(*self.seen[b][h]))
 
     def solve(self, implementation: str | None, **options: Any) -> tuple[Tensor, Tensor]:
         """The result from the contiguous cache."""
@@ -75,7 +86,7 @@ class Case:
             cache = torch.full(shape, torch.nan).to(tensor)
             for b in range(batch):
                 for h in range(kv_heads):
-                    for t in self.selected[b][h]:
+                    for t in self.selected(b, h):
                         cache[table[b, t // page_size], t % page_size, h] = tensor[b, h, t]
             caches.append(cache)
         past = torch.arange(per_sequence) * page_size >= self.seq_lengths[:, None].cpu()
@@ -97,22 +108,21 @@ class Case:
 
     def expected(self, dtype: torch.dtype, scale: float | None = None) -> tuple[Tensor, Tensor]:
         """SDPA of each head to the gathered tokens, and the log-sum-exp."""
-        batch, heads, _, features = self.query.shape
+        batch, heads, length, features = self.query.shape
         group = heads // self.key.shape[1]
-        output = torch.zeros(batch, heads, 1, self.value.shape[3], dtype=dtype)
+        output = torch.zeros(batch, heads, length, self.value.shape[3], dtype=dtype)
         lse = torch.full(
-            (batch, heads, 1), -torch.inf, dtype=torch.promote_types(dtype, torch.float32)
+            (batch, heads, length), -torch.inf, dtype=torch.promote_types(dtype, torch.float32)
         )
         factor = 1 / math.sqrt(features) if scale is None else scale
-        for b in range(batch):
-            for h in range(heads):
-                tokens = self.selected[b][h // group]
-                if not tokens:
-                    continue
-                q = self.query[b, h].to(dtype)[None]
-                k, v = (t[b, h // group, tokens].to(dtype)[None] for t in (self.key, self.value))
-                output[b, h] = F.scaled_dot_product_attention(q, k, v, scale=scale)[0]
-                lse[b, h] = ((q @ k.mT).to(lse.dtype) * factor).logsumexp(-1)[0]
+        for b, h, i in itertools.product(range(batch), range(heads), range(length)):
+            tokens = self.seen[b][h // group][i]
+            if not tokens:
+                continue
+            q = self.query[b, h, i : i + 1].to(dtype)[None]
+            k, v = (t[b, h // group, tokens].to(dtype)[None] for t in (self.key, self.value))
+            output[b, h, i] = F.scaled_dot_product_attention(q, k, v, scale=scale)[0, 0]
+            lse[b, h, i] = ((q @ k.mT).to(lse.dtype) * factor).logsumexp(-1)[0, 0]
         return output, lse
 
 
@@ -124,14 +134,16 @@ def case(
     features: int = 12,
     values: int = 6,
     block_size: int = 16,
+    length: int = 1,
     *,
+    of_tokens: bool = False,
     list_heads: int | None = None,
     width: int | None = 3,
     counted: bool = True,
     dtype: torch.dtype = torch.float32,
     index_dtype: torch.dtype = torch.int64,
 ) -> Case:
-    query = torch.randn(batch, heads, 1, features).to(dtype)
+    query = torch.randn(batch, heads, length, features).to(dtype)
     key = torch.randn(batch, kv_heads, tokens, features).to(dtype)
     value = torch.randn(batch, kv_heads, tokens, values).to(dtype)
     seq_lengths = torch.randint(min(1, tokens), tokens + 1, (batch,))
@@ -141,24 +153,23 @@ def case(
         seq_lengths[2] = 0
     blocks = -(-tokens // block_size)
     kv_indices = kv_num_blocks = None
-    selected = [[list(range(n))] * kv_heads for n in seq_lengths.tolist()]
+    chosen = [[[list(range(tokens))] * length] * kv_heads] * batch
     if width is not None:
         width = min(width, blocks)
         lists = kv_heads if list_heads is None else list_heads
-        kv_indices = torch.rand(batch, lists, blocks).argsort(-1)[..., :width]
-        counts = torch.full((batch, lists), width)
+        each = (batch, lists, length) if of_tokens else (batch, lists)
+        kv_indices = torch.rand(*each, blocks).argsort(-1)[..., :width]
+        counts = torch.full(each, width)
         if counted:
-            counts = kv_num_blocks = torch.randint(0, width + 1, (batch, lists))
-        selected = [
-            [
-                [
-                    t
-                    for j in kv_indices[b, h % lists, : counts[b, h % lists]].tolist()
-                    for t in range(j * block_size, (j + 1) * block_size)
-                    if t < seq_lengths[b]
-                ]
-                for h in range(kv_heads)
-            ]
+            counts = kv_num_blocks = torch.randint(0, width + 1, each)
+
+        def listed(b: int, h: int, i: int) -> list[int]:
+            place = (b, h % lists, i) if of_tokens else (b, h % lists)
+            first = (j * block_size for j in kv_indices[place][: counts[place]].tolist())
+            return [t for start in first for t in range(start, start + block_size)]
+
+        chosen = [
+            [[listed(b, h, i) for i in range(length)] for h in range(kv_heads)]
             for b in range(batch)
         ]
         if counted:  # what does not count is not read: other blocks, or none at all
@@ -168,6 +179,13 @@ def case(
             kv_indices = kv_indices.masked_fill(past, none)
         kv_indices = kv_indices.to(index_dtype)
         kv_num_blocks = None if kv_num_blocks is None else kv_num_blocks.to(index_dtype)
+    seen = [
+        [
+            [[t for t in chosen[b][h][i] if t <= n - length + i] for i in range(length)]
+            for h in range(kv_heads)
+        ]
+        for b, n in enumerate(seq_lengths.tolist())
+    ]
     return Case(
         query,
         key,
@@ -176,7 +194,7 @@ def case(
         kv_indices,
         kv_num_blocks,
         block_size,
-        selected,
+        seen,
     )
 
 
@@ -206,6 +224,15 @@ SHAPES = {
     "odd blocks": {"block_size": 7, "tokens": 100, "width": 9},
     "one token": {"tokens": 1, "batch": 2},
     "few of many integers": {"index_dtype": torch.uint8, "batch": 2},
+    "two tokens": {"length": 2},
+    "tokens over blocks": {"length": 9, "block_size": 4, "width": 12, "index_dtype": torch.uint8},
+    "many tokens": {"length": 40, "width": None, "values": 20},
+    "more tokens than keys": {"length": 7, "tokens": 5, "block_size": 4},
+    "tokens of no groups": {"length": 5, "heads": 3, "kv_heads": 3, "list_heads": 1, "width": 4},
+    "lists of tokens": {"length": 3, "of_tokens": True},
+    "one list for all heads of tokens": {"length": 5, "of_tokens": True, "list_heads": 1},
+    "no counts of tokens": {"length": 4, "of_tokens": True, "counted": False, "block_size": 7},
+    "a list of one token": {"of_tokens": True, "index_dtype": torch.int32},
 }
 PAGES = {16: (4, 16, 32), 4: (2, 4, 8), 7: (1, 7, 21)}
 
@@ -257,7 +284,7 @@ def test_what_is_not_selected_does_not_matter(bad: float, implementation: str) -
     for tensor in (one.key, one.value):
         for b in range(len(tensor)):
             for h in range(tensor.shape[1]):
-                others = sorted(set(range(tensor.shape[2])) - set(one.selected[b][h]))
+                others = sorted(set(range(tensor.shape[2])) - set(one.selected(b, h)))
                 tensor[b, h, others] = bad
     for actual, expected in zip(one.solve(implementation), clean, strict=True):
         assert torch.equal(actual, expected)
@@ -306,6 +333,13 @@ def test_empty(implementation: str) -> None:
     assert not output.any()  # type: ignore[union-attr]
     one = case(batch=0)
     assert one.solve(implementation)[0].shape == (0, 4, 1, 6)
+    for of_tokens in (False, True):
+        one = case(length=0, of_tokens=of_tokens)
+        assert one.solve(implementation)[0].shape == (3, 4, 0, 6)
+        one = case(1, tokens=0, length=2, of_tokens=of_tokens)
+        output, lse = one.solve(implementation)
+        assert not output.any()
+        assert (lse == -torch.inf).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -334,27 +368,143 @@ def test_strides_are_respected_and_nothing_is_modified(implementation: str) -> N
         torch.testing.assert_close(actual, right)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.uint8], ids=dtype_name)
+def test_short_sequences_leave_the_first_tokens_blind(
+    index_dtype: torch.dtype, implementation: str
+) -> None:
+    one = case(length=4, width=None, index_dtype=index_dtype)
+    one.seq_lengths[:] = torch.tensor([3, 4, 0])
+    output, lse = one.solve(implementation)
+    blind = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()[:, None].expand(3, 4, 4)
+    assert torch.equal(lse == -torch.inf, blind)
+    assert not output[blind].any()
+    torch.testing.assert_close(output[1, :, 0], one.value[1, :, 0].repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_several_tokens_equal_single_ones_as_the_sequence_grows(
+    of_tokens: bool, implementation: str
+) -> None:
+    one = case(length=5, block_size=4, width=9, of_tokens=of_tokens)
+    for solve in (one.solve, partial(one.solve_paged, page_size=8)):
+        together = solve(implementation)
+        for i in range(5):
+            single = replace(
+                one,
+                query=one.query[:, :, i : i + 1],
+                seq_lengths=(one.seq_lengths - 4 + i).clamp(min=0),
+            )
+            if of_tokens:
+                assert one.kv_indices is not None
+                assert one.kv_num_blocks is not None
+                single.kv_indices = one.kv_indices[:, :, i]
+                single.kv_num_blocks = one.kv_num_blocks[:, :, i]
+            for actual, expected in zip(together, single.solve(implementation), strict=True):
+                torch.testing.assert_close(actual[:, :, i : i + 1], expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_equals_the_last_rows_of_block_sparse_attention(
+    of_tokens: bool, implementation: str
+) -> None:
+    """The layout of all tokens has one list for each, or the same for all."""
+    query = torch.randn(2, 4, 30, 12)
+    key, value = torch.randn(2, 2, 30, 12), torch.randn(2, 2, 30, 6)
+    lists = torch.rand(2, 2, 30 if of_tokens else 1, 8).argsort(-1)[..., :3]
+    mask = torch.zeros(2, 2, lists.shape[2], 8, dtype=torch.bool).scatter(3, lists, True)
+    layout = BlockLayout.from_dense(mask.expand(2, 2, 30, 8), (1, 4), seq_lengths=(30, 30))
+    expected = block_sparse_attention(
+        query, key, value, layout, is_causal=True, enable_gqa=True, return_lse=True
+    )
+    actual = block_sparse_decode(
+        query[:, :, -7:],
+        key,
+        value,
+        lists[:, :, -7:] if of_tokens else lists[:, :, 0],
+        block_size=4,
+        return_lse=True,
+        implementation=implementation,
+    )
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other[:, :, -7:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=dtype_name)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_later_tokens_do_not_matter(bad: float, dtype: torch.dtype, implementation: str) -> None:
+    one = case(1, length=6, tokens=90, width=None, dtype=dtype)
+    one.seq_lengths[:] = 80
+    clean = one.solve(implementation)
+    for name, slot in itertools.product(("key", "value"), (74, 77, 79)):
+        tensor = getattr(one, name)
+        dirty = tensor.clone()
+        dirty[0, 1, slot, 2] = bad
+        output, lse = replace(one, **{name: dirty}).solve(implementation)
+        before = slot - 74
+        assert torch.equal(output[:, :, :before], clean[0][:, :, :before])
+        assert torch.equal(lse[:, :, :before], clean[1][:, :, :before])
+        assert torch.equal(output[:, :2], clean[0][:, :2])
+        assert torch.equal(lse[:, :2], clean[1][:, :2])
+        if name == "value":
+            assert torch.equal(lse, clean[1])
+            after = output[0, 2:, before:]
+            if implementation == "triton":
+                assert after.isnan().all()
+            else:
+                torch.testing.assert_close(
+                    after[..., 2], torch.full_like(after[..., 2], bad), equal_nan=True
+                )
+                others = [0, 1, 3, 4, 5]
+                torch.testing.assert_close(
+                    after[..., others], clean[0][0, 2:, before:, others], atol=0, rtol=0
+                )
+        elif bad != bad:
+            assert output[0, 2:, before:].isnan().all()
+            assert lse[0, 2:, before:].isnan().all()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     tokens=st.integers(1, 60),
     block_size=st.integers(1, 9),
     width=st.integers(1, 5),
     page_factor=st.sampled_from([1, 2, 3]),
+    length=st.integers(1, 4),
+    of_tokens=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_properties(tokens: int, block_size: int, width: int, page_factor: int, seed: int) -> None:
+def test_properties(
+    tokens: int,
+    block_size: int,
+    width: int,
+    page_factor: int,
+    length: int,
+    of_tokens: bool,
+    seed: int,
+) -> None:
     torch.manual_seed(seed)
     one = case(
-        2, tokens=tokens, block_size=block_size, width=width, counted=False, dtype=torch.float64
+        2,
+        tokens=tokens,
+        block_size=block_size,
+        length=length,
+        of_tokens=of_tokens,
+        width=width,
+        counted=False,
+        dtype=torch.float64,
     )
     output, lse = one.solve(None)
     # The order of the list is irrelevant, and so are the pages.
     assert one.kv_indices is not None
-    one.kv_indices = one.kv_indices[..., torch.randperm(one.kv_indices.shape[2])]
+    one.kv_indices = one.kv_indices[..., torch.randperm(one.kv_indices.shape[-1])]
     torch.testing.assert_close(one.solve(None), (output, lse))
     torch.testing.assert_close(one.solve_paged(None, page_factor * block_size), (output, lse))
     # A part of the list sees less, and the rest of it the rest.
-    half = one.kv_indices.shape[2] // 2
+    half = one.kv_indices.shape[-1] // 2
     parts = []
     for indices in (one.kv_indices[..., :half], one.kv_indices[..., half:]):
         parts.append(
@@ -384,11 +534,13 @@ def test_two_calls_are_bitwise_equal(implementation: str) -> None:
     assert torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5, 14])
-def test_any_number_of_splits_by_triton(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("splits", "length"), [(1, 1), (2, 1), (2, 7), (5, 3), (14, 1), (14, 3)])
+def test_any_number_of_splits_by_triton(
+    splits: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tilework.attention.block_sparse_decode import triton
 
-    one = case(heads=6, tokens=260, width=13)  # one of the sequences is empty
+    one = case(heads=6, tokens=260, width=13, length=length)  # one of the sequences is empty
     monkeypatch.setattr(triton, "count_splits", lambda *_: splits)
     check(one, one.solve("triton"))
     check(one, one.solve_paged("triton", 8))

@@ -1,6 +1,7 @@
-"""Attention of one query token to selected blocks of a contiguous or paged cache."""
+"""Attention of one or a few query tokens to selected blocks of a contiguous or paged cache."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Integer
@@ -36,7 +37,7 @@ IMPLEMENTATIONS = (
         "tiled",
         devices=(),
         dtypes=_FLOATING,
-        memory="4 MiB of gathered keys and values",
+        memory="4 MiB of gathered keys and values, and 4 MiB of scores",
         backward="none",
         deterministic=True,
         checked_on="CPU",
@@ -45,7 +46,7 @@ IMPLEMENTATIONS = (
         "reference",
         devices=(),
         dtypes=_FLOATING,
-        memory="all keys and values in float32, and all scores, several times",
+        memory="keys and values in float32 for each query token, and all scores, several times",
         backward="none",
         deterministic=True,
         checked_on="CPU",
@@ -57,11 +58,11 @@ for _name in ("block_sparse_decode", "paged_block_sparse_decode"):
 
 @_PAPER
 def block_sparse_decode(
-    query: Float[Tensor, "batch heads 1 features"],
+    query: Float[Tensor, "batch heads length features"],
     key: Float[Tensor, "batch kv_heads tokens features"],
     value: Float[Tensor, "batch kv_heads tokens values"],
-    kv_indices: Integer[Tensor, "batch list_heads width"] | None = None,
-    kv_num_blocks: Integer[Tensor, "batch count_heads"] | None = None,
+    kv_indices: Integer[Tensor, "batch list_heads *list_tokens width"] | None = None,
+    kv_num_blocks: Integer[Tensor, "batch count_heads *list_tokens"] | None = None,
     *,
     seq_lengths: Integer[Tensor, " batch"] | None = None,
     block_size: int = 64,
@@ -69,31 +70,36 @@ def block_sparse_decode(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> (
-    Float[Tensor, "batch heads 1 values"]
-    | tuple[Float[Tensor, "batch heads 1 values"], Float[Tensor, "batch heads 1"]]
+    Float[Tensor, "batch heads length values"]
+    | tuple[Float[Tensor, "batch heads length values"], Float[Tensor, "batch heads length"]]
 ):
-    r"""Attention of one query token of each sequence to selected blocks of its cache.
+    r"""Attention of the last tokens of each sequence to selected blocks of its cache.
 
-    With the query :math:`q` of head :math:`h`, which reads the keys :math:`k_t` and values
-    :math:`v_t` of head :math:`g = \lfloor h H_{kv} / H_q \rfloor`, :math:`\ell` =
-    ``seq_lengths[b]``, the block size :math:`s` and :math:`\alpha` = ``scale``:
+    The :math:`T` query tokens are the last ones of a sequence of :math:`\ell` = ``seq_lengths[b]``
+    tokens. Token :math:`i` has position :math:`p_i` and sees no later ones. With its query
+    :math:`q_i` of head :math:`h`, which reads the keys :math:`k_t` and values :math:`v_t` of head
+    :math:`g = \lfloor h H_{kv} / H_q \rfloor`, the block size :math:`s` and :math:`\alpha` =
+    ``scale``:
 
     .. math::
 
-        T &= \{t < \ell : \lfloor t / s \rfloor \in \texttt{kv\_indices}_{bg}\} \\
-        \mathrm{lse} &= \log \sum_{t \in T} e^{\alpha q^\top k_t}, \qquad
-        o = \sum_{t \in T} e^{\alpha q^\top k_t - \mathrm{lse}} v_t
+        p_i &= \ell - T + i, \qquad
+        V_i = \{t \le p_i : \lfloor t / s \rfloor \in \texttt{kv\_indices}_{bg}\} \\
+        \mathrm{lse}_i &= \log \sum_{t \in V_i} e^{\alpha q_i^\top k_t}, \qquad
+        o_i = \sum_{t \in V_i} e^{\alpha q_i^\top k_t - \mathrm{lse}_i} v_t
 
-    where nothing is selected, zeros and :math:`-\infty`. Sums are computed in float32 (float64 for
-    float64), the output is rounded once. Nothing that is not selected influences the result, nan
-    included; except with ``"reference"``, it is not read. For inference: there are no gradients,
-    and autocast changes nothing. Deterministic for the same sizes on the same device.
+    where nothing is seen, zeros and :math:`-\infty`: also for the first tokens of the query of a
+    sequence shorter than :math:`T`, which is how sequences of a batch have fewer new tokens than
+    others. Sums are computed in float32 (float64 for float64), the output is rounded once. Nothing
+    that a token does not see influences its result, nan included; except with ``"reference"``, what
+    is not selected is not read. For inference: there are no gradients, and autocast changes
+    nothing. Deterministic for the same sizes on the same device.
 
     Values of indices and lengths are checked on the CPU and trusted elsewhere, where a look at them
     would wait for the device.
 
     Args:
-        query: Shape ``(B, Hq, 1, E)``.
+        query: Shape ``(B, Hq, T, E)``.
         key: Shape ``(B, Hkv, S, E)`` of any strides, of ``query``'s dtype; ``Hkv`` divides ``Hq``.
         value: Shape ``(B, Hkv, S, Ev)``, of ``query``'s dtype.
         kv_indices: The numbers of the selected blocks, distinct and in any order, of any integer
@@ -111,8 +117,8 @@ def block_sparse_decode(
             all tokens). None picks the first of these that takes the arguments.
 
     Returns:
-        Shape ``(B, Hq, 1, Ev)``, of ``query``'s dtype; with ``return_lse`` the pair of it and the
-        log-sum-exp, shape ``(B, Hq, 1)``, float32 (float64 for float64).
+        Shape ``(B, Hq, T, Ev)``, of ``query``'s dtype; with ``return_lse`` the pair of it and the
+        log-sum-exp, shape ``(B, Hq, T)``, float32 (float64 for float64).
 
     Raises:
         ValueError: A shape, value, option or implementation is not one of those above.
@@ -129,9 +135,16 @@ def block_sparse_decode(
         >>> block_sparse_decode(query, key, value, blocks, seq_lengths=lengths).shape
         torch.Size([2, 8, 1, 32])
 
+        The last three tokens at once, such as drafts to be verified, each with a list of its own:
+
+        >>> query, blocks = torch.randn(2, 8, 3, 32), blocks[:, :, None].expand(2, 1, 3, 3)
+        >>> block_sparse_decode(query, key, value, blocks, seq_lengths=lengths).shape
+        torch.Size([2, 8, 3, 32])
+
     Deviations:
         The paper sparsifies the prefill only. The later decoding kernels of its authors take
-        left-padded contiguous caches.
+        left-padded contiguous caches and one token. With ``"triton"`` and several tokens, a nan or
+        an infinity in a value makes all features of the tokens that see it nan.
 
     Reference:
         Yizhao Gao, Zhichen Zeng, Dayou Du, Shijie Cao, Peiyuan Zhou, Jiaxing Qi, Junjie Lai, Hayden
@@ -168,23 +181,23 @@ def block_sparse_decode(
 
 @_PAPER
 def paged_block_sparse_decode(
-    query: Float[Tensor, "batch heads 1 features"],
+    query: Float[Tensor, "batch heads length features"],
     key_cache: Float[Tensor, "pages page_size kv_heads features"],
     value_cache: Float[Tensor, "pages page_size kv_heads values"],
     block_table: Integer[Tensor, "batch max_pages"],
     seq_lengths: Integer[Tensor, " batch"],
-    kv_indices: Integer[Tensor, "batch list_heads width"] | None = None,
-    kv_num_blocks: Integer[Tensor, "batch count_heads"] | None = None,
+    kv_indices: Integer[Tensor, "batch list_heads *list_tokens width"] | None = None,
+    kv_num_blocks: Integer[Tensor, "batch count_heads *list_tokens"] | None = None,
     *,
     block_size: int = 64,
     scale: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> (
-    Float[Tensor, "batch heads 1 values"]
-    | tuple[Float[Tensor, "batch heads 1 values"], Float[Tensor, "batch heads 1"]]
+    Float[Tensor, "batch heads length values"]
+    | tuple[Float[Tensor, "batch heads length values"], Float[Tensor, "batch heads length"]]
 ):
-    r"""Attention of one query token of each sequence to selected blocks of a paged cache.
+    r"""Attention of the last tokens of each sequence to selected blocks of a paged cache.
 
     Everything is that of :func:`block_sparse_decode`, but for where token :math:`t` of sequence
     :math:`b` lies: with :math:`p` = ``page_size``, at slot :math:`t \bmod p` of page
@@ -195,22 +208,24 @@ def paged_block_sparse_decode(
 
     .. math::
 
-        T &= \{t < \texttt{seq\_lengths}_b : \lfloor t / s \rfloor \in \texttt{kv\_indices}_{bg}\}
-        \\
-        \mathrm{lse} &= \log \sum_{t \in T} e^{\alpha q^\top k_t}, \qquad
-        o = \sum_{t \in T} e^{\alpha q^\top k_t - \mathrm{lse}} v_t
+        p_i &= \texttt{seq\_lengths}_b - T + i, \qquad
+        V_i = \{t \le p_i : \lfloor t / s \rfloor \in \texttt{kv\_indices}_{bg}\} \\
+        \mathrm{lse}_i &= \log \sum_{t \in V_i} e^{\alpha q_i^\top k_t}, \qquad
+        o_i = \sum_{t \in V_i} e^{\alpha q_i^\top k_t - \mathrm{lse}_i} v_t
 
     Args:
-        query: Shape ``(B, Hq, 1, E)``.
+        query: Shape ``(B, Hq, T, E)``.
         key_cache: Shape ``(num_pages, page_size, Hkv, E)`` of any strides, of ``query``'s dtype;
             ``Hkv`` divides ``Hq``.
         value_cache: Shape ``(num_pages, page_size, Hkv, Ev)``, of ``query``'s dtype.
         block_table: The pages of each sequence in order, of any integer dtype and shape
             ``(B, max_pages)``. Entries past the sequence are not read.
-        seq_lengths: The tokens of each sequence, shape ``(B,)``.
+        seq_lengths: The tokens of each sequence, the query's among them, shape ``(B,)``.
         kv_indices: The numbers of the selected blocks, distinct and in any order, of any integer
-            dtype and shape ``(B, Hkv or 1, K)``; None selects all tokens.
-        kv_num_blocks: How many entries of each list count, shape ``(B, Hkv or 1)``; None for all.
+            dtype and shape ``(B, Hkv or 1, K)`` or ``(B, Hkv or 1, T, K)``; None selects all
+            tokens.
+        kv_num_blocks: How many entries of each list count, of the shape of the lists without ``K``;
+            None for all.
         block_size: Tokens of a block, a multiple or a divisor of ``page_size``.
         scale: Factor of the scores; None is ``1 / sqrt(E)``.
         return_lse: Whether to return the log-sum-exp too.
@@ -218,8 +233,8 @@ def paged_block_sparse_decode(
             :func:`block_sparse_decode`. None picks the first of these that takes the arguments.
 
     Returns:
-        Shape ``(B, Hq, 1, Ev)``, of ``query``'s dtype; with ``return_lse`` the pair of it and the
-        log-sum-exp, shape ``(B, Hq, 1)``, float32 (float64 for float64).
+        Shape ``(B, Hq, T, Ev)``, of ``query``'s dtype; with ``return_lse`` the pair of it and the
+        log-sum-exp, shape ``(B, Hq, T)``, float32 (float64 for float64).
 
     Raises:
         ValueError: A shape, value, option or implementation is not one of those above.
@@ -326,10 +341,10 @@ def _decode(
 
 
 def _check_query(name: str, query: Tensor) -> int:
-    """Refuse what is no query of one token; return the batch."""
+    """Refuse what is no query; return the batch."""
     _checks.floating(name, "query", query)
-    if query.dim() != 4 or query.shape[2] != 1:
-        raise _checks.bad_value(name, "query", "of shape (B, Hq, 1, E)", query)
+    if query.dim() != 4:
+        raise _checks.bad_value(name, "query", "of shape (B, Hq, T, E)", query)
     return query.shape[0]
 
 
@@ -368,20 +383,23 @@ def _check_lists(
 ) -> None:
     _checks.integer(name, "block_size", block_size)
     _checks.at_least(name, "block_size", block_size, 1)
-    batch = query.shape[0]
     if kv_indices is None:
         if kv_num_blocks is not None:
             raise _checks.bad_value(name, "kv_num_blocks", "None without kv_indices", kv_num_blocks)
         return
     check_integers(name, "kv_indices", kv_indices)
+    batch, _, length, _ = query.shape
+    of_tokens = (length,) if kv_indices.dim() == 4 else ()
     heads = f"({batch}, {kv_heads} or 1"
-    if kv_indices.dim() != 3 or not _fits(kv_indices, batch, kv_heads):
-        raise _checks.bad_value(name, "kv_indices", f"of shape {heads}, K)", kv_indices)
+    if not _fits(kv_indices.shape[:-1], batch, kv_heads, of_tokens):
+        expected = f"of shape {heads}, K) or {heads}, {length}, K)"
+        raise _checks.bad_value(name, "kv_indices", expected, kv_indices)
     _checks.same_device(name, query=query, kv_indices=kv_indices)
     if kv_num_blocks is not None:
         check_integers(name, "kv_num_blocks", kv_num_blocks)
-        if kv_num_blocks.dim() != 2 or not _fits(kv_num_blocks, batch, kv_heads):
-            raise _checks.bad_value(name, "kv_num_blocks", f"of shape {heads})", kv_num_blocks)
+        if not _fits(kv_num_blocks.shape, batch, kv_heads, of_tokens):
+            expected = f"of shape {heads}{''.join(f', {size}' for size in of_tokens)})"
+            raise _checks.bad_value(name, "kv_num_blocks", expected, kv_num_blocks)
         _checks.same_device(name, query=query, kv_num_blocks=kv_num_blocks)
     if all(_checks.holds_values(t) for t in (kv_indices, kv_num_blocks) if t is not None):
         _check_numbers(name, kv_indices, kv_num_blocks, ceil_div(tokens, block_size))
@@ -391,7 +409,7 @@ def _check_numbers(
     name: str, kv_indices: Tensor, kv_num_blocks: Tensor | None, num_blocks: int
 ) -> None:
     """Refuse blocks that do not exist or stand twice in a list."""
-    place = torch.arange(kv_indices.shape[2])
+    place = torch.arange(kv_indices.shape[-1])
     counted = torch.ones_like(kv_indices, dtype=torch.bool)
     if kv_num_blocks is not None:
         _check_range(name, "kv_num_blocks", kv_num_blocks, len(place))
@@ -408,9 +426,13 @@ def _check_numbers(
         )
 
 
-def _fits(lists: Tensor, batch: int, kv_heads: int) -> bool:
-    heads = lists.shape[1]
-    return lists.shape[0] == batch and (heads == 1 or heads == kv_heads)  # sizes may be symbols
+def _fits(sizes: Sequence[int], batch: int, kv_heads: int, of_tokens: tuple[int, ...]) -> bool:
+    """Whether lists, or how many of their entries count, are those of a batch and its heads."""
+    if len(sizes) != 2 + len(of_tokens):
+        return False
+    rows, heads, *rest = sizes
+    # No sets of sizes, which may be symbols.
+    return rows == batch and (heads == 1 or heads == kv_heads) and tuple(rest) == of_tokens
 
 
 def _check_range(name: str, argument: str, values: Tensor, most: int, where: str = "") -> None:

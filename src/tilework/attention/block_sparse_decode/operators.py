@@ -1,7 +1,10 @@
 """The operator of block-sparse decoding. It does not differentiate."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tilework import _operators
@@ -35,8 +38,47 @@ def _kernels(implementation: str) -> Any:
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     *arguments, implementation = args
-    results: tuple[Tensor, Tensor] = _kernels(implementation).forward(*arguments)
+    forward = _kernels(implementation).forward
+    kv_indices = arguments[5]
+    has_lists_of_tokens = kv_indices is not None and kv_indices.dim() == 4
+    run = partial(_by_token, forward) if has_lists_of_tokens else forward
+    results: tuple[Tensor, Tensor] = run(*arguments)
     return results
+
+
+def _by_token(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor | None,
+    seq_lengths: Tensor | None,
+    kv_indices: Tensor,
+    kv_num_blocks: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Tokens with lists of their own share no keys: each is the last one of a sequence."""
+    batch, heads, length, _ = query.shape
+
+    def split(tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2).flatten(0, 1)
+
+    if block_table is None:
+        block_table = torch.arange(batch, device=query.device)[:, None]
+    end = query.new_full((batch,), key_cache.shape[1], dtype=torch.int64)
+    end = (end if seq_lengths is None else seq_lengths.long())[:, None]
+    output, lse = forward(
+        split(query)[:, :, None],
+        key_cache,
+        value_cache,
+        block_table.repeat_interleave(length, 0),
+        (end - length + 1 + torch.arange(length, device=query.device)).flatten(),
+        split(kv_indices),
+        None if kv_num_blocks is None else split(kv_num_blocks),
+        *options,
+    )
+    output = output.view(batch, length, heads, output.shape[-1])
+    return output.transpose(1, 2).contiguous(), lse.view(batch, length, heads).mT.contiguous()
 
 
 def _forward_fake(

@@ -25,29 +25,34 @@ def block_sparse_decode(
     Without ``seq_lengths`` the pages are full, without ``kv_indices`` all tokens are selected.
     """
     dtype = computation_dtype(query.dtype)
-    batch, heads, _, features = query.shape
+    batch, heads, length, features = query.shape
     kv_heads = key_cache.shape[2]
     keys, values = (
         _sequences(cache, block_table, seq_lengths) for cache in (key_cache, value_cache)
     )
     token = torch.arange(keys.shape[2], device=query.device)
-    selected = torch.ones(batch, kv_heads, len(token), dtype=torch.bool, device=query.device)
-    if seq_lengths is not None:
-        selected = selected & (token < seq_lengths[:, None, None])
+    end = len(token) if seq_lengths is None else seq_lengths.long()[:, None, None, None]
+    position = end - length + torch.arange(length, device=query.device)[:, None]
+    selected = (token <= position).expand(batch, kv_heads, length, len(token))
     if kv_indices is not None:
         selected = selected & _listed(token // block_size, kv_indices, kv_num_blocks)
-    # What is not selected may hold nan.
+    # What is not selected may hold nan, so that each query token has keys and values of its own.
     keys, values = (
-        tensor.to(dtype).masked_fill(~selected[..., None], 0) for tensor in (keys, values)
+        tensor.to(dtype)[:, :, None].masked_fill(~selected[..., None], 0)
+        for tensor in (keys, values)
     )
-    grouped = query.to(dtype).reshape(batch, kv_heads, heads // kv_heads, features)
-    scores = scale * (grouped @ keys.mT)
+    grouped = query.to(dtype).reshape(batch, kv_heads, heads // kv_heads, length, features)
+    scores = scale * (grouped.transpose(2, 3) @ keys.mT)
     blind = ~selected.any(-1)[..., None, None]
-    scores = scores.masked_fill(~selected[:, :, None], -torch.inf).masked_fill(blind, 0)
-    weights = scores.softmax(-1).masked_fill(~selected[:, :, None], 0)
+    scores = scores.masked_fill(~selected[:, :, :, None], -torch.inf).masked_fill(blind, 0)
+    weights = scores.softmax(-1).masked_fill(~selected[:, :, :, None], 0)
     lse = scores.logsumexp(-1) if len(token) else scores.sum(-1)
-    output = (weights @ values).to(query.dtype).reshape(batch, heads, 1, values.shape[-1])
-    return output, lse.masked_fill(blind[..., 0], -torch.inf).reshape(batch, heads, 1)
+    lse = lse.masked_fill(blind[..., 0], -torch.inf)
+    output = (weights @ values).to(query.dtype).transpose(2, 3)
+    return (
+        output.reshape(batch, heads, length, values.shape[-1]),
+        lse.transpose(2, 3).reshape(batch, heads, length),
+    )
 
 
 def _sequences(cache: Tensor, block_table: Tensor | None, seq_lengths: Tensor | None) -> Tensor:
@@ -62,9 +67,10 @@ def _sequences(cache: Tensor, block_table: Tensor | None, seq_lengths: Tensor | 
 
 
 def _listed(blocks: Tensor, kv_indices: Tensor, kv_num_blocks: Tensor | None) -> Tensor:
-    """Which of the blocks of the tokens are in the lists: ``(B, Hkv or 1, S)``."""
-    equal = kv_indices[:, :, :, None] == blocks
+    """Which of the blocks of the tokens are in the lists: ``(B, Hkv or 1, T or 1, S)``."""
+    equal = kv_indices[..., None] == blocks
     if kv_num_blocks is not None:
-        place = torch.arange(kv_indices.shape[2], device=blocks.device)
+        place = torch.arange(kv_indices.shape[-1], device=blocks.device)
         equal = equal & (place < kv_num_blocks[..., None])[..., None]
-    return equal.any(2)
+    listed = equal.any(-2)
+    return listed if kv_indices.dim() == 4 else listed[:, :, None]

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from tilework._operators import computation_dtype
 
-ELEMENTS = 2**20  # of keys and values at a time: 4 MiB in float32, which stay in a CPU's cache
+# Of keys and values at a time, and of scores: 4 MiB in float32, which stay in a CPU's cache.
+ELEMENTS = 2**20
 
 
 def forward(
@@ -21,10 +22,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.block_sparse_decode``."""
     dtype = computation_dtype(query.dtype)
-    batch, heads, _, features = query.shape
-    page_size, kv_heads = key_cache.shape[1:3]
-    num_values = value_cache.shape[3]
-    queries = query.to(dtype).reshape(batch, kv_heads, heads // kv_heads, features) * scale
+    batch, heads, length, features = query.shape
+    page_size, kv_heads, num_values = value_cache.shape[1:]
+    # The tokens of the query heads of a group are rows: they share their keys.
+    group = heads // kv_heads
+    queries = query.to(dtype).reshape(batch, kv_heads, group * length, features) * scale
 
     # Places are numbered through the selected blocks of a list, or through the sequence.
     lengths = query.new_full((batch,), page_size, dtype=torch.int64)
@@ -40,12 +42,14 @@ def forward(
     if query.device.type == "cpu":
         most = min(most, int(totals.max())) if totals.numel() else 0  # a GPU's host would wait
 
+    position = lengths - length + torch.arange(length, device=query.device)[:, None]
     row = torch.arange(batch, device=query.device)[:, None, None]
     head = torch.arange(kv_heads, device=query.device)[:, None]
     shape = queries.shape[:3]
     peak, total = queries.new_full(shape, -torch.inf), queries.new_zeros(shape)
     result = queries.new_zeros(*shape, num_values)
-    step = max(1, ELEMENTS // max(1, batch * kv_heads * (features + num_values)))
+    per_place = batch * kv_heads * max(features + num_values, group * length)
+    step = max(1, ELEMENTS // max(1, per_place))
     for start in range(0, most if key_cache.numel() + value_cache.numel() else 0, step):
         places = torch.arange(start, min(start + step, most), device=query.device)
         selected = places < totals
@@ -62,15 +66,37 @@ def forward(
             cache[pages, tokens % page_size, head].to(dtype).masked_fill_(~selected[..., None], 0)
             for cache in (key_cache, value_cache)
         )
-        scores = (queries @ keys.mT).masked_fill_(~selected[:, :, None], -torch.inf)
+        seen = selected[:, :, None] & (tokens[:, :, None] <= position[:, None])
+        scores = queries @ keys.mT
+        by_token = scores.view(batch, kv_heads, group, length, len(places))
+        by_token.masked_fill_(~seen[:, :, None], -torch.inf)
         new_peak = torch.maximum(peak, scores.amax(-1))
         # A query that has seen nothing has no finite peak to subtract.
         base = new_peak.where(new_peak != -torch.inf, 0)
         weights = scores.sub_(base[..., None]).exp_()
         decay = (peak - base).exp()
         total = total * decay + weights.sum(-1)
-        result = result * decay[..., None] + weights @ values
+        # What a single token does not see is 0 already.
+        mixed = weights @ values if length == 1 else _weighted_sum(weights, values, seen)
+        result = result * decay[..., None] + mixed
         peak = new_peak
     output = result / total.where(total != 0, 1)[..., None]
     lse = peak + total.log()
-    return output.to(query.dtype).reshape(batch, heads, 1, num_values), lse.reshape(batch, heads, 1)
+    return (
+        output.to(query.dtype).reshape(batch, heads, length, num_values),
+        lse.reshape(batch, heads, length),
+    )
+
+
+def _weighted_sum(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """``weights @ values``, but 0 times nan or infinity is 0 where a token does not see it."""
+    tokens = seen.shape[2]
+    finite = values.isfinite()
+    if values.device.type == "cpu" and finite.all():  # a GPU's host would wait
+        return weights @ values
+    result = weights @ values.where(finite, 0)
+    for bound in (torch.inf, -torch.inf):
+        beyond = values.isnan() | (values == bound)
+        meets = seen.to(values.dtype) @ beyond.to(values.dtype) > 0
+        result += torch.where(meets, bound, 0.0).repeat(1, 1, weights.shape[2] // tokens, 1)
+    return result

@@ -1,8 +1,8 @@
 """Block-sparse decoding on the GPU: kernels, tile sizes and launchers.
 
-A program takes the queries of a group, which share keys, and a part of the places of their list:
-the tokens of the selected blocks, numbered through. Parts are merged in order by a second kernel.
-There are no locks and no atomics.
+A program takes rows, which are the query tokens of a group of heads and share keys, and a part of
+the places of their list: the tokens of the selected blocks, numbered through. Parts are merged in
+order by a second kernel. There are no locks and no atomics.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from tilework import _triton
 from tilework._operators import HALF
 from tilework.attention._kernels import LOG2_E, MAX_FEATURES
 
-# Queries of a group and keys of a tile at most, warps and stages, for half precision and up to so
-# many features: tiles that do not spill registers.
+# Rows and keys of a tile at most, warps and stages, for half precision and up to so many features:
+# tiles that do not spill registers.
 Tile = tuple[int, int, int, int]
 TILES: dict[str, dict[int, Tile]] = {
     "sm_80": {128: (32, 64, 4, 3), 256: (32, 32, 4, 2)},
@@ -26,11 +26,17 @@ TILES: dict[str, dict[int, Tile]] = {
     "gfx942": {128: (32, 64, 4, 2), 256: (32, 32, 8, 2)},
 }
 FLOAT32: dict[int, Tile] = {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)}
+FLOAT32_SEVERAL: dict[int, Tile] = {64: (16, 16, 4, 1), 256: (16, 16, 8, 1)}
 
 
-def choose_tile(arch: str, dtype: torch.dtype, features: int) -> Tile:
-    """The tile of an architecture, or that of the oldest where there is no entry."""
-    by_features = TILES.get(arch, TILES["sm_80"]) if dtype in HALF else FLOAT32
+def choose_tile(arch: str, dtype: torch.dtype, features: int, several: bool = False) -> Tile:
+    """The tile of an architecture, or that of the oldest where there is no entry.
+
+    ``several`` is whether sequences have more than one query token.
+    """
+    by_features = FLOAT32_SEVERAL if several else FLOAT32
+    if dtype in HALF:
+        by_features = TILES.get(arch, TILES["sm_80"])
     return next(tile for most, tile in by_features.items() if features <= most)
 
 
@@ -54,6 +60,7 @@ def split_kernel(
     lse_ptr,
     heads,
     group,
+    num_queries,
     num_features,
     num_values,
     page_size,
@@ -61,6 +68,7 @@ def split_kernel(
     block_size,
     query_stride_batch,
     query_stride_head,
+    query_stride_token,
     query_stride_feature,
     key_stride_page,
     key_stride_slot,
@@ -81,29 +89,35 @@ def split_kernel(
     scale,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    SEVERAL: tl.constexpr,
     ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     FEATURES: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Output and log-sum-exp of up to ``ROWS`` queries of a group over a part of their places."""
-    split = tl.program_id(0)
-    splits = tl.num_programs(0)
-    tiles_of_group = tl.cdiv(group, ROWS)
-    kv_head = tl.program_id(1) // tiles_of_group
-    batch = tl.program_id(2).to(tl.int64)
-    member = tl.program_id(1) % tiles_of_group * ROWS + tl.arange(0, ROWS)
-    valid = member < group
-    head = kv_head * group + member
-    features = tl.arange(0, FEATURES)
-    values = tl.arange(0, VALUES)
+    """Output and log-sum-exp of up to ``ROWS`` rows of a group over a part of their places."""
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    group_rows = group * num_queries
+    tiles_of_group = tl.cdiv(group_rows, ROWS)
+    kv_heads = heads // group
+    kv_head = tl.program_id(0) // tiles_of_group % kv_heads
+    batch = (tl.program_id(0) // tiles_of_group // kv_heads).to(tl.int64)
+    row = tl.program_id(0) % tiles_of_group * ROWS + tl.arange(0, ROWS)
+    valid = row < group_rows
+    head = (kv_head * group + row // num_queries).to(tl.int64)
+    query_token = row % num_queries
+    features = tl.arange(0, FEATURES).to(tl.int64)
+    values = tl.arange(0, VALUES).to(tl.int64)
     some_features = (features < num_features)[None, :]
     some_values = (values < num_values)[None, :]
+    query_rows = (
+        batch * query_stride_batch
+        + head * query_stride_head
+        + query_token.to(tl.int64) * query_stride_token
+    )
     queries = tl.load(
-        query_ptr
-        + batch * query_stride_batch
-        + head.to(tl.int64)[:, None] * query_stride_head
-        + features[None, :] * query_stride_feature,
+        query_ptr + query_rows[:, None] + features[None, :] * query_stride_feature,
         mask=valid[:, None] & some_features,
         other=0.0,
     )
@@ -113,6 +127,7 @@ def split_kernel(
     length = page_size
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + batch * lengths_stride).to(tl.int32)
+    position = length - num_queries + query_token
     places = length
     if indices_ptr is not None:
         indices_ptr += batch * indices_stride_batch + kv_head * indices_stride_head
@@ -121,6 +136,8 @@ def split_kernel(
             counts_ptr += batch * counts_stride_batch + kv_head * counts_stride_head
             count = tl.load(counts_ptr).to(tl.int32)
         places = count * block_size
+    if table_ptr is not None:
+        table_ptr += batch * table_stride_batch
     part = tl.cdiv(tl.cdiv(places, TILE_KEYS), splits) * TILE_KEYS
     first = split * part
 
@@ -132,18 +149,15 @@ def split_kernel(
         selected = place < places
         token = place
         if indices_ptr is not None:
-            block = tl.load(
-                indices_ptr + place // block_size * indices_stride_place, mask=selected, other=0
-            )
+            entry = (place // block_size).to(tl.int64)
+            block = tl.load(indices_ptr + entry * indices_stride_place, mask=selected, other=0)
             token = block.to(tl.int32) * block_size + place % block_size
             selected = selected & (token < length)
         page = batch
         if table_ptr is not None:
-            page = tl.load(
-                table_ptr + batch * table_stride_batch + token // page_size * table_stride_page,
-                mask=selected,
-                other=0,
-            ).to(tl.int64)
+            entry = (token // page_size).to(tl.int64)
+            page = tl.load(table_ptr + entry * table_stride_page, mask=selected, other=0)
+            page = page.to(tl.int64)
         slot = (token % page_size).to(tl.int64)
         key_rows = page * key_stride_page + slot * key_stride_slot
         keys = tl.load(
@@ -153,7 +167,10 @@ def split_kernel(
         )
         scores = tl.zeros((ROWS, TILE_KEYS), tl.float32)
         scores = _triton.dot(queries, tl.trans(keys), scores, PRECISION, INTERPRETED)
-        scores = tl.where(selected[None, :], scores * (scale * LOG2_E), float("-inf"))
+        seen = selected[None, :]
+        if SEVERAL:
+            seen = tl.where(selected, token, length)[None, :] <= position[:, None]
+        scores = tl.where(seen, scores * (scale * LOG2_E), float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         # A query that has seen nothing has no finite peak to subtract.
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -167,18 +184,24 @@ def split_kernel(
             mask=selected[:, None] & some_values,
             other=0.0,
         )
+        if SEVERAL:
+            # 0 times nan is nan, also for rows before the token: those that see it become nan.
+            finite = tl.abs(chosen) < float("inf")
+            chosen = tl.where(finite, chosen, 0.0)
+            spoiled = tl.min(tl.where(finite, length, token[:, None]))
+            decay = tl.where(position < spoiled, decay, float("nan"))
         result = _triton.dot(
             weights.to(chosen.dtype), chosen, result * decay[:, None], PRECISION, INTERPRETED
         )
-    result /= tl.where(total == 0, 1.0, total)[:, None]
-    rows = (batch * heads + head) * splits + split
+    divisor = tl.where(total == 0, 1.0, total)
+    result /= divisor[:, None]
+    rows = ((batch * heads + head) * num_queries + query_token) * splits + split
     tl.store(
         output_ptr + rows[:, None] * num_values + values[None, :],
         result.to(output_ptr.dtype.element_ty),
         mask=valid[:, None] & some_values,
     )
-    lse = tl.where(total == 0, float("-inf"), (peak + tl.log2(total)) / LOG2_E)
-    tl.store(lse_ptr + rows, lse, mask=valid)
+    tl.store(lse_ptr + rows, (peak + tl.log2(divisor)) / LOG2_E, mask=valid)
 
 
 @triton.jit
@@ -203,13 +226,14 @@ def merge_kernel(
             other=0.0,
         )
         result += weight * part
-    result /= tl.where(total == 0, 1.0, total)
+    divisor = tl.where(total == 0, 1.0, total)
+    result /= divisor
     tl.store(
         output_ptr + row * num_values + values,
         result.to(output_ptr.dtype.element_ty),
         mask=values < num_values,
     )
-    tl.store(lse_ptr + row, tl.where(total == 0, float("-inf"), base + tl.log(total)))
+    tl.store(lse_ptr + row, peak + tl.log(divisor))
 
 
 def forward(
@@ -224,30 +248,32 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.block_sparse_decode``."""
-    batch, heads, _, num_features = query.shape
+    batch, heads, length, num_features = query.shape
     page_size, kv_heads, num_values = value_cache.shape[1:]
-    output = query.new_empty(batch, heads, 1, num_values)
-    lse = query.new_empty(batch, heads, 1, dtype=torch.float32)
+    output = query.new_empty(batch, heads, length, num_values)
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     if lse.numel() == 0:
         return output, lse
     features, values = (max(16, triton.next_power_of_2(n)) for n in (num_features, num_values))
     group = heads // kv_heads
     arch = _triton.architecture(query.device)
-    most_rows, tile_keys, warps, stages = choose_tile(arch, query.dtype, max(features, values))
-    rows = min(most_rows, max(16, triton.next_power_of_2(group)))
+    tile = choose_tile(arch, query.dtype, max(features, values), length > 1)
+    most_rows, tile_keys, warps, stages = tile
+    rows = min(most_rows, max(16, triton.next_power_of_2(group * length)))
 
     most = page_size * (1 if block_table is None else block_table.shape[1])
     if kv_indices is not None:
         most = min(most, kv_indices.shape[2] * block_size)
-    programs = kv_heads * triton.cdiv(group, rows)
-    splits = count_splits(batch * programs, triton.cdiv(most, tile_keys), query.device)
+    programs = batch * kv_heads * triton.cdiv(group * length, rows)
+    splits = count_splits(programs, triton.cdiv(most, tile_keys), query.device)
     parts, part_lse = output, lse
     if splits > 1:
-        parts = query.new_empty(batch, heads, splits, num_values, dtype=torch.float32)
-        part_lse = query.new_empty(batch, heads, splits, dtype=torch.float32)
+        parts = query.new_empty(*lse.shape, splits, num_values, dtype=torch.float32)
+        part_lse = query.new_empty(*lse.shape, splits, dtype=torch.float32)
     constants: dict[str, Any] = {
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         "INTERPRETED": _triton.INTERPRETED,
+        "SEVERAL": length > 1,
         "ROWS": rows,
         "TILE_KEYS": tile_keys,
         "FEATURES": features,
@@ -255,7 +281,7 @@ def forward(
         "num_warps": 1 if _triton.INTERPRETED else warps,
         "num_stages": stages,
     }
-    split_kernel[splits, programs, batch](
+    split_kernel[programs, splits](
         query,
         key_cache,
         value_cache,
@@ -267,12 +293,13 @@ def forward(
         part_lse,
         heads,
         group,
+        length,
         num_features,
         num_values,
         page_size,
         0 if kv_indices is None else kv_indices.shape[2],
         block_size,
-        *(query.stride(dim) for dim in (0, 1, 3)),
+        *query.stride(),
         *key_cache.stride(),
         *value_cache.stride(),
         *_strides(block_table, 2),
@@ -283,7 +310,7 @@ def forward(
         **constants,
     )
     if splits > 1:
-        merge_kernel[(batch * heads,)](
+        merge_kernel[(lse.numel(),)](
             parts, part_lse, output, lse, splits, num_values, VALUES=values, num_warps=1
         )
     return output, lse
