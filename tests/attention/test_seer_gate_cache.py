@@ -92,7 +92,9 @@ def test_several_tokens_select_as_their_rows_of_the_whole_prefix_do() -> None:
     scores = logits[:, :, own - start // size].unflatten(1, (2, -1)).amax(2)
     scores[:, :, torch.arange(len(own)), own] = torch.inf
     blocks = scores.topk(count).indices
-    output = block_sparse_decode(query[:, :, start:], key, value, blocks, block_size=size)
+    output = block_sparse_decode(
+        query[:, :, start:], key, value, blocks, block_size=size, is_causal=True
+    )
 
     scores = gate(query, key).unflatten(1, (2, -1)).amax(2)
     scores.diagonal(dim1=2, dim2=3).fill_(torch.inf)

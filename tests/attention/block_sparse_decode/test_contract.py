@@ -29,7 +29,8 @@ LISTS_OF_TOKENS = {
 
 
 def decode(implementation: str, **lists: Any) -> Callable[..., Any]:
-    options = LISTS | lists | {"return_lse": True, "implementation": implementation}
+    options = LISTS | lists | {"is_causal": True, "return_lse": True}
+    options |= {"implementation": implementation}
     return partial(block_sparse_decode, **options)  # type: ignore[arg-type]
 
 
@@ -161,7 +162,13 @@ def test_chooses_by_device() -> None:
 
 BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("query must be a floating-point tensor", TypeError, {"query": QUERY.long()}),
-    ("query must be of shape (B, Hq, T, E)", ValueError, {"query": QUERY[0]}),
+    (
+        "query must be of shape (B, Hq, 1, E), or with is_causal=True (B, Hq, T, E), got float32",
+        ValueError,
+        {"query": QUERY[0], "is_causal": True},
+    ),
+    ("query must be of shape (B, Hq, 1, E), or with", ValueError, {"query": QUERIES}),
+    ("query must be of shape (B, Hq, 1, E), or with", ValueError, {"query": QUERIES[:, :, :0]}),
     ("kv_indices must be an integer tensor, got float32", TypeError, {"kv_indices": INDICES / 1}),
     ("kv_indices must be an integer tensor, got bool", TypeError, {"kv_indices": INDICES > 0}),
     (
@@ -174,6 +181,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
         ValueError,
         {
             "query": QUERY.expand(2, 4, 3, 8),
+            "is_causal": True,
             "kv_indices": INDICES[:, :, None].expand(2, 2, 2, 2),
             "kv_num_blocks": None,
         },

@@ -65,6 +65,7 @@ class Case:
             self.kv_num_blocks,
             seq_lengths=self.seq_lengths,
             block_size=self.block_size,
+            is_causal=self.query.shape[2] != 1,
             return_lse=True,
             implementation=implementation,
             **options,
@@ -99,6 +100,7 @@ class Case:
             self.kv_indices,
             self.kv_num_blocks,
             block_size=self.block_size,
+            is_causal=self.query.shape[2] != 1,
             return_lse=True,
             implementation=implementation,
             **options,
@@ -425,6 +427,7 @@ def test_equals_the_last_rows_of_block_sparse_attention(
         value,
         lists[:, :, -7:] if of_tokens else lists[:, :, 0],
         block_size=4,
+        is_causal=True,
         return_lse=True,
         implementation=implementation,
     )
@@ -515,6 +518,7 @@ def test_properties(
                 indices,
                 seq_lengths=one.seq_lengths,
                 block_size=block_size,
+                is_causal=True,
                 return_lse=True,
             )
         )

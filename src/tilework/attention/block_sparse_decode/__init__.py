@@ -66,6 +66,7 @@ def block_sparse_decode(
     *,
     seq_lengths: Integer[Tensor, " batch"] | None = None,
     block_size: int = 64,
+    is_causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
@@ -88,7 +89,8 @@ def block_sparse_decode(
         \mathrm{lse}_i &= \log \sum_{t \in V_i} e^{\alpha q_i^\top k_t}, \qquad
         o_i = \sum_{t \in V_i} e^{\alpha q_i^\top k_t - \mathrm{lse}_i} v_t
 
-    where nothing is seen, zeros and :math:`-\infty`: also for the first tokens of the query of a
+    With ``is_causal`` they may be several, without it :math:`T = 1`. Where nothing is seen, the
+    result is zeros and :math:`-\infty`: also for the first tokens of the query of a
     sequence shorter than :math:`T`, which is how sequences of a batch have fewer new tokens than
     others. Sums are computed in float32 (float64 for float64), the output is rounded once. Nothing
     that a token does not see influences its result, nan included; except with ``"reference"``, what
@@ -104,12 +106,14 @@ def block_sparse_decode(
         value: Shape ``(B, Hkv, S, Ev)``, of ``query``'s dtype.
         kv_indices: The numbers of the selected blocks, distinct and in any order, of any integer
             dtype and shape ``(B, Hkv or 1, K)``: each list is shared by the query heads of a
-            group. None selects all tokens.
-        kv_num_blocks: How many entries of each list count, shape ``(B, Hkv or 1)``; None for all.
-            What stands after them is not read.
+            group. With ``(B, Hkv or 1, T, K)`` each token has one, and reads its blocks for itself.
+            None selects all tokens.
+        kv_num_blocks: How many entries of each list count, of the shape of the lists without ``K``;
+            None for all. What stands after them is not read.
         seq_lengths: The tokens of each sequence, shape ``(B,)``; None for ``S``. What stands after
             them is not read.
         block_size: Tokens of a block.
+        is_causal: Whether ``T`` may differ from 1.
         scale: Factor of the scores; None is ``1 / sqrt(E)``.
         return_lse: Whether to return the log-sum-exp too.
         implementation: ``"triton"`` (CUDA; at most 256 features; parts of the keys side by side,
@@ -138,7 +142,8 @@ def block_sparse_decode(
         The last three tokens at once, such as drafts to be verified, each with a list of its own:
 
         >>> query, blocks = torch.randn(2, 8, 3, 32), blocks[:, :, None].expand(2, 1, 3, 3)
-        >>> block_sparse_decode(query, key, value, blocks, seq_lengths=lengths).shape
+        >>> options = {"seq_lengths": lengths, "is_causal": True}
+        >>> block_sparse_decode(query, key, value, blocks, **options).shape
         torch.Size([2, 8, 3, 32])
 
     Deviations:
@@ -152,7 +157,7 @@ def block_sparse_decode(
         Attention in Your LLMs. 2024. arXiv:2410.13276.
     """
     name = "block_sparse_decode"
-    batch = _check_query(name, query)
+    batch = _check_query(name, query, is_causal)
     for argument, cache in {"key": key, "value": value}.items():
         _check_cache(name, argument, cache, query, "(B, Hkv, S, E)")
     tokens = key.shape[2]
@@ -190,6 +195,7 @@ def paged_block_sparse_decode(
     kv_num_blocks: Integer[Tensor, "batch count_heads *list_tokens"] | None = None,
     *,
     block_size: int = 64,
+    is_causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
@@ -227,6 +233,7 @@ def paged_block_sparse_decode(
         kv_num_blocks: How many entries of each list count, of the shape of the lists without ``K``;
             None for all.
         block_size: Tokens of a block, a multiple or a divisor of ``page_size``.
+        is_causal: Whether ``T`` may differ from 1.
         scale: Factor of the scores; None is ``1 / sqrt(E)``.
         return_lse: Whether to return the log-sum-exp too.
         implementation: ``"triton"``, ``"tiled"`` or ``"reference"``, as in
@@ -258,7 +265,7 @@ def paged_block_sparse_decode(
         As :func:`block_sparse_decode`.
     """
     name = "paged_block_sparse_decode"
-    batch = _check_query(name, query)
+    batch = _check_query(name, query, is_causal)
     for argument, cache in {"key_cache": key_cache, "value_cache": value_cache}.items():
         _check_cache(name, argument, cache, query, "(num_pages, page_size, Hkv, E)")
     num_pages, page_size, kv_heads, _ = key_cache.shape
@@ -340,11 +347,12 @@ def _decode(
     return (output, lse) if return_lse else output
 
 
-def _check_query(name: str, query: Tensor) -> int:
+def _check_query(name: str, query: Tensor, is_causal: bool) -> int:
     """Refuse what is no query; return the batch."""
     _checks.floating(name, "query", query)
-    if query.dim() != 4:
-        raise _checks.bad_value(name, "query", "of shape (B, Hq, T, E)", query)
+    if query.dim() != 4 or (query.shape[2] != 1 and not is_causal):
+        expected = "of shape (B, Hq, 1, E), or with is_causal=True (B, Hq, T, E)"
+        raise _checks.bad_value(name, "query", expected, query)
     return query.shape[0]
 
 
