@@ -36,6 +36,7 @@ def few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from tilework.attention.block_sparse_decode import tiled
 
     monkeypatch.setattr(tiled, "ELEMENTS", 1024)
+    monkeypatch.setattr(tiled, "PLACES", 4)
 
 
 @dataclass
@@ -366,8 +367,13 @@ def test_strides_are_respected_and_nothing_is_modified(implementation: str) -> N
     one.key, one.value = shared
     views = one.solve(implementation)
     one.key, one.value = (tensor.contiguous() for tensor in shared)
-    for actual, right in zip(views, one.solve(implementation), strict=True):
+    expected = one.solve(implementation)
+    for actual, right in zip(views, expected, strict=True):
         torch.testing.assert_close(actual, right)
+    for more in (1, one.key.shape[3]):  # features of wider rows
+        wide = replace(one, key=F.pad(one.key, (0, more))[..., :-more])
+        for actual, right in zip(wide.solve(implementation), expected, strict=True):
+            torch.testing.assert_close(actual, right)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -7,6 +7,7 @@ from tilework._operators import computation_dtype
 
 # Of keys and values at a time, and of scores: 4 MiB in float32, which stay in a CPU's cache.
 ELEMENTS = 2**20
+PLACES = 256  # of a list at a time, before sequences are computed one after another
 
 
 def forward(
@@ -21,6 +22,44 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.block_sparse_decode``."""
+    batch, heads, length, _ = query.shape
+    _, kv_heads, num_values = value_cache.shape[1:]
+    output = query.new_empty(batch, heads, length, num_values)
+    lse = query.new_empty(batch, heads, length, dtype=computation_dtype(query.dtype))
+    per_place = kv_heads * max(query.shape[3] + num_values, heads // kv_heads * length)
+    together = max(1, ELEMENTS // max(1, PLACES * per_place))
+    for first in range(0, batch, together):
+        some = slice(first, first + together)
+        pages = some if block_table is None else slice(None)
+        output[some], lse[some] = _some_sequences(
+            query[some],
+            key_cache[pages],
+            value_cache[pages],
+            _part(block_table, some),
+            _part(seq_lengths, some),
+            _part(kv_indices, some),
+            _part(kv_num_blocks, some),
+            block_size,
+            scale,
+        )
+    return output, lse
+
+
+def _part(tensor: Tensor | None, some: slice) -> Tensor | None:
+    return None if tensor is None else tensor[some]
+
+
+def _some_sequences(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor | None,
+    seq_lengths: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_num_blocks: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     dtype = computation_dtype(query.dtype)
     batch, heads, length, features = query.shape
     page_size, kv_heads, num_values = value_cache.shape[1:]
@@ -63,9 +102,11 @@ def forward(
         if block_table is not None:
             pages = block_table[row, tokens // page_size].where(selected, 0).long()
         keys, values = (
-            cache[pages, tokens % page_size, head].to(dtype).masked_fill_(~selected[..., None], 0)
+            _rows(cache, pages, tokens % page_size, head).to(dtype)
             for cache in (key_cache, value_cache)
         )
+        if query.device.type != "cpu" or not selected.all():  # a GPU's host would wait
+            keys, values = (one.masked_fill(~selected[..., None], 0) for one in (keys, values))
         seen = selected[:, :, None] & (tokens[:, :, None] <= position[:, None])
         scores = queries @ keys.mT
         by_token = scores.view(batch, kv_heads, group, length, len(places))
@@ -86,6 +127,19 @@ def forward(
         output.to(query.dtype).reshape(batch, heads, length, num_values),
         lse.reshape(batch, heads, length),
     )
+
+
+def _rows(cache: Tensor, pages: Tensor, slots: Tensor, head: Tensor) -> Tensor:
+    """``cache[pages, slots, head]``, which is slower."""
+    *strides, dense = cache.stride()
+    features = cache.shape[3]
+    if cache.numel() == 0 or dense != 1 or any(stride % features for stride in strides):
+        return cache[pages, slots, head]
+    *strides, _ = (stride // features for stride in cache.stride())
+    last = sum((size - 1) * stride for size, stride in zip(cache.shape[:3], strides, strict=True))
+    places = pages * strides[0] + slots * strides[1] + head * strides[2]
+    rows = cache.as_strided((last + 1, features), (features, 1))
+    return rows.index_select(0, places.flatten()).view(*places.shape, features)
 
 
 def _weighted_sum(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
