@@ -1,0 +1,255 @@
+"""Lists of blocks on the GPU: kernels and launchers. There are no locks and no atomics."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROW_TILE = 512  # columns of a row at a time, 16 of a thread
+COLUMN_TILE = (32, 128)  # columns, and rows of them at a time
+ENTRY_TILE = (8, 64)  # rows, and entries of them at a time
+
+# Bits of the same order as the numbers, but for the sign: those of infinity, and all but the sign.
+_BITS = {
+    torch.float16: (torch.int16, 0x7C00, 0x7FFF),
+    torch.bfloat16: (torch.int16, 0x7F80, 0x7FFF),
+    torch.float32: (torch.int32, 0x7F80_0000, 0x7FFF_FFFF),
+    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000, 0x7FFF_FFFF_FFFF_FFFF),
+}
+
+
+@triton.jit
+def topk_kernel(
+    bits_ptr,
+    places_ptr,
+    counts_ptr,
+    indices_ptr,
+    heads,
+    rows,
+    columns,
+    width,
+    most,
+    query_block,
+    key_block,
+    queries,
+    num_sinks,
+    stride_batch,
+    stride_head,
+    stride_row,
+    stride_column,
+    places_stride_batch,
+    places_stride_head,
+    places_stride_row,
+    IS_CAUSAL: tl.constexpr,
+    FORCE_DIAGONAL: tl.constexpr,
+    INFINITY: tl.constexpr,
+    SIGNLESS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The list of a row: the forced columns, and as many of the highest scores as are missing."""
+    line = tl.program_id(0)
+    row = (line % rows).to(tl.int64)
+    head = (line // rows % heads).to(tl.int64)
+    batch = (line // rows // heads).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    inside = column < columns
+    bits_ptr += batch * stride_batch + head * stride_head + row * stride_row
+    bits = tl.load(bits_ptr + column.to(tl.int64) * stride_column, mask=inside, other=-1)
+    if bits.dtype == tl.int16:
+        bits = bits.to(tl.int32)
+    key = tl.where(bits < 0, bits ^ SIGNLESS, bits)
+    key = tl.where(key == -1, 0, key)  # the two zeros are equal
+
+    last = (tl.minimum((row + 1) * query_block, queries) - 1) // key_block
+    live = inside
+    if IS_CAUSAL:
+        live = live & (column <= last)
+    forced = column < num_sinks
+    if FORCE_DIAGONAL:
+        forced = forced | ((column >= row * query_block // key_block) & (column <= last))
+    forced = forced & live
+    # Neither -inf nor nan, which lie beyond the infinities.
+    eligible = live & (key >= -INFINITY) & (key <= INFINITY) & (forced == 0)
+    key = tl.where(eligible, key, -INFINITY - 1)
+
+    if places_ptr is not None:
+        places_ptr += batch * places_stride_batch + head * places_stride_head
+        most = tl.minimum(tl.load(places_ptr + row * places_stride_row), columns)
+    places = tl.maximum(most - tl.sum(forced.to(tl.int32), 0), 0)
+    # Bisection: at least as many keys as there are places reach ``low``, and fewer reach ``high``.
+    # Where few are eligible, ``low`` is the least of all.
+    low = tl.full([], -INFINITY, key.dtype)
+    high = tl.full([], INFINITY + 1, key.dtype)
+    reached = tl.sum(eligible.to(tl.int32), 0)
+    while (reached > places) & (low + 1 < high):
+        middle = (low & high) + ((low ^ high) >> 1)  # their sum may overflow
+        count = tl.sum((key >= middle).to(tl.int32), 0)
+        enough = count >= places
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+        reached = tl.where(enough, count, reached)
+
+    # One sum for two counts: of what is kept for certain, and of those that tie.
+    kept = forced | (key > low)
+    tied = key == low
+    running = tl.cumsum(kept.to(tl.int32) + (tied.to(tl.int32) << 16), 0)
+    total = tl.sum(kept.to(tl.int32), 0)
+    room = places - tl.sum((key > low).to(tl.int32), 0)
+    ties = running >> 16
+    place = (running & 0xFFFF) + tl.minimum(ties, room) - 1
+    chosen = kept | (tied & (ties <= room))
+    indices_ptr += line.to(tl.int64) * width
+    tl.store(indices_ptr + place, column, mask=chosen)
+    tl.store(counts_ptr + line, total + tl.minimum(tl.sum(tied.to(tl.int32), 0), room))
+
+
+@triton.jit
+def positions_kernel(
+    mask_ptr,
+    counts_ptr,
+    indices_ptr,
+    heads,
+    lines,
+    places,
+    width,
+    stride_batch,
+    stride_head,
+    stride_line,
+    stride_place,
+    LINES: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """The lists of some rows, or columns, of a mask."""
+    tiles = tl.cdiv(lines, LINES)
+    matrix = tl.program_id(0) // tiles
+    line = tl.program_id(0) % tiles * LINES + tl.arange(0, LINES)
+    valid = line < lines
+    mask_ptr += (matrix // heads).to(tl.int64) * stride_batch
+    mask_ptr += (matrix % heads).to(tl.int64) * stride_head
+    mask_ptrs = mask_ptr + line.to(tl.int64)[:, None] * stride_line
+    number = matrix.to(tl.int64) * lines + line
+    index_ptrs = indices_ptr + (number * width)[:, None]
+    count = tl.zeros((LINES,), tl.int32)
+    for start in range(0, places, PLACES):
+        place = start + tl.arange(0, PLACES)
+        inside = valid[:, None] & (place < places)[None, :]
+        keep = tl.load(mask_ptrs + place.to(tl.int64)[None, :] * stride_place, mask=inside, other=0)
+        keep = keep.to(tl.int32)
+        running = count[:, None] + tl.cumsum(keep, 1)
+        listed = (keep != 0) & (running <= width)
+        tl.store(index_ptrs + (running - 1), tl.zeros_like(keep) + place[None, :], mask=listed)
+        count += tl.sum(keep, 1)
+    tl.store(counts_ptr + number, count, mask=valid)
+
+
+@triton.jit
+def mark_kernel(
+    counts_ptr,
+    indices_ptr,
+    mask_ptr,
+    lines,
+    columns,
+    width,
+    LINES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """Mark what some lists hold; all else is 0 already."""
+    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    count = tl.load(counts_ptr + line, mask=line < lines, other=0)
+    for start in range(0, width, ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
+        listed = entry[None, :] < count[:, None]
+        index = tl.load(indices_ptr + line[:, None] * width + entry[None, :], mask=listed, other=0)
+        tl.store(
+            mask_ptr + line[:, None] * columns + index,
+            tl.full((LINES, ENTRIES), 1, tl.int8),
+            mask=listed,
+        )
+
+
+def topk(
+    scores: Tensor,
+    places: Tensor | None,
+    most: int,
+    width: int,
+    query_block: int,
+    key_block: int,
+    queries: int,
+    num_sinks: int,
+    is_causal: bool,
+    force_diagonal: bool,
+) -> tuple[Tensor, Tensor]:
+    """See ``lists.topk``."""
+    batch, heads, rows, columns = scores.shape
+    counts = scores.new_empty(batch, heads, rows, dtype=torch.int32)
+    indices = scores.new_empty(batch, heads, rows, width, dtype=torch.int32)
+    if counts.numel() == 0:
+        return counts, indices
+    dtype, infinity, signless = _BITS[scores.dtype]
+    padded = max(32, triton.next_power_of_2(columns))
+    topk_kernel[(counts.numel(),)](
+        scores.view(dtype),
+        places,
+        counts,
+        indices,
+        heads,
+        rows,
+        columns,
+        width,
+        most,
+        query_block,
+        key_block,
+        queries,
+        num_sinks,
+        *scores.stride(),
+        *((0, 0, 0) if places is None else places.stride()),
+        IS_CAUSAL=is_causal,
+        FORCE_DIAGONAL=force_diagonal,
+        INFINITY=infinity,
+        SIGNLESS=signless,
+        COLUMNS=padded,
+        num_warps=max(1, padded // ROW_TILE),
+    )
+    return counts, indices
+
+
+def positions(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """See ``lists.positions``."""
+    batch, heads, lines, places = mask.shape
+    counts = mask.new_empty(batch, heads, lines, dtype=torch.int32)
+    indices = mask.new_empty(batch, heads, lines, width, dtype=torch.int32)
+    if counts.numel() == 0:
+        return counts, indices
+    by_columns = mask.stride(2) < mask.stride(3)
+    tile = COLUMN_TILE if by_columns else (1, min(ROW_TILE, triton.next_power_of_2(max(1, places))))
+    positions_kernel[(batch * heads * triton.cdiv(lines, tile[0]),)](
+        mask.view(torch.int8),
+        counts,
+        indices,
+        heads,
+        lines,
+        places,
+        width,
+        *mask.stride(),
+        LINES=tile[0],
+        PLACES=tile[1],
+        num_warps=8 if by_columns else 1,
+    )
+    return counts, indices
+
+
+def dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """See ``lists.dense``."""
+    mask = torch.zeros(*counts.shape, columns, dtype=torch.bool, device=counts.device)
+    if indices.numel():
+        mark_kernel[(triton.cdiv(counts.numel(), ENTRY_TILE[0]),)](
+            counts,
+            indices,
+            mask.view(torch.int8),
+            counts.numel(),
+            columns,
+            indices.shape[-1],
+            LINES=ENTRY_TILE[0],
+            ENTRIES=ENTRY_TILE[1],
+        )
+    return mask
