@@ -19,6 +19,73 @@ _BITS = {
 
 
 @triton.jit
+def fill(
+    bits_ptr,
+    count_ptr,
+    indices_ptr,
+    columns,
+    stride_column,
+    most,
+    num_sinks,
+    first,
+    last,
+    IS_CAUSAL: tl.constexpr,
+    FORCE_DIAGONAL: tl.constexpr,
+    INFINITY: tl.constexpr,
+    SIGNLESS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The list of a row: the forced columns, and as many of the highest scores as are missing."""
+    column = tl.arange(0, COLUMNS)
+    inside = column < columns
+    bits = tl.load(bits_ptr + column.to(tl.int64) * stride_column, mask=inside, other=-1)
+    if bits.dtype == tl.int16:
+        bits = bits.to(tl.int32)
+    key = tl.where(bits < 0, bits ^ SIGNLESS, bits)
+    key = tl.where(key == -1, 0, key)  # the two zeros are equal
+
+    live = inside
+    if IS_CAUSAL:
+        live = live & (column <= last)
+    forced = column < num_sinks
+    if FORCE_DIAGONAL:
+        forced = forced | ((column >= first) & (column <= last))
+    forced = forced & live
+    # Neither -inf nor nan, which lie beyond the infinities.
+    eligible = live & (key >= -INFINITY) & (key <= INFINITY) & (forced == 0)
+    num_forced = tl.sum(forced.to(tl.int32), 0)
+    places = tl.maximum(most - num_forced, 0)
+
+    # Bisection: at least as many keys as there are places reach ``low``, if there are as many at
+    # all, and fewer reach ``high``.
+    low = tl.min(tl.where(eligible, key, INFINITY), 0)
+    key = tl.where(eligible, key, -INFINITY - 1)
+    high = tl.max(key, 0) + 1
+    reached = tl.sum(eligible.to(tl.int32), 0)
+    while (reached > places) & (low + 1 < high):
+        middle = (low & high) + ((low ^ high) >> 1)  # their sum may overflow
+        count = tl.sum((key >= middle).to(tl.int32), 0)
+        enough = count >= places
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+        reached = tl.where(enough, count, reached)
+
+    # One sum for two counts: of what is kept for certain, and of what ties.
+    kept = forced | (key > low)
+    tied = key == low
+    both = kept.to(tl.int32) + (tied.to(tl.int32) << 16)
+    running = tl.cumsum(both, 0)
+    total = tl.sum(both, 0)
+    num_kept = total & 0xFFFF
+    room = places - (num_kept - num_forced)
+    ties = running >> 16
+    place = (running & 0xFFFF) + tl.minimum(ties, room) - 1
+    chosen = kept | (tied & (ties <= room))
+    tl.store(indices_ptr + place, column, mask=chosen)
+    tl.store(count_ptr, num_kept + tl.minimum(total >> 16, room))
+
+
+@triton.jit
 def topk_kernel(
     bits_ptr,
     places_ptr,
@@ -46,61 +113,53 @@ def topk_kernel(
     SIGNLESS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The list of a row: the forced columns, and as many of the highest scores as are missing."""
+    """The list of a row, of a causal one in the upper half without the other half of columns."""
     line = tl.program_id(0)
     row = (line % rows).to(tl.int64)
     head = (line // rows % heads).to(tl.int64)
     batch = (line // rows // heads).to(tl.int64)
-    column = tl.arange(0, COLUMNS)
-    inside = column < columns
     bits_ptr += batch * stride_batch + head * stride_head + row * stride_row
-    bits = tl.load(bits_ptr + column.to(tl.int64) * stride_column, mask=inside, other=-1)
-    if bits.dtype == tl.int16:
-        bits = bits.to(tl.int32)
-    key = tl.where(bits < 0, bits ^ SIGNLESS, bits)
-    key = tl.where(key == -1, 0, key)  # the two zeros are equal
-
-    last = (tl.minimum((row + 1) * query_block, queries) - 1) // key_block
-    live = inside
-    if IS_CAUSAL:
-        live = live & (column <= last)
-    forced = column < num_sinks
-    if FORCE_DIAGONAL:
-        forced = forced | ((column >= row * query_block // key_block) & (column <= last))
-    forced = forced & live
-    # Neither -inf nor nan, which lie beyond the infinities.
-    eligible = live & (key >= -INFINITY) & (key <= INFINITY) & (forced == 0)
-    key = tl.where(eligible, key, -INFINITY - 1)
-
+    indices_ptr += line.to(tl.int64) * width
     if places_ptr is not None:
         places_ptr += batch * places_stride_batch + head * places_stride_head
-        most = tl.minimum(tl.load(places_ptr + row * places_stride_row), columns)
-    places = tl.maximum(most - tl.sum(forced.to(tl.int32), 0), 0)
-    # Bisection: at least as many keys as there are places reach ``low``, and fewer reach ``high``.
-    # Where few are eligible, ``low`` is the least of all.
-    low = tl.full([], -INFINITY, key.dtype)
-    high = tl.full([], INFINITY + 1, key.dtype)
-    reached = tl.sum(eligible.to(tl.int32), 0)
-    while (reached > places) & (low + 1 < high):
-        middle = (low & high) + ((low ^ high) >> 1)  # their sum may overflow
-        count = tl.sum((key >= middle).to(tl.int32), 0)
-        enough = count >= places
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-        reached = tl.where(enough, count, reached)
-
-    # One sum for two counts: of what is kept for certain, and of those that tie.
-    kept = forced | (key > low)
-    tied = key == low
-    running = tl.cumsum(kept.to(tl.int32) + (tied.to(tl.int32) << 16), 0)
-    total = tl.sum(kept.to(tl.int32), 0)
-    room = places - tl.sum((key > low).to(tl.int32), 0)
-    ties = running >> 16
-    place = (running & 0xFFFF) + tl.minimum(ties, room) - 1
-    chosen = kept | (tied & (ties <= room))
-    indices_ptr += line.to(tl.int64) * width
-    tl.store(indices_ptr + place, column, mask=chosen)
-    tl.store(counts_ptr + line, total + tl.minimum(tl.sum(tied.to(tl.int32), 0), room))
+        most = tl.minimum(tl.load(places_ptr + row * places_stride_row), columns).to(tl.int32)
+    first = tl.minimum(row * query_block // key_block, columns).to(tl.int32)
+    last = (tl.minimum((row + 1) * query_block, queries) - 1) // key_block
+    last = tl.minimum(last, columns).to(tl.int32)
+    if IS_CAUSAL and last < COLUMNS // 2:
+        fill(
+            bits_ptr,
+            counts_ptr + line,
+            indices_ptr,
+            columns,
+            stride_column,
+            most,
+            num_sinks,
+            first,
+            last,
+            IS_CAUSAL,
+            FORCE_DIAGONAL,
+            INFINITY,
+            SIGNLESS,
+            COLUMNS // 2,
+        )
+    else:
+        fill(
+            bits_ptr,
+            counts_ptr + line,
+            indices_ptr,
+            columns,
+            stride_column,
+            most,
+            num_sinks,
+            first,
+            last,
+            IS_CAUSAL,
+            FORCE_DIAGONAL,
+            INFINITY,
+            SIGNLESS,
+            COLUMNS,
+        )
 
 
 @triton.jit
