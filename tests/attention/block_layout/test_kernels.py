@@ -91,15 +91,17 @@ def expected_topk(
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(DTYPES),
-    st.tuples(st.sampled_from([0, 1, 2, 3]), st.sampled_from([0, 1, 7, 32, 63, 100])),
+    st.tuples(st.sampled_from([1, 3]), st.sampled_from([1, 7, 32, 63, 100])),
     st.sampled_from([(1, 1), (4, 4), (3, 5), (16, 1)]),
-    st.sampled_from([0, 1, 2, 9, 50, 200]),
+    st.sampled_from([0, 1, 2, 3, 5, 9, 20, 50, 200]),
     st.booleans(),
     st.booleans(),
     st.sampled_from([0, 0, 1, 3, 10**20]),
     st.booleans(),
     st.integers(0, 99),
 )
+@example(torch.float64, (0, 7), (4, 4), 3, False, True, 1, False, 0)
+@example(torch.float32, (3, 0), (4, 4), 3, True, True, 1, False, 1)
 @example(torch.float32, (5, 63), (64, 4), 9, True, True, 1, True, 0)
 @example(torch.float16, (1, 512), (2, 2), 51, False, False, 0, False, 1)
 @example(torch.bfloat16, (2, 512), (128, 1), 51, True, True, 0, True, 2)
@@ -153,6 +155,26 @@ def test_all_of_a_row_ties_by_triton(dtype: torch.dtype) -> None:
         with kernels():
             layout = BlockLayout.from_scores_topk(scores, 7, force_diagonal=False)
         assert layout.kv_indices.tolist() == [[[[1, 2, 4, 5, 7, 8, 10]] * 2]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize(
+    ("row", "k", "kept"),
+    [
+        ([-0.0, 0.0, -0.0, 0.0], 1, [0]),
+        ([-1.0, -0.0, 0.0, -0.0], 2, [1, 2]),
+        ([-2.0, -1.0, -3.0, -0.5], 2, [1, 3]),
+        ([math.nan, 1.0, -math.inf, math.inf], 1, [3]),
+        ([math.nan, -math.nan, -math.inf, -1.0], 4, [3]),
+        ([-math.inf, math.inf, 5.0, math.inf], 2, [1, 3]),
+        ([-math.inf, -math.nan, math.nan, -math.inf], 2, []),
+    ],
+)
+def test_order_by_triton(row: list[float], k: int, kept: list[int], dtype: torch.dtype) -> None:
+    scores = torch.tensor(row, dtype=dtype)[None, None, None]
+    with kernels():
+        layout = BlockLayout.from_scores_topk(scores, k, force_diagonal=False)
+    assert active(layout) == {(0, 0, 0, j) for j in kept}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

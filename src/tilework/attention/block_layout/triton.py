@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROW_TILE = 512  # columns of a row at a time, 16 of a thread
-COLUMN_TILE = (32, 128)  # columns, and rows of them at a time
+COLUMN_TILE = (32, 32)  # columns, and rows of them at a time
 ENTRY_TILE = (8, 64)  # rows, and entries of them at a time
 
 # Bits of the same order as the numbers, but for the sign: those of infinity, and all but the sign.
@@ -292,7 +292,7 @@ def positions(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
         *mask.stride(),
         LINES=tile[0],
         PLACES=tile[1],
-        num_warps=8 if by_columns else 1,
+        num_warps=4 if by_columns else 1,
     )
     return counts, indices
 
