@@ -12,9 +12,8 @@ def _call(dtype: torch.dtype, columns: int, is_causal: bool, is_shared: bool) ->
     places = None if is_shared else torch.full((1, 2, 6), 9)
     options = (64, 64, 384, 1, is_causal, is_causal)
     counts, indices = triton.topk(scores, places, 9, 12, *options)
-    mask = triton.dense(counts, indices, columns)
-    triton.positions(mask, 12)
-    triton.positions(mask.mT, 6)
+    for is_transposed in (False, True):
+        triton.positions(triton.dense(counts, indices, columns, is_transposed), 6)
 
 
 LAUNCHES = []

@@ -203,7 +203,7 @@ def test_masks_by_triton(
     if strided:
         mask = mask.mT.contiguous().mT
     expected = {tuple(block) for block in mask.nonzero().tolist()}
-    tiles: dict[str, Any] = {"ROW_TILE": 4, "COLUMN_TILE": (2, 4), "ENTRY_TILE": (4, 2)}
+    tiles: dict[str, Any] = {"ROW_TILE": 4, "ENTRY_TILE": (4, 2)}
     with kernels(WAITLESS=10**6 if waitless else 0, SPARSE=1000, **tiles):
         layout = BlockLayout.from_dense(mask, (4, 8))
         assert layout.kv_indices.shape[-1] == max([0, *mask.sum(-1).flatten().tolist()])
@@ -253,7 +253,7 @@ def refuse(*_: Any) -> None:
     raise AssertionError("a kernel was chosen")
 
 
-@pytest.mark.parametrize("bound", [{"MAX_COLUMNS": 8}, {"MAX_PROGRAMS": 17}], ids=str)
+@pytest.mark.parametrize("bound", [{"MAX_COLUMNS": 8}, {"MAX_ELEMENTS": 17}], ids=str)
 def test_what_is_too_long_is_not_for_triton(
     bound: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,7 +286,8 @@ def test_operators() -> None:
     check(ours.block_layout_topk, (scores, k.expand(1, 2, 3), 4, 4, 8, 4, 20, 0, False, False))
     check(ours.block_layout_positions, (mask, 9))
     check(ours.block_layout_positions, (mask.mT, 3))
-    check(ours.block_layout_dense, (counts, indices, 9))
+    for is_transposed in (False, True):
+        check(ours.block_layout_dense, (counts, indices, 9, is_transposed))
     leaf = scores.clone().requires_grad_()
     counts, indices = ours.block_layout_topk(leaf, None, 3, 4, 8, 8, 24, 1, True, True)
     assert not counts.requires_grad

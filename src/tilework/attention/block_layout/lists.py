@@ -87,7 +87,7 @@ def _by_heads(lists: Callable[..., Lists], *tensors: Tensor) -> Lists:
 def dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     """Lists of rows as a mask."""
     if operators.take(indices):
-        mask: Tensor = operators.dense(counts, indices, columns)
+        mask: Tensor = operators.dense(counts, indices, columns, False)
         return mask
     # One more column takes what is not active.
     mask = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=counts.device)
@@ -110,7 +110,7 @@ def transposed(counts: Tensor, indices: Tensor, columns: int) -> Lists:
     """The lists of the columns."""
     batch, heads, rows, width = indices.shape
     if operators.take(counts) and columns < SPARSE * width:
-        mask = dense(counts, indices, columns).mT
+        mask = operators.dense(counts, indices, columns, True)
         return positions(mask, rows if mask.numel() <= WAITLESS else None)
     # Entries run through the rows, so that a stable sort by column keeps the rows in order.
     entries = or_sentinel(counts, indices, columns).flatten(2)

@@ -9,7 +9,7 @@ from tilework import _operators
 from tilework._operators import Implementation
 
 MAX_COLUMNS = 8192  # whose scores one program holds in registers
-MAX_PROGRAMS = 2**31 - 1
+MAX_ELEMENTS = 2**30  # rows and entries are numbered in 32 bits
 
 IMPLEMENTATIONS = _operators.TABLES["attention.BlockLayout"] = (
     Implementation(
@@ -47,7 +47,7 @@ def take(tensor: Tensor) -> bool:
     return (
         tensor.device.type in kernels.devices
         and kernels.installed
-        and tensor.numel() <= MAX_PROGRAMS
+        and tensor.numel() <= MAX_ELEMENTS
     )
 
 
@@ -72,8 +72,10 @@ def _lists_fake(tensor: Tensor, width: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def _dense_fake(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
-    return counts.new_empty(*counts.shape, columns, dtype=torch.bool)
+def _dense_fake(counts: Tensor, indices: Tensor, columns: int, is_transposed: bool) -> Tensor:
+    batch, heads, rows = counts.shape
+    shape = (columns, rows) if is_transposed else (rows, columns)
+    return counts.new_empty(batch, heads, *shape, dtype=torch.bool)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -101,7 +103,8 @@ positions = _operators.define(
     backward=_refuse,
 )
 dense = _operators.define(
-    "block_layout_dense(Tensor counts, Tensor indices, SymInt columns) -> Tensor",
+    "block_layout_dense(Tensor counts, Tensor indices, SymInt columns, bool is_transposed) "
+    "-> Tensor",
     lambda *args: _kernels().dense(*args),
     _dense_fake,
     setup_context=_save_nothing,

@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 ROW_TILE = 512  # columns of a row at a time, 16 of a thread
-COLUMN_TILE = (32, 32)  # columns, and rows of them at a time
 ENTRY_TILE = (8, 64)  # rows, and entries of them at a time
 
 # Bits of the same order as the numbers, but for the sign: those of infinity, and all but the sign.
@@ -168,37 +167,30 @@ def positions_kernel(
     counts_ptr,
     indices_ptr,
     heads,
-    lines,
-    places,
+    rows,
+    columns,
     width,
     stride_batch,
     stride_head,
-    stride_line,
-    stride_place,
-    LINES: tl.constexpr,
-    PLACES: tl.constexpr,
+    stride_row,
+    stride_column,
+    COLUMNS: tl.constexpr,
 ):
-    """The lists of some rows, or columns, of a mask."""
-    tiles = tl.cdiv(lines, LINES)
-    matrix = tl.program_id(0) // tiles
-    line = tl.program_id(0) % tiles * LINES + tl.arange(0, LINES)
-    valid = line < lines
-    mask_ptr += (matrix // heads).to(tl.int64) * stride_batch
-    mask_ptr += (matrix % heads).to(tl.int64) * stride_head
-    mask_ptrs = mask_ptr + line.to(tl.int64)[:, None] * stride_line
-    number = matrix.to(tl.int64) * lines + line
-    index_ptrs = indices_ptr + (number * width)[:, None]
-    count = tl.zeros((LINES,), tl.int32)
-    for start in range(0, places, PLACES):
-        place = start + tl.arange(0, PLACES)
-        inside = valid[:, None] & (place < places)[None, :]
-        keep = tl.load(mask_ptrs + place.to(tl.int64)[None, :] * stride_place, mask=inside, other=0)
-        keep = keep.to(tl.int32)
-        running = count[:, None] + tl.cumsum(keep, 1)
-        listed = (keep != 0) & (running <= width)
-        tl.store(index_ptrs + (running - 1), tl.zeros_like(keep) + place[None, :], mask=listed)
-        count += tl.sum(keep, 1)
-    tl.store(counts_ptr + number, count, mask=valid)
+    """The list of a row of a mask."""
+    line = tl.program_id(0)
+    mask_ptr += (line // rows // heads).to(tl.int64) * stride_batch
+    mask_ptr += (line // rows % heads).to(tl.int64) * stride_head
+    mask_ptr += (line % rows).to(tl.int64) * stride_row
+    indices_ptr += line.to(tl.int64) * width
+    count = 0
+    for start in range(0, columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        pointers = mask_ptr + column.to(tl.int64) * stride_column
+        keep = tl.load(pointers, mask=column < columns, other=0).to(tl.int32)
+        running = count + tl.cumsum(keep, 0)
+        tl.store(indices_ptr + running - 1, column, mask=(keep != 0) & (running <= width))
+        count += tl.sum(keep, 0)
+    tl.store(counts_ptr + line, count)
 
 
 @triton.jit
@@ -207,20 +199,26 @@ def mark_kernel(
     indices_ptr,
     mask_ptr,
     lines,
+    rows,
     columns,
     width,
+    stride_row,
+    stride_column,
     LINES: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Mark what some lists hold; all else is 0 already."""
-    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    """Mark what some rows' lists hold; all else is 0 already."""
+    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     count = tl.load(counts_ptr + line, mask=line < lines, other=0)
+    row_ptrs = mask_ptr + (line // rows).to(tl.int64) * rows * columns
+    row_ptrs += (line % rows).to(tl.int64) * stride_row
+    list_ptrs = indices_ptr + line.to(tl.int64) * width
     for start in range(0, width, ENTRIES):
         entry = start + tl.arange(0, ENTRIES)
         listed = entry[None, :] < count[:, None]
-        index = tl.load(indices_ptr + line[:, None] * width + entry[None, :], mask=listed, other=0)
+        index = tl.load(list_ptrs[:, None] + entry[None, :], mask=listed, other=0)
         tl.store(
-            mask_ptr + line[:, None] * columns + index,
+            row_ptrs[:, None] + index.to(tl.int64) * stride_column,
             tl.full((LINES, ENTRIES), 1, tl.int8),
             mask=listed,
         )
@@ -274,41 +272,42 @@ def topk(
 
 def positions(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """See ``lists.positions``."""
-    batch, heads, lines, places = mask.shape
-    counts = mask.new_empty(batch, heads, lines, dtype=torch.int32)
-    indices = mask.new_empty(batch, heads, lines, width, dtype=torch.int32)
-    if counts.numel() == 0:
-        return counts, indices
-    by_columns = mask.stride(2) < mask.stride(3)
-    tile = COLUMN_TILE if by_columns else (1, min(ROW_TILE, triton.next_power_of_2(max(1, places))))
-    positions_kernel[(batch * heads * triton.cdiv(lines, tile[0]),)](
-        mask.view(torch.int8),
-        counts,
-        indices,
-        heads,
-        lines,
-        places,
-        width,
-        *mask.stride(),
-        LINES=tile[0],
-        PLACES=tile[1],
-        num_warps=4 if by_columns else 1,
-    )
+    batch, heads, rows, columns = mask.shape
+    counts = mask.new_empty(batch, heads, rows, dtype=torch.int32)
+    indices = mask.new_empty(batch, heads, rows, width, dtype=torch.int32)
+    if counts.numel():
+        positions_kernel[(counts.numel(),)](
+            mask.view(torch.int8),
+            counts,
+            indices,
+            heads,
+            rows,
+            columns,
+            width,
+            *mask.stride(),
+            COLUMNS=min(ROW_TILE, max(32, triton.next_power_of_2(columns))),
+            num_warps=1,
+        )
     return counts, indices
 
 
-def dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+def dense(counts: Tensor, indices: Tensor, columns: int, is_transposed: bool) -> Tensor:
     """See ``lists.dense``."""
-    mask = torch.zeros(*counts.shape, columns, dtype=torch.bool, device=counts.device)
+    batch, heads, rows, width = indices.shape
+    shape = (columns, rows) if is_transposed else (rows, columns)
+    mask = torch.zeros(batch, heads, *shape, dtype=torch.bool, device=counts.device)
     if indices.numel():
-        mark_kernel[(triton.cdiv(counts.numel(), ENTRY_TILE[0]),)](
+        lines, entries = ENTRY_TILE
+        mark_kernel[(triton.cdiv(counts.numel(), lines),)](
             counts,
             indices,
             mask.view(torch.int8),
             counts.numel(),
+            rows,
             columns,
-            indices.shape[-1],
-            LINES=ENTRY_TILE[0],
-            ENTRIES=ENTRY_TILE[1],
+            width,
+            *((1, rows) if is_transposed else (columns, 1)),
+            LINES=lines,
+            ENTRIES=entries,
         )
     return mask
