@@ -266,12 +266,17 @@ def test_what_is_too_long_is_not_for_triton(
         assert BlockLayout.from_scores_topk(scores, 2) == expected
 
 
-def test_sparse_lists_are_sorted_in_place_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparse_and_large_lists_are_sorted_in_place_of_a_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layout = BlockLayout.from_window((2100, 2100), 10, left=1, is_causal=True)
     assert lists.SPARSE * layout.kv_indices.shape[-1] < layout.shape[3]
     with kernels():
         monkeypatch.setattr(operators, "dense", refuse)
         assert layout.q_indices.shape == (1, 1, 210, 2)
+    dense = random_layout((1, 2, 5, 7))
+    with kernels(MAX_ELEMENTS=69):
+        assert transposed(dense) == active(dense)
 
 
 @pytest.mark.untyped

@@ -109,9 +109,10 @@ def count_up_to(bound: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
 def transposed(counts: Tensor, indices: Tensor, columns: int) -> Lists:
     """The lists of the columns."""
     batch, heads, rows, width = indices.shape
-    if operators.take(counts) and columns < SPARSE * width:
+    blocks = counts.numel() * columns
+    if operators.take(counts) and columns < SPARSE * width and blocks <= operators.MAX_ELEMENTS:
         mask = operators.dense(counts, indices, columns, True)
-        return positions(mask, rows if mask.numel() <= WAITLESS else None)
+        return positions(mask, rows if blocks <= WAITLESS else None)
     # Entries run through the rows, so that a stable sort by column keeps the rows in order.
     entries = or_sentinel(counts, indices, columns).flatten(2)
     column, entry = entries.sort(dim=-1, stable=True)

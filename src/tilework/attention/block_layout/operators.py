@@ -16,7 +16,8 @@ IMPLEMENTATIONS = _operators.TABLES["attention.BlockLayout"] = (
         "triton",
         devices=("cuda",),
         dtypes=(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-        memory="the lists; a byte for each block while the lists of columns are made",
+        memory="the lists, those of columns with room for all rows up to 2**24 blocks; a byte for "
+        "each block while they are made",
         backward="none",
         deterministic=True,
         needs="triton",
