@@ -103,6 +103,7 @@ def expected_topk(
 @example(torch.float64, (0, 7), (4, 4), 3, False, True, 1, False, 0)
 @example(torch.float32, (3, 0), (4, 4), 3, True, True, 1, False, 1)
 @example(torch.float32, (5, 63), (64, 4), 9, True, True, 1, True, 0)
+@example(torch.float32, (1, 63), (33, 1), 40, True, False, 0, False, 0)
 @example(torch.float16, (1, 512), (2, 2), 51, False, False, 0, False, 1)
 @example(torch.bfloat16, (2, 512), (128, 1), 51, True, True, 0, True, 2)
 def test_topk_by_triton(
