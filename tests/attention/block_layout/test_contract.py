@@ -216,7 +216,7 @@ def test_topk(drawn, k, is_causal, force_diagonal, sinks, dtype, known, seed):
     original = scores.clone()
     places = torch.randint(0, k + 1, (2, 1, rows)) if seed % 2 == 0 else k
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lists, "CACHED", (0, 3 * rows * columns, 2**18)[seed % 3])
+        patch.setattr(lists, "AT_ONCE", (0, 3 * rows * columns, 2**21)[seed % 3])
         layout = BlockLayout.from_scores_topk(
             scores,
             places,
@@ -311,7 +311,7 @@ def test_threshold(drawn, threshold, is_causal, force_diagonal, sinks, dtype, se
         "seq_lengths": lengths,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lists, "CACHED", (0, 2 * rows * columns, 2**18)[seed % 3])
+        patch.setattr(lists, "AT_ONCE", (0, 2 * rows * columns, 2**21)[seed % 3])
         layout = BlockLayout.from_scores_threshold(scores, threshold, size, **options)
     live, diagonal = live_and_diagonal(lengths, size)
     values, expected = scores.double().tolist(), set()

@@ -9,7 +9,7 @@ from torch import Tensor
 from tilework import _checks
 from tilework.attention.block_layout import operators
 
-CACHED = 2**18  # blocks at a time on a CPU, so that what is made of them stays in its cache
+AT_ONCE = 2**21  # blocks on a CPU: the memory for what is made of them is used again
 WAITLESS = 2**24  # entries of columns' lists that need not be as short as can be: 64 MiB
 SPARSE = 32  # columns for an entry of a row, from which a sort of entries is less than a mask
 
@@ -73,11 +73,11 @@ def positions_of(keep: Tensor, width: int) -> Lists:
 
 
 def _by_heads(lists: Callable[..., Lists], *tensors: Tensor) -> Lists:
-    """The lists of tensors ``(B, H, nq, ...)``, on a CPU made of as many heads as it caches."""
+    """The lists of tensors ``(B, H, nq, ...)``, on a CPU of some heads at a time."""
     first = tensors[0]
-    if not _checks.holds_values(first) or first.numel() <= CACHED:
+    if not _checks.holds_values(first) or first.numel() <= AT_ONCE:
         return lists(*tensors)
-    step = max(1, CACHED // first[0, 0].numel())
+    step = max(1, AT_ONCE // first[0, 0].numel())
     parts = zip(*(torch.split(x.flatten(0, 1), step) for x in tensors), strict=True)
     joined = map(torch.cat, zip(*(lists(*part) for part in parts), strict=True))
     counts, indices = (x.reshape(*first.shape[:2], *x.shape[1:]) for x in joined)
