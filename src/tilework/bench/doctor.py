@@ -17,6 +17,7 @@ from rich.text import Text
 import tilework
 from tilework import _operators, catalog
 from tilework._operators import Implementation
+from tilework.attention.block_layout import operators
 from tilework.bench import results, suites
 from tilework.losses.linear_cross_entropy import schedule
 from tilework.norms._row_norm import tiled
@@ -29,6 +30,8 @@ OPTIONAL = {
 }
 # Where size decides too, which a table of implementations does not say.
 CHOICES = {
+    "attention.BlockLayout": "torch in place of triton for the highest scores of rows of more than "
+    f"{operators.MAX_COLUMNS} blocks, and for lists of columns of a sparse layout",
     "losses.linear_cross_entropy": "chunked in place of tiled on a CPU, for gradients and where a "
     "chunk's logits are small beside them; --head tells",
     "norms.rms_norm": f"tiled in place of torch on a CPU, from {tiled.SMALLEST} elements",

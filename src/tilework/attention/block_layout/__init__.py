@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from tilework import _checks
-from tilework.attention.block_layout import flex, lists
+from tilework.attention.block_layout import flex, lists, operators
 from tilework.attention.block_layout.grid import (
     BlockSize,
     Grid,
@@ -23,7 +23,8 @@ from tilework.attention.block_layout.grid import (
     check_broadcasts,
     check_integers,
     check_places,
-    competitors,
+    check_scores,
+    forced_and_live,
     grid_of,
     pair,
     per_head,
@@ -98,9 +99,17 @@ class BlockLayout:
 
     Layouts are made by the class methods, are never changed, and compare by content.
 
+    On a CUDA device with Triton, :meth:`from_scores_topk` is one kernel, which reads the scores
+    once and writes the lists. Elsewhere, and for more than 8192 columns, it ranks the rows and
+    passes about ten times over what is as large as the scores, on a CPU by a few heads at a time.
+    ``q_num_blocks`` and ``q_indices`` are made on their first use: on a CUDA device with Triton,
+    from a mask of a byte for each block, which is written and read; elsewhere, and where rows have
+    at least 32 times as many blocks as ``kv_indices`` has places, by a sort of the entries.
+
     Nothing waits for a CUDA device but what needs the length of the longest list: ``from_dense``,
     ``from_scores_threshold``, ``from_documents``, a tensor ``k``, and the first use of
-    ``q_num_blocks`` or ``q_indices``; furthermore ``from_window``, which copies its options there,
+    ``q_num_blocks`` or ``q_indices`` where they are sorted, or where there are more than
+    :math:`2^{24}` blocks; furthermore ``from_window``, which copies its options there,
     ``from_flex(partial="error")``, ``==``, ``repr`` and ``plot``.
 
     Args:
@@ -233,35 +242,44 @@ class BlockLayout:
         with ``is_causal`` those that are not live, do not compete.
         """
         name = f"{_NAME}.from_scores_topk"
-        grid, scores, forced, eligible = competitors(
-            name,
-            scores,
-            block_size,
-            seq_lengths,
+        grid, scores = check_scores(name, scores, block_size, seq_lengths, num_sink_blocks)
+        columns = grid.columns
+        places = None
+        if isinstance(k, Tensor):
+            places = check_places(name, k, scores).expand(scores.shape[:3])
+            most = min(max(lists.longest(places), 0), columns)
+        else:
+            _checks.integer(name, "k", k)
+            _checks.at_least(name, "k", k, 0)
+            most = min(k, columns)
+        kept = num_sink_blocks + (grid.most_diagonal if force_diagonal else 0)
+        width = max(most, min(kept, columns))
+
+        if operators.take_scores(scores):
+            return cls._on(
+                grid,
+                *operators.topk(
+                    scores,
+                    places,
+                    most,
+                    width,
+                    *grid.block_size,
+                    grid.lengths[0],
+                    min(num_sink_blocks, columns),
+                    is_causal,
+                    force_diagonal,
+                ),
+            )
+        if places is None:
+            places = scores.new_full((1, 1, 1), most, dtype=torch.int32).expand(scores.shape[:3])
+        forced, live = forced_and_live(
+            grid,
+            scores.device,
             is_causal=is_causal,
             force_diagonal=force_diagonal,
             num_sink_blocks=num_sink_blocks,
         )
-        columns = grid.columns
-        if isinstance(k, Tensor):
-            k = check_places(name, k, scores).expand(scores.shape[:3])[..., None]
-            most = min(max(lists.longest(k), 0), columns)
-            width = None
-        else:
-            _checks.integer(name, "k", k)
-            _checks.at_least(name, "k", k, 0)
-            most = k = min(k, columns)
-            kept = num_sink_blocks + (grid.most_diagonal if force_diagonal else 0)
-            width = max(most, min(kept, columns))
-
-        rest = (k - forced.sum(-1, keepdim=True)).clamp(0, most)
-        eligible = eligible & ~forced
-        chosen = forced
-        if most:
-            chosen = forced | lists.highest(
-                scores.where(eligible, -torch.inf), eligible, rest, most
-            )
-        return cls._of_mask(grid, chosen.expand(scores.shape), width)
+        return cls._on(grid, *lists.topk(scores, places, most, forced, live, width))
 
     @classmethod
     def from_scores_threshold(
@@ -282,15 +300,7 @@ class BlockLayout:
         the scores are the softmax of its logits, with thresholds around 5e-4 to 5e-3.
         """
         name = f"{_NAME}.from_scores_threshold"
-        grid, scores, forced, eligible = competitors(
-            name,
-            scores,
-            block_size,
-            seq_lengths,
-            is_causal=is_causal,
-            force_diagonal=force_diagonal,
-            num_sink_blocks=num_sink_blocks,
-        )
+        grid, scores = check_scores(name, scores, block_size, seq_lengths, num_sink_blocks)
         if isinstance(threshold, Tensor):
             check_broadcasts(name, "threshold", threshold, scores.shape)
             _checks.same_device(name, scores=scores, threshold=threshold)
@@ -298,6 +308,14 @@ class BlockLayout:
             _checks.number(name, "threshold", threshold)
             if math.isnan(threshold):
                 raise _checks.bad_value(name, "threshold", "a number or infinite", threshold)
+        forced, live = forced_and_live(
+            grid,
+            scores.device,
+            is_causal=is_causal,
+            force_diagonal=force_diagonal,
+            num_sink_blocks=num_sink_blocks,
+        )
+        eligible = (scores > -torch.inf) & live
         return cls._of_mask(grid, forced | eligible & (scores > threshold))
 
     @classmethod
@@ -476,15 +494,11 @@ class BlockLayout:
 
     @cached_property
     def _transposed(self) -> tuple[Tensor, Tensor]:
-        return lists.transposed(self._or_sentinel(), self.num_kv_blocks)
+        return lists.transposed(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks)
 
     def to_dense(self) -> Bool[Tensor, "batch heads rows columns"]:
         """Bool of shape ``(B, H, nq, nk)``, True at the active blocks."""
-        batch, heads, rows, columns = self.shape
-        dense = torch.zeros(
-            batch, heads, rows, columns + 1, dtype=torch.bool, device=self.device
-        )  # the last column takes what is not active
-        return dense.scatter_(-1, self._or_sentinel().long(), True)[..., :columns].contiguous()
+        return lists.dense(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks)
 
     def to_elements(
         self, query_length: int | None = None, key_length: int | None = None
@@ -651,12 +665,13 @@ class BlockLayout:
     def _of_kept(cls, grid: Grid, values: Tensor, keep: Tensor, width: int) -> "BlockLayout":
         """Of increasing columns with repetitions, those to keep; at most ``width`` in a row."""
         counts, places = lists.positions(keep, width)
-        places = places.clamp_max(max(values.shape[-1] - 1, 0)).long()
+        # What stands after the counts may be anything.
+        places = places.clamp(0, max(values.shape[-1] - 1, 0)).long()
         return cls._on(grid, counts, values.gather(-1, places))
 
     @classmethod
-    def _of_mask(cls, grid: Grid, mask: Tensor, width: int | None = None) -> "BlockLayout":
-        return cls._on(grid, *lists.positions(mask, width))
+    def _of_mask(cls, grid: Grid, mask: Tensor) -> "BlockLayout":
+        return cls._on(grid, *lists.positions(mask, None))
 
     @classmethod
     def _of_intervals(cls, grid: Grid, first: Tensor, stop: Tensor, width: int) -> "BlockLayout":
@@ -671,8 +686,7 @@ class BlockLayout:
 
     def _or_sentinel(self) -> Tensor:
         """``kv_indices`` with the number of columns where nothing may be read."""
-        inside = lists.first(self.kv_num_blocks, self.kv_indices.shape[-1])
-        return self.kv_indices.where(inside, self.num_kv_blocks)
+        return lists.or_sentinel(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks)
 
     def _merged(self, other: "BlockLayout", operation: str) -> tuple[Grid, Tensor]:
         """Both layouts' columns in order, and the grid that they share."""

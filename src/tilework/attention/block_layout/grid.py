@@ -59,34 +59,38 @@ class Grid:
         return first // bk, last // bk
 
 
-def competitors(
+def check_scores(
     function: str,
     scores: Tensor,
     block_size: BlockSize,
     seq_lengths: Lengths,
-    *,
-    is_causal: bool,
-    force_diagonal: bool,
     num_sink_blocks: int,
-) -> tuple[Grid, Tensor, Tensor, Tensor]:
-    """The grid, the scores, the forced blocks ``(nq, nk)`` and the eligible ones."""
+) -> tuple[Grid, Tensor]:
+    """The grid, and scores that can be compared; with the checks that both selections share."""
     _checks.floating(function, "scores", scores)
     grid = grid_of(function, "scores", scores, block_size, seq_lengths)
     _checks.integer(function, "num_sink_blocks", num_sink_blocks)
     _checks.at_least(function, "num_sink_blocks", num_sink_blocks, 0)
     scores = scores.detach()
-    if scores.dtype.itemsize == 1:
-        scores = scores.float()  # torch compares no float8
-    first, last = (edge[:, None] for edge in grid.diagonal(scores.device))
-    column = torch.arange(grid.columns, device=scores.device)
-    forced = (column < num_sink_blocks).expand(grid.rows, grid.columns)
+    return grid, scores.float() if scores.dtype.itemsize == 1 else scores
+
+
+def forced_and_live(
+    grid: Grid,
+    device: torch.device,
+    *,
+    is_causal: bool,
+    force_diagonal: bool,
+    num_sink_blocks: int,
+) -> tuple[Tensor, Tensor]:
+    """Which blocks are kept whatever their score, and which may be, both ``(nq, nk)``."""
+    first, last = (edge[:, None] for edge in grid.diagonal(device))
+    column = torch.arange(grid.columns, device=device)
+    forced = (column < min(num_sink_blocks, grid.columns)).expand(grid.rows, grid.columns)
     if force_diagonal:
         forced = forced | (column >= first) & (column <= last)
-    eligible = scores > -torch.inf
-    if is_causal:
-        live = column <= last
-        forced, eligible = forced & live, eligible & live
-    return grid, scores, forced, eligible
+    live = column <= last if is_causal else torch.ones_like(forced)
+    return forced & live, live
 
 
 def ceil_div(length: int, block: int) -> int:

@@ -1,8 +1,42 @@
-"""Index lists from masks and scores."""
+"""Index lists from masks and scores: plain PyTorch, and where kernels take over."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tilework import _checks
+from tilework.attention.block_layout import operators
+
+AT_ONCE = 2**21  # blocks on a CPU: the memory for what is made of them is used again
+WAITLESS = 2**24  # entries of columns' lists that need not be as short as can be: 64 MiB
+SPARSE = 32  # columns for an entry of a row, from which a sort of entries is less than a mask
+
+Lists = tuple[Tensor, Tensor]
+
+
+def topk(
+    scores: Tensor, places: Tensor, most: int, forced: Tensor, live: Tensor, width: int
+) -> Lists:
+    """The lists of the forced blocks and of the highest scores among the live ones.
+
+    Both have ``places`` of shape ``(B, H, nq)``, at most ``most``, in a row; of equal scores the
+    first are taken.
+    """
+    taken = forced.sum(-1)
+    live = live & ~forced
+
+    def lists(scores: Tensor, places: Tensor) -> Lists:
+        chosen = forced
+        if most:
+            eligible = (scores > -torch.inf) & live
+            rest = (places - taken).clamp(0, most)[..., None]
+            ranked = scores.where(eligible, -torch.inf)
+            chosen = forced | highest(ranked, eligible, rest, most)
+        return positions_of(chosen.expand(scores.shape), width)
+
+    return _by_heads(lists, scores, places)
 
 
 def highest(scores: Tensor, eligible: Tensor, places: Tensor, most: int) -> Tensor:
@@ -11,22 +45,59 @@ def highest(scores: Tensor, eligible: Tensor, places: Tensor, most: int) -> Tens
     ``places``, at most ``most``, may differ between rows; what is not eligible scores -inf.
     """
     ranked = scores.topk(most, -1).values
-    ranks = (places - 1).clamp_min(0).expand(*scores.shape[:3], 1)
+    ranks = (places - 1).clamp_min(0)
     lowest = ranked.gather(-1, ranks)
     higher, equal = scores > lowest, scores == lowest
     room = places - (ranked > lowest).sum(-1, keepdim=True)
     return eligible & (higher | equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
 
 
-def positions(keep: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
+def positions(keep: Tensor, width: int | None) -> Lists:
     """The number of True in each row, and the positions of the first ``width`` (None: of all)."""
+    if width is None:
+        width = longest(keep.sum(-1, dtype=torch.int32))
+    if operators.take(keep):
+        lists: Lists = operators.positions(keep, width)
+        return lists
+    return _by_heads(lambda keep: positions_of(keep, width), keep)
+
+
+def positions_of(keep: Tensor, width: int) -> Lists:
+    """:func:`positions`, in one go."""
     # The t-th True stands where their running number reaches t.
     running = keep.cumsum(-1, dtype=torch.int32)
     counts = running[..., -1:].sum(-1, dtype=torch.int32)  # without columns, 0
-    width = longest(counts) if width is None else width
     wanted = torch.arange(1, width + 1, dtype=torch.int32, device=keep.device)
     wanted = wanted.expand(*keep.shape[:-1], -1).contiguous()
     return counts, torch.searchsorted(running, wanted, out_int32=True)
+
+
+def _by_heads(lists: Callable[..., Lists], *tensors: Tensor) -> Lists:
+    """The lists of tensors ``(B, H, nq, ...)``, on a CPU of some heads at a time."""
+    first = tensors[0]
+    if not _checks.holds_values(first) or first.numel() <= AT_ONCE:
+        return lists(*tensors)
+    step = max(1, AT_ONCE // first[0, 0].numel())
+    parts = zip(*(torch.split(x.flatten(0, 1), step) for x in tensors), strict=True)
+    joined = map(torch.cat, zip(*(lists(*part) for part in parts), strict=True))
+    counts, indices = (x.reshape(*first.shape[:2], *x.shape[1:]) for x in joined)
+    return counts, indices
+
+
+def dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """Lists of rows as a mask."""
+    if operators.take(indices):
+        mask: Tensor = operators.dense(counts, indices, columns, False)
+        return mask
+    # One more column takes what is not active.
+    mask = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=counts.device)
+    padded = or_sentinel(counts, indices, columns).long()
+    return mask.scatter_(-1, padded, True)[..., :columns].contiguous()
+
+
+def or_sentinel(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """The lists with the number of columns where nothing may be read."""
+    return indices.where(first(counts, indices.shape[-1]), columns)
 
 
 def count_up_to(bound: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
@@ -35,12 +106,17 @@ def count_up_to(bound: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
     return kept.sum(-1, dtype=torch.int32)
 
 
-def transposed(columns: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    """The counts and row lists of each column; ``num_columns`` stands where there is no block."""
-    batch, heads, _, width = columns.shape
+def transposed(counts: Tensor, indices: Tensor, columns: int) -> Lists:
+    """The lists of the columns."""
+    batch, heads, rows, width = indices.shape
+    blocks = counts.numel() * columns
+    if operators.take(counts) and columns < SPARSE * width and blocks <= operators.MAX_ELEMENTS:
+        mask = operators.dense(counts, indices, columns, True)
+        return positions(mask, rows if blocks <= WAITLESS else None)
     # Entries run through the rows, so that a stable sort by column keeps the rows in order.
-    column, entry = columns.flatten(2).sort(dim=-1, stable=True)
-    borders = torch.arange(num_columns + 1, dtype=column.dtype, device=column.device)
+    entries = or_sentinel(counts, indices, columns).flatten(2)
+    column, entry = entries.sort(dim=-1, stable=True)
+    borders = torch.arange(columns + 1, dtype=column.dtype, device=column.device)
     borders = borders.expand(batch, heads, -1).contiguous()
     starts = torch.searchsorted(column, borders, out_int32=True)
     counts = starts.diff(dim=-1)

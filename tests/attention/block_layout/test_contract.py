@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from tilework.attention import BlockLayout, causal_topk
+from tilework.attention.block_layout import lists
 
 from helpers import DEVICES, dtype_name
 
@@ -213,16 +214,18 @@ def test_topk(drawn, k, is_causal, force_diagonal, sinks, dtype, known, seed):
     scores[torch.rand(shape) < 0.05] = torch.nan
     scores = scores.to(dtype)
     original = scores.clone()
-    places = torch.randint(0, k + 1, (2, 1, rows)) if seed % 3 == 0 else k
-    layout = BlockLayout.from_scores_topk(
-        scores,
-        places,
-        size,
-        is_causal=is_causal,
-        force_diagonal=force_diagonal,
-        num_sink_blocks=sinks,
-        seq_lengths=lengths if known else None,
-    )
+    places = torch.randint(0, k + 1, (2, 1, rows)) if seed % 2 == 0 else k
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lists, "AT_ONCE", (0, 3 * rows * columns, 2**21)[seed % 3])
+        layout = BlockLayout.from_scores_topk(
+            scores,
+            places,
+            size,
+            is_causal=is_causal,
+            force_diagonal=force_diagonal,
+            num_sink_blocks=sinks,
+            seq_lengths=lengths if known else None,
+        )
     covered = lengths if known else (rows * size[0], columns * size[1])
     live, diagonal = live_and_diagonal(covered, size)
     values, expected = scores.double().tolist(), set()
@@ -307,7 +310,9 @@ def test_threshold(drawn, threshold, is_causal, force_diagonal, sinks, dtype, se
         "num_sink_blocks": sinks,
         "seq_lengths": lengths,
     }
-    layout = BlockLayout.from_scores_threshold(scores, threshold, size, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lists, "AT_ONCE", (0, 2 * rows * columns, 2**21)[seed % 3])
+        layout = BlockLayout.from_scores_threshold(scores, threshold, size, **options)
     live, diagonal = live_and_diagonal(lengths, size)
     values, expected = scores.double().tolist(), set()
     for h, i, j in product(range(3), range(rows), range(columns)):
