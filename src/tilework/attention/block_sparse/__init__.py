@@ -159,7 +159,9 @@ def attend(
         if reason is not None and implementation is not None:
             raise ValueError(f"{function}: implementation='triton' cannot be used: {reason}")
         chosen = chosen if reason is None else "tiled"
-    transposed = chosen == "triton"
+    # Only the kernels' backward pass walks columns.
+    trains = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    transposed = chosen == "triton" and trains
     return operators.attention(
         query,
         key,
