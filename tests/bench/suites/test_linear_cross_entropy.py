@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,19 @@ def test_each_candidate_is_right_or_says_why_it_is_not_there(candidate, dtype: s
     errors = accuracy.errors(results, suite.truth(problem, inputs))
     assert max(errors.values()) < 10 * torch.finfo(getattr(torch, dtype)).eps
     assert step.kernel
+
+
+def test_flash_linear_attention_takes_the_weight_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(x @ weight.T, target)
+
+    module = SimpleNamespace(FusedLinearCrossEntropyLoss=lambda: loss)
+    monkeypatch.setattr(suite, "import_module", lambda name: module)
+    problem = case(suite.TRAINING)
+    inputs = suite.inputs(problem, torch.float64, CPU)
+    peer = next(one for one in suite.SUITE.candidates if one.name == "flash-linear-attention")
+    errors = accuracy.errors(peer.build(problem, inputs).run(), suite.truth(problem, inputs))
+    assert max(errors.values()) < 1e-12
 
 
 @pytest.mark.untyped

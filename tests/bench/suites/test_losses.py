@@ -101,6 +101,27 @@ def test_a_peer_that_overwrites_its_input_gets_a_copy(monkeypatch: pytest.Monkey
         assert max(errors.values()) < 1e-6
 
 
+def test_pytorch_optimizer_takes_probabilities_and_weighs_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class BCEFocalLoss:
+        def __init__(self, alpha: float, gamma: float) -> None:
+            self.alpha, self.gamma = alpha, gamma
+
+        def __call__(self, p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            positive = self.alpha * target * (1 - p) ** self.gamma * p.log()
+            negative = (1 - self.alpha) * (1 - target) * p**self.gamma * (1 - p).log()
+            return -(positive + negative).mean()
+
+    module = SimpleNamespace(BCEFocalLoss=BCEFocalLoss)
+    monkeypatch.setattr(suite, "import_module", lambda name: module)
+    problem = case(suite.FOCAL)
+    inputs = suite.inputs(problem, torch.float64, CPU)
+    peer = next(one for one in suite.SUITE.candidates if one.name == "pytorch-optimizer")
+    errors = accuracy.errors(peer.build(problem, inputs).run(), suite.truth(problem, inputs))
+    assert max(errors.values()) < 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_are_the_same_on_every_call(kind: str, dtype: torch.dtype) -> None:
@@ -135,7 +156,7 @@ def test_the_runner_measures_the_suite_with_compiled_peers() -> None:
     job = runner.Job(suite.SUITE, case(suite.SQUENTROPY), "bfloat16")
     rows = {row.candidate: row.status for row in runner.measure(job, QUIET)}
     missing = {name for name, status in rows.items() if status == "missing"}
-    assert missing == {"liger-kernel", "transformers"}
+    assert missing == {"liger-kernel", "transformers", "pytorch-optimizer"}
     assert {status for name, status in rows.items() if name not in missing} == {"ok"}
 
 

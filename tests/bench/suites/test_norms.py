@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -41,6 +43,36 @@ def test_each_candidate_is_right_or_says_why_it_is_not_there(candidate, dtype, k
         return
     errors = accuracy.errors(candidate.bind(problem, inputs).run(), suite.truth(problem, inputs))
     assert max(errors.values()) < 10 * torch.finfo(getattr(torch, dtype)).eps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["flash-attn", "flash-linear-attention"])
+def test_peers_for_cuda_are_called_as_they_want_it(
+    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def layer_norm(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None = None,
+        eps: float = 1e-6,
+        prenorm: bool = False,
+        is_rms_norm: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        assert eps == suite.EPS
+        total = x if residual is None else x + residual
+        centered = total if is_rms_norm else total - total.mean(1, keepdim=True)
+        scale = (centered.square().mean(1, keepdim=True) + eps).rsqrt()
+        output = centered * scale * weight + (0 if bias is None else bias)
+        return (output, total) if prenorm else output
+
+    module = SimpleNamespace(layer_norm=layer_norm, layer_norm_fn=layer_norm)
+    monkeypatch.setattr(suite, "import_module", lambda name: module)
+    problem = case(kind)
+    inputs = suite.inputs(problem, torch.float64, CPU)
+    candidate = next(one for one in suite.SUITE.candidates if one.name == name)
+    errors = accuracy.errors(candidate.build(problem, inputs).run(), suite.truth(problem, inputs))
+    assert max(errors.values()) < 1e-12
 
 
 def test_traffic_counts_tensors_of_rows() -> None:

@@ -19,6 +19,7 @@ Results = dict[str, Tensor]
 
 
 INSTALL = {
+    "flash-linear-attention": "pip install 'tilework[peers-gpu]'",
     "quack-kernels": "pip install 'tilework[peers-gpu]'",
     "flash-attn": "pip install flash-attn --no-build-isolation, with CUDA's compiler",
 }

@@ -264,6 +264,15 @@ def _quack(case: Case, inputs: Inputs) -> Step:
     return _step(function, inputs, "quack chunked_linear_cross_entropy")
 
 
+def _fla(case: Case, inputs: Inputs) -> Step:
+    function = import_module("fla.modules").FusedLinearCrossEntropyLoss()
+    return _step(
+        lambda input, weight, target: function(input, target, weight),
+        inputs,
+        "fla FusedLinearCrossEntropyLoss",
+    )
+
+
 def _cce(name: str, implementation: str, devices: tuple[str, ...] = ()) -> Candidate:
     return Candidate(
         name,
@@ -307,6 +316,13 @@ SUITE = Suite(
         ),
         Candidate(
             "quack", _quack, package="quack", distribution="quack-kernels", devices=("cuda",)
+        ),
+        Candidate(
+            "flash-linear-attention",
+            _fla,
+            package="fla",
+            distribution="flash-linear-attention",
+            devices=("cuda",),
         ),
     ),
     composition="torch eager",

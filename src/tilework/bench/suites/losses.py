@@ -360,6 +360,18 @@ def _transformers(case: Case, inputs: Inputs) -> Step:
     return _step(loss, inputs, "load_balancing_loss_func")
 
 
+def _pytorch_optimizer(case: Case, inputs: Inputs) -> Step:
+    if case.kind != FOCAL:
+        raise Unavailable(f"it has no {case.kind}")
+    function = import_module("pytorch_optimizer").BCEFocalLoss(alpha=0.5, gamma=GAMMA)
+
+    def loss(input: Tensor, target: Tensor) -> Tensor:
+        value: Tensor = 2 * function(input.sigmoid(), target)  # it halves both classes
+        return value
+
+    return _step(loss, inputs, "BCEFocalLoss of sigmoid")
+
+
 SUITE = Suite(
     module=__name__,
     about="losses over classes, labels, bins, quantiles and experts",
@@ -380,6 +392,12 @@ SUITE = Suite(
         ),
         Candidate(
             "transformers", _transformers, package="transformers", distribution="transformers"
+        ),
+        Candidate(
+            "pytorch-optimizer",
+            _pytorch_optimizer,
+            package="pytorch_optimizer",
+            distribution="pytorch-optimizer",
         ),
     ),
     composition="torch eager",

@@ -247,23 +247,32 @@ def _quack(case: Case, inputs: Inputs) -> Step:
     return _step(norm, case, inputs, "quack.rmsnorm")
 
 
-def _flash_attention(case: Case, inputs: Inputs) -> Step:
-    module = import_module("flash_attn.ops.triton.layer_norm")
+def _flash(module: str, name: str) -> Callable[[Case, Inputs], Step]:
+    """flash-attn's layer norm, which flash-linear-attention took over."""
 
-    def norm(
-        input: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, centered: bool
-    ) -> Any:
-        return module.layer_norm_fn(
-            input,
-            weight,
-            bias,
-            residual=residual,
-            eps=EPS,
-            prenorm=residual is not None,
-            is_rms_norm=not centered,
-        )
+    def build(case: Case, inputs: Inputs) -> Step:
+        function = getattr(import_module(module), name)
 
-    return _step(norm, case, inputs, "flash_attn.ops.triton.layer_norm")
+        def norm(
+            input: Tensor,
+            residual: Tensor | None,
+            weight: Tensor,
+            bias: Tensor | None,
+            centered: bool,
+        ) -> Any:
+            return function(
+                input,
+                weight,
+                bias,
+                residual=residual,
+                eps=EPS,
+                prenorm=residual is not None,
+                is_rms_norm=not centered,
+            )
+
+        return _step(norm, case, inputs, f"{module}.{name}")
+
+    return build
 
 
 def _peer(name: str, build: Callable[[Case, Inputs], Step], package: str) -> Candidate:
@@ -281,7 +290,10 @@ SUITE = Suite(
         Candidate("torch compile", _compiled),
         _peer("liger-kernel", _liger, "liger_kernel"),
         _peer("quack-kernels", _quack, "quack"),
-        _peer("flash-attn", _flash_attention, "flash_attn"),
+        _peer(
+            "flash-attn", _flash("flash_attn.ops.triton.layer_norm", "layer_norm_fn"), "flash_attn"
+        ),
+        _peer("flash-linear-attention", _flash("fla.modules.layernorm", "layer_norm"), "fla"),
     ),
     composition="torch eager",
     truth=truth,
