@@ -123,12 +123,19 @@ def test_the_search_ends_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_search_ends_with_the_device() -> None:
-    toy = Toy(distance)
+    def measure(entry: Entry) -> float:
+        if {"rows": 128, "warps": 2} in toy.checked:
+            raise RuntimeError("the device is lost")
+        return distance(entry)
+
+    toy, lines = Toy(measure), []
     toy.wrong = {"rows=128 warps=2": "an illegal memory access"}
     toy.alive = False
-    outcome = search(toy)
+    outcome = search(toy, report=lines.append)
     assert outcome.ended == "the device does not answer any more"
     assert outcome.best == {"rows": 64, "warps": 2}
+    assert outcome.seconds is None
+    assert lines[-1] == ("rows=64 warps=2: not compared with the table's entry: the device is lost")
 
 
 def place(name: str, dtype: torch.dtype = torch.float32, arch: str = "interpreter") -> Place:

@@ -267,8 +267,12 @@ def search(problem: Problem, seconds: float, report: Report = lambda line: None)
     while improve():
         pass
     if outcome.best is not None and start not in [entry for entry, _ in outcome.skipped]:
-        now, best = problem.compare(start, outcome.best)
-        outcome.seconds = best.median, now.median
+        try:
+            now, best = problem.compare(start, outcome.best)
+        except RuntimeError as error:
+            report(f"{describe(outcome.best)}: not compared with the table's entry: {error}")
+        else:
+            outcome.seconds = best.median, now.median
     return outcome
 
 
