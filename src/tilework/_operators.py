@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -78,19 +78,35 @@ def _interpreted(entry: Implementation) -> bool:
     return entry.needs == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(function: str, table: Sequence[Implementation], name: str | None, tensor: Tensor) -> str:
-    """The named implementation, which must take the tensor; or the first that is made for it."""
+def choose(
+    function: str,
+    table: Sequence[Implementation],
+    name: str | None,
+    tensor: Tensor,
+    limits: Mapping[str, Callable[[], str | None]] | None = None,
+) -> str:
+    """The named implementation, which must take the tensor; or the first that is made for it.
+
+    ``limits`` says of some implementations why they do not take the other arguments, if so.
+    """
+
+    def reason(entry: Implementation) -> str | None:
+        found = refusal(entry, tensor)
+        if found is None and limits is not None and entry.name in limits:
+            return limits[entry.name]()
+        return found
+
     check_name(function, table, name)
     if name is None:
         device = tensor.device.type
         for entry in table:
-            if device in (entry.devices or (device,)) and not refusal(entry, tensor):
+            if device in (entry.devices or (device,)) and not reason(entry):
                 return entry.name
-        reasons = "; ".join(f"{entry.name}: {refusal(entry, tensor)}" for entry in table)
+        reasons = "; ".join(f"{entry.name}: {reason(entry)}" for entry in table)
         raise TypeError(f"{function}: no implementation takes these tensors ({reasons})")
-    reason = refusal(next(entry for entry in table if entry.name == name), tensor)
-    if reason is not None:
-        raise ValueError(f"{function}: implementation={name!r} cannot be used: {reason}")
+    why = reason(next(entry for entry in table if entry.name == name))
+    if why is not None:
+        raise ValueError(f"{function}: implementation={name!r} cannot be used: {why}")
     return name
 
 

@@ -72,12 +72,8 @@ def prepare(
             accepted = f"{dtype} as query is {query.dtype}".replace("torch.", "")
             raise _checks.bad_type(function, "lse", accepted, lse)
         _checks.same_device(function, query=query, lse=lse)
-    chosen = _operators.choose(function, table, implementation, query)
-    if chosen == "triton":
-        reason = operators.refusal(query.shape[-1])
-        if reason is not None and implementation is not None:
-            raise ValueError(f"{function}: implementation='triton' cannot be used: {reason}")
-        chosen = chosen if reason is None else "tiled"
+    limits = {"triton": lambda: operators.refusal(query.shape[-1])}
+    chosen = _operators.choose(function, table, implementation, query, limits)
     return (
         query,
         key,

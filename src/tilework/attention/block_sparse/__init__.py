@@ -153,12 +153,9 @@ def attend(
     if scale is not None:
         _checks.number(function, "scale", scale)
     query, key, value = cast_under_autocast(query, key, value)
-    chosen = _operators.choose(function, IMPLEMENTATIONS, implementation, query)
-    if chosen == "triton":
-        reason = operators.refusal(layout.block_size, query.shape[-1], value.shape[-1])
-        if reason is not None and implementation is not None:
-            raise ValueError(f"{function}: implementation='triton' cannot be used: {reason}")
-        chosen = chosen if reason is None else "tiled"
+    sizes = layout.block_size, query.shape[-1], value.shape[-1]
+    limits = {"triton": lambda: operators.refusal(*sizes)}
+    chosen = _operators.choose(function, IMPLEMENTATIONS, implementation, query, limits)
     # Only the kernels' backward pass walks columns.
     trains = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
     transposed = chosen == "triton" and trains

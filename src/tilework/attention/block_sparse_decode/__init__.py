@@ -90,12 +90,12 @@ def block_sparse_decode(
         o_i = \sum_{t \in V_i} e^{\alpha q_i^\top k_t - \mathrm{lse}_i} v_t
 
     With ``is_causal`` they may be several, without it :math:`T = 1`. Where nothing is seen, the
-    result is zeros and :math:`-\infty`: also for the first tokens of the query of a
-    sequence shorter than :math:`T`, which is how sequences of a batch have fewer new tokens than
-    others. Sums are computed in float32 (float64 for float64), the output is rounded once. Nothing
-    that a token does not see influences its result, nan included; except with ``"reference"``, what
-    is not selected is not read. For inference: there are no gradients, and autocast changes
-    nothing. Deterministic for the same sizes on the same device.
+    result is zeros and :math:`-\infty`: also for the first tokens of the query of a sequence
+    shorter than :math:`T`, which is how sequences of a batch have fewer new tokens than others.
+    Sums are computed in float32 (float64 for float64), the output is rounded once. Nothing that a
+    token does not see influences its result, nan included; except with ``"reference"``, what is not
+    selected is not read. For inference: there are no gradients, and autocast changes nothing.
+    Deterministic for the same sizes on the same device.
 
     Values of indices and lengths are checked on the CPU and trusted elsewhere, where a look at them
     would wait for the device.
@@ -113,7 +113,7 @@ def block_sparse_decode(
         seq_lengths: The tokens of each sequence, shape ``(B,)``; None for ``S``. What stands after
             them is not read.
         block_size: Tokens of a block.
-        is_causal: Whether ``T`` may differ from 1.
+        is_causal: Whether the query may be several tokens, of which none sees a later one.
         scale: Factor of the scores; None is ``1 / sqrt(E)``.
         return_lse: Whether to return the log-sum-exp too.
         implementation: ``"triton"`` (CUDA; at most 256 features; parts of the keys side by side,
@@ -233,7 +233,7 @@ def paged_block_sparse_decode(
         kv_num_blocks: How many entries of each list count, of the shape of the lists without ``K``;
             None for all.
         block_size: Tokens of a block, a multiple or a divisor of ``page_size``.
-        is_causal: Whether ``T`` may differ from 1.
+        is_causal: Whether the query may be several tokens, of which none sees a later one.
         scale: Factor of the scores; None is ``1 / sqrt(E)``.
         return_lse: Whether to return the log-sum-exp too.
         implementation: ``"triton"``, ``"tiled"`` or ``"reference"``, as in
@@ -326,12 +326,8 @@ def _decode(
             "with tensors that require none"
         )
     features, values = query.shape[-1], value_cache.shape[-1]
-    chosen = _operators.choose(name, IMPLEMENTATIONS, implementation, query)
-    if chosen == "triton":
-        reason = operators.refusal(features, values)
-        if reason is not None and implementation is not None:
-            raise ValueError(f"{name}: implementation='triton' cannot be used: {reason}")
-        chosen = chosen if reason is None else "tiled"
+    limits = {"triton": lambda: operators.refusal(features, values)}
+    chosen = _operators.choose(name, IMPLEMENTATIONS, implementation, query, limits)
     output, lse = operators.decode(
         query,
         key_cache,
