@@ -114,10 +114,9 @@ def _torch(case: Case, inputs: Inputs) -> Callable[[], Results]:
         counts, indices = lists(mask)
         results = {"rows counts": counts, "rows indices": indices}
         if case.kind == BOTH:
-            full = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=BLOCK)
-            assert full.q_num_blocks is not None
-            assert full.q_indices is not None
-            results |= {"columns counts": full.q_num_blocks, "columns indices": full.q_indices}
+            whole = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=BLOCK)
+            parts = {"counts": "q_num_blocks", "indices": "q_indices"}
+            results |= {f"columns {part}": getattr(whole, name) for part, name in parts.items()}
         return results
 
     return run
