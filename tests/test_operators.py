@@ -45,7 +45,7 @@ def test_a_named_one_is_taken_or_refused() -> None:
 
 
 def test_where_none_is_left_all_reasons_are_given() -> None:
-    with pytest.raises(TypeError, match="fast: it takes float32, not int64 .*; slow: it is odd"):
+    with pytest.raises(TypeError, match=r"fast: it takes float32, not int64 .*; slow: it is odd"):
         _operators.choose(
             "f",
             (FAST, replace(SLOW, dtypes=(torch.int64,))),
