@@ -4,7 +4,7 @@ import pytest
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make small problems take several tiles."""
-    from tilework.attention._score_map import tiled
+    from tilework.attention._attention_map import tiled
 
     monkeypatch.setattr(tiled, "QUERIES", 16)
     monkeypatch.setattr(tiled, "KEYS", 12)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tilework.attention import attention_entropy, attention_lse
 
-from attention._score_map.problem import (
+from attention._attention_map.problem import (
     BUILT,
     IMPLEMENTATIONS,
     LENGTHS,

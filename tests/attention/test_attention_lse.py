@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tilework.attention import BlockLayout, attention_lse, block_sparse_attention
 
-from attention._score_map.problem import (
+from attention._attention_map.problem import (
     BUILT,
     IMPLEMENTATIONS,
     LENGTHS,

@@ -15,7 +15,7 @@ from tilework.attention import (
     block_sparse_attention,
 )
 
-from attention._score_map.problem import (
+from attention._attention_map.problem import (
     BUILT,
     IMPLEMENTATIONS,
     check,

@@ -206,7 +206,7 @@ def test_bad_targets() -> None:
 
 
 def test_unused_fields_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tilework.losses.linear_cross_entropy import tiled
+    from tilework.losses._classes.linear import tiled
 
     moments = []
     backward = tiled.backward

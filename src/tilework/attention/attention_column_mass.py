@@ -4,14 +4,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tilework import _checks, _operators
-from tilework.attention import _score_map
-from tilework.attention._score_map import operators
+from tilework.attention import _attention_map
+from tilework.attention._attention_map import operators
 from tilework.catalog import implements
 
 __all__ = ["attention_column_mass"]
 
 _NAME = "attention_column_mass"
-_TABLE = _operators.TABLES["attention.attention_column_mass"] = _score_map.CONSTANT
+_TABLE = _operators.TABLES["attention.attention_column_mass"] = _attention_map.CONSTANT
 
 
 @implements(
@@ -81,7 +81,7 @@ def attention_column_mass(
     if query_window is not None:
         _checks.integer(_NAME, "query_window", query_window)
         _checks.at_least(_NAME, "query_window", query_window, 1)
-    query, key, scale, chosen = _score_map.prepare(
+    query, key, scale, chosen = _attention_map.prepare(
         _NAME, _TABLE, query, key, lse, scale, enable_gqa, implementation
     )
     first = 0 if query_window is None else max(0, query.shape[2] - query_window)

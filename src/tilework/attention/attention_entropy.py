@@ -4,14 +4,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tilework import _operators
-from tilework.attention import _score_map
-from tilework.attention._score_map import operators
+from tilework.attention import _attention_map
+from tilework.attention._attention_map import operators
 from tilework.catalog import implements
 
 __all__ = ["attention_entropy"]
 
 _NAME = "attention_entropy"
-_TABLE = _operators.TABLES["attention.attention_entropy"] = _score_map.IMPLEMENTATIONS
+_TABLE = _operators.TABLES["attention.attention_entropy"] = _attention_map.IMPLEMENTATIONS
 
 
 @implements(
@@ -77,7 +77,7 @@ def attention_entropy(
         Kwok-Hay So, Ting Cao, Fan Yang, Mao Yang. SeerAttention: Learning Intrinsic Sparse
         Attention in Your LLMs. 2024. arXiv:2410.13276.
     """
-    query, key, scale, chosen = _score_map.prepare(
+    query, key, scale, chosen = _attention_map.prepare(
         _NAME, _TABLE, query, key, lse, scale, enable_gqa, implementation
     )
     return operators.attention_entropy(query, key, lse.detach(), is_causal, scale, chosen)

@@ -4,14 +4,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tilework import _operators
-from tilework.attention import _score_map
-from tilework.attention._score_map import operators
+from tilework.attention import _attention_map
+from tilework.attention._attention_map import operators
 from tilework.catalog import implements
 
 __all__ = ["attention_lse"]
 
 _NAME = "attention_lse"
-_TABLE = _operators.TABLES["attention.attention_lse"] = _score_map.IMPLEMENTATIONS
+_TABLE = _operators.TABLES["attention.attention_lse"] = _attention_map.IMPLEMENTATIONS
 
 
 @implements(
@@ -71,7 +71,7 @@ def attention_lse(
         Kwok-Hay So, Ting Cao, Fan Yang, Mao Yang. SeerAttention: Learning Intrinsic Sparse
         Attention in Your LLMs. 2024. arXiv:2410.13276.
     """
-    query, key, scale, chosen = _score_map.prepare(
+    query, key, scale, chosen = _attention_map.prepare(
         _NAME, _TABLE, query, key, None, scale, enable_gqa, implementation
     )
     return operators.attention_lse(query, key, is_causal, scale, chosen)

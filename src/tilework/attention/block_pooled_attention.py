@@ -5,15 +5,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tilework import _checks, _operators
-from tilework.attention import _score_map
-from tilework.attention._score_map import operators
+from tilework.attention import _attention_map
+from tilework.attention._attention_map import operators
 from tilework.attention.block_layout.grid import BlockSize, block_pair
 from tilework.catalog import implements
 
 __all__ = ["block_pooled_attention"]
 
 _NAME = "block_pooled_attention"
-_TABLE = _operators.TABLES["attention.block_pooled_attention"] = _score_map.CONSTANT
+_TABLE = _operators.TABLES["attention.block_pooled_attention"] = _attention_map.CONSTANT
 
 
 @implements(
@@ -99,7 +99,7 @@ def block_pooled_attention(
     """
     height, width = block_pair(_NAME, block_size)
     _checks.one_of(_NAME, "pool", pool, ("max", "mean", "sum"))
-    query, key, scale, chosen = _score_map.prepare(
+    query, key, scale, chosen = _attention_map.prepare(
         _NAME, _TABLE, query, key, lse, scale, enable_gqa, implementation
     )
     pooled = operators.block_pooled_attention(

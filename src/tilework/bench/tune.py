@@ -59,7 +59,7 @@ class Kernel:
 
 def _linear_cross_entropy(table: str, kind: str) -> Kernel:
     def module() -> Any:
-        return importlib.import_module("tilework.losses.linear_cross_entropy.triton")
+        return importlib.import_module("tilework.losses._classes.linear.triton")
 
     def key(place: Place) -> str:
         single = place.dtype == torch.float32 and place.arch != "interpreter"

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tilework import _checks, _operators
 from tilework.catalog import implements
-from tilework.losses import _class_index
-from tilework.losses.linear_cross_entropy import VocabShard, head, parallel
+from tilework.losses._classes import class_index, head, sharding
+from tilework.losses._classes.sharding import VocabShard
 
 __all__ = ["LinearLogProbs", "linear_log_probs"]
 
@@ -137,21 +137,21 @@ def linear_log_probs(
     _checks.positive(_NAME, "temperature", temperature)
     _checks.integer(_NAME, "ignore_index", ignore_index)
     head.check_filter(_NAME, gradient_filter)
-    layout, (input, linear_weight, linear_bias, target) = parallel.localize(
+    layout, (input, linear_weight, linear_bias, target) = sharding.localize(
         _NAME, vocab_parallel, input, linear_weight, linear_bias, target=target
     )
     input, linear_weight, linear_bias = head.cast_under_autocast(input, linear_weight, linear_bias)
     head.check(_NAME, input, linear_weight, linear_bias)
-    _class_index.check_target(_NAME, "target", target, tuple(input.shape[:-1]))
+    class_index.check_target(_NAME, "target", target, tuple(input.shape[:-1]))
     _checks.same_device(
         _NAME, input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias
     )
     chosen = _operators.choose(_NAME, head.IMPLEMENTATIONS, implementation, input)
 
-    inside = _class_index.inside(_NAME, target, ignore_index, layout.classes(linear_weight))
+    inside = class_index.inside(_NAME, target, ignore_index, layout.classes(linear_weight))
     shift, total, target_gap, _, moment, _, argmax = (
         values.reshape(target.shape)
-        for values in parallel.logit_stats(
+        for values in sharding.logit_stats(
             layout.shard,
             input.reshape(-1, input.shape[-1]),
             linear_weight,

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from tilework.losses.linear_cross_entropy import triton
+from tilework.losses._classes.linear import triton
 
 
 def _call(dtype: torch.dtype, every_option: bool) -> None:

@@ -155,7 +155,8 @@ def test_triton_where_it_cannot_run() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_name)
 def test_default_on_the_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tilework.losses.linear_cross_entropy import chunked, schedule, tiled
+    from tilework.losses._classes.linear import tiled
+    from tilework.losses.linear_cross_entropy import chunked, schedule
 
     calls = []
     for module, name in ((tiled, "forward"), (chunked, "loss_and_gradients")):

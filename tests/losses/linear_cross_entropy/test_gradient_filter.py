@@ -16,7 +16,7 @@ from tilework.losses import (
     linear_kl_div,
     linear_log_probs,
 )
-from tilework.losses.linear_cross_entropy import tiled
+from tilework.losses._classes.linear import tiled
 
 from helpers import dtype_name
 from losses.linear_cross_entropy.problem import IMPLEMENTATIONS, Problem, composed
@@ -139,7 +139,7 @@ def kept_fraction(
     monkeypatch: pytest.MonkeyPatch,
     upstream: Tensor | None = None,
 ) -> float:
-    from tilework.losses.linear_cross_entropy import triton
+    from tilework.losses._classes.linear import triton
 
     counts = []
     large_classes, kept_tiles = tiled.large_classes, triton.kept_tiles
@@ -199,7 +199,7 @@ def test_products_are_those_of_the_kept_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Behind the features, the weight holds the identity, which brings the gradient by logits out.
-    from tilework.losses.linear_cross_entropy import triton
+    from tilework.losses._classes.linear import triton
 
     sizes = []
     kept_tiles = triton.kept_tiles

@@ -34,13 +34,13 @@ def test_every_kernel_compiles_for_every_architecture(reports: list[dict[str, An
 
 
 def test_offsets_within_a_tile_fit_32_bits() -> None:
-    from tilework.losses import _head_kernels
+    from tilework.losses._classes import kernels
 
     for stride in (2**23, 2**40):
         long = torch.empty_strided((3, 4), (stride, 1), device="meta")
-        assert _head_kernels.short_strides(long).stride() == (4, 1)
+        assert kernels.short_strides(long).stride() == (4, 1)
     usual = torch.empty(1000, 2**14, device="meta")
-    assert _head_kernels.short_strides(usual) is usual
+    assert kernels.short_strides(usual) is usual
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_gradient_filter_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Few classes are likely: the products are of few tiles, and the gradients within the bound."""
-    from tilework.losses.linear_cross_entropy import triton
+    from tilework.losses._classes.linear import triton
 
     options: dict[str, Any] = {"softcap": 60.0, "z_loss": 1e-3} if every_option else {}
     problem = Problem.random(

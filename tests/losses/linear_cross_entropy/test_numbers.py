@@ -354,7 +354,7 @@ def test_chunks_with_the_kernel(
     from tilework.losses.linear_cross_entropy import operators
 
     if dtype != torch.float64:
-        monkeypatch.setattr(operators, "_has_kernels", lambda input: True)
+        monkeypatch.setattr(operators, "has_kernels", lambda input: True)
     options = {"label_smoothing": 0.1, "softcap": 4.0, "z_loss": 1e-2} if every_option else {}
     problem = Problem.random(
         tokens=75,
@@ -372,16 +372,16 @@ def test_chunks_with_the_kernel(
 def test_chunks_without_instructions_for_half_precision(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tilework.losses.linear_cross_entropy import shared
+    from tilework.losses._classes import tiles
 
-    monkeypatch.setattr(shared, "_BFLOAT16_PRODUCTS", False)
+    monkeypatch.setattr(tiles, "_BFLOAT16_PRODUCTS", False)
     for tokens in (20, 75):
         check(Problem.random(tokens=tokens, features=8, dtype=dtype, bias=True), "chunked")
 
 
 def test_ignored_rows_that_are_computed_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     # As on other devices than the CPU, which cannot look at the rows.
-    from tilework.losses.linear_cross_entropy import tiled
+    from tilework.losses._classes.linear import tiled
 
     def all_rows(ignored: torch.Tensor, hidden: torch.Tensor, target: torch.Tensor) -> Any:
         return torch.arange(len(ignored)), [hidden.masked_fill(ignored[:, None], 0), target]

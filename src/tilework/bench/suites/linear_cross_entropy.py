@@ -174,7 +174,7 @@ def _filtered(implementation: str) -> Callable[[Case, Inputs], Step]:
                 input, weight, target, gradient_filter=FILTER, implementation=implementation
             )
 
-        module = import_module(f"tilework.losses.linear_cross_entropy.{implementation}")
+        module = import_module(f"tilework.losses._classes.linear.{implementation}")
         name, size = _CHOICES[implementation]
         choose = getattr(module, name)
         counts = []
@@ -188,7 +188,7 @@ def _filtered(implementation: str) -> Callable[[Case, Inputs], Step]:
         with mock.patch.object(module, name, count):
             run()
         kept, total = (sum(column) for column in zip(*counts, strict=True))
-        kernel = f"tilework losses.linear_cross_entropy {implementation}, gradient_filter={FILTER}"
+        kernel = f"tilework.losses._classes.linear.{implementation}, gradient_filter={FILTER}"
         return Step(run, kernel, facts={"kept": kept / total})
 
     return build

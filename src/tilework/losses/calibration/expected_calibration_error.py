@@ -9,7 +9,7 @@ from torch import Tensor
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses import _class_index
+from tilework.losses._classes import class_index
 
 __all__ = ["ReliabilityDiagram", "expected_calibration_error"]
 
@@ -212,7 +212,7 @@ def _top_class(
     _checks.integer(function, "ignore_index", ignore_index)
     if isinstance(input, Tensor):
         input = input.detach()
-    positions = _class_index.positions(function, input, target, ignore_index)
+    positions = class_index.positions(function, input, target, ignore_index)
     largest, top = positions.logits.max(positions.dim)
     confidence = (largest - positions.logits.logsumexp(positions.dim)).exp()
     correct = top == positions.target

@@ -9,7 +9,7 @@ from torch import Tensor
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses import _class_index
+from tilework.losses._classes import class_index
 
 __all__ = ["MixupBatch", "mixup_batch", "mixup_cross_entropy"]
 
@@ -79,21 +79,21 @@ def mixup_cross_entropy(
         Overlaps. 2023. arXiv:2306.00740.
     """
     name = "mixup_cross_entropy"
-    _class_index.check_options(name, ignore_index, reduction)
+    class_index.check_options(name, ignore_index, reduction)
     _checks.fraction(name, "label_smoothing", label_smoothing)
-    _class_index.check_input(name, "input", input)
-    dim = _class_index.class_dim(input)
+    class_index.check_input(name, "input", input)
+    dim = class_index.class_dim(input)
     shape = (*input.shape[:dim], *input.shape[dim + 1 :])
     for argument, classes in (("target", target), ("mixed_target", mixed_target)):
-        _class_index.check_target(name, argument, classes, shape)
+        class_index.check_target(name, argument, classes, shape)
     _checks.same_device(name, input=input, target=target, mixed_target=mixed_target)
     part = _part(name, lam, input, len(shape))
 
     ignored = (target == ignore_index) | (mixed_target == ignore_index)
     target = target.masked_fill(ignored, ignore_index)
     mixed_target = mixed_target.masked_fill(ignored, ignore_index)
-    first = _class_index.positions(name, input, target, ignore_index)
-    second = _class_index.positions(name, first.logits, mixed_target, ignore_index)
+    first = class_index.positions(name, input, target, ignore_index)
+    second = class_index.positions(name, first.logits, mixed_target, ignore_index)
     log_probs = second.logits.log_softmax(dim)
     losses = -part * first.at_target(log_probs) - (1 - part) * second.at_target(log_probs)
     if label_smoothing:

@@ -8,7 +8,7 @@ from torch import Tensor
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses import _class_index
+from tilework.losses._classes import class_index
 from tilework.losses._criterion import Criterion
 
 __all__ = ["TemperatureScaling"]
@@ -88,7 +88,7 @@ class TemperatureScaling(Criterion):
         _checks.integer(name, "ignore_index", ignore_index)
         if isinstance(input, Tensor) and input.dim() != 2:
             raise _checks.bad_value(name, "input", "of shape (N, C)", input)
-        positions = _class_index.positions(name, input, target, ignore_index)
+        positions = class_index.positions(name, input, target, ignore_index)
         kept = positions.kept
         if not bool(kept.any()):
             raise ValueError(f"{name}: target must keep at least one row, got none")

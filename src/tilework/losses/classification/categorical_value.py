@@ -6,7 +6,7 @@ from torch import Tensor
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses import _class_index
+from tilework.losses._classes import class_index
 from tilework.losses.classification import _value_bins
 
 __all__ = ["categorical_value"]
@@ -74,4 +74,4 @@ def categorical_value(
     bins = input.shape[-1]
     margin = (max_value - min_value) / (2 * bins) if kind == "hl_gauss" else 0.0
     values = _value_bins.ends(probabilities, min_value + margin, max_value - margin, bins - 1)
-    return (probabilities * values).sum(-1).to(_class_index.result_dtype(input))
+    return (probabilities * values).sum(-1).to(class_index.result_dtype(input))

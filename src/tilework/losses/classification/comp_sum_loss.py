@@ -6,7 +6,8 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework.catalog import implements
-from tilework.losses import _class_index, _linear_positions
+from tilework.losses._classes import class_index
+from tilework.losses._classes.positions import linear_positions
 from tilework.losses._criterion import Criterion
 
 __all__ = [
@@ -89,7 +90,7 @@ def comp_sum_loss(
         and Applications. 2023. arXiv:2304.07288.
     """
     _check_options(_NAME, tau, ignore_index, reduction)
-    positions = _class_index.positions(_NAME, input, target, ignore_index, weight=weight)
+    positions = class_index.positions(_NAME, input, target, ignore_index, weight=weight)
     return positions.reduce(positions.weights * _phi(positions.nll(), tau), reduction)
 
 
@@ -197,7 +198,7 @@ def linear_comp_sum_loss(
         As :func:`comp_sum_loss`.
     """
     _check_options(_LINEAR, tau, ignore_index, reduction)
-    positions = _linear_positions.positions(
+    positions = linear_positions(
         _LINEAR,
         input,
         linear_weight,
@@ -277,15 +278,15 @@ def smooth_adversarial_comp_sum_loss(
     _check_options(_ADVERSARIAL, tau, ignore_index, reduction)
     _checks.positive(_ADVERSARIAL, "rho", rho)
     _checks.at_least(_ADVERSARIAL, "nu", nu, 0)
-    _class_index.check_input(_ADVERSARIAL, "input", input)
+    class_index.check_input(_ADVERSARIAL, "input", input)
     _checks.floating(_ADVERSARIAL, "adversarial_input", adversarial_input)
     if adversarial_input.dtype != input.dtype:
         accepted = f"of input's {input.dtype}"
         raise _checks.bad_type(_ADVERSARIAL, "adversarial_input", accepted, adversarial_input)
     _checks.shape(_ADVERSARIAL, "adversarial_input", adversarial_input, input.shape)
     _checks.same_device(_ADVERSARIAL, input=input, adversarial_input=adversarial_input)
-    positions = _class_index.positions(_ADVERSARIAL, input, target, ignore_index)
-    perturbed = _class_index.positions(_ADVERSARIAL, adversarial_input, target, ignore_index)
+    positions = class_index.positions(_ADVERSARIAL, input, target, ignore_index)
+    perturbed = class_index.positions(_ADVERSARIAL, adversarial_input, target, ignore_index)
 
     moved = perturbed.logits - positions.logits
     moved = positions.at_target(moved).unsqueeze(positions.dim) - moved
@@ -311,4 +312,4 @@ def _phi(nll: Tensor, tau: float) -> Tensor:
 
 def _check_options(function: str, tau: float, ignore_index: int, reduction: str) -> None:
     _checks.at_least(function, "tau", tau, 0)
-    _class_index.check_options(function, ignore_index, reduction)
+    class_index.check_options(function, ignore_index, reduction)

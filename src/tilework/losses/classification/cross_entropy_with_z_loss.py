@@ -6,8 +6,8 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework.catalog import implements
-from tilework.losses import _class_index
-from tilework.losses._class_index import Positions
+from tilework.losses._classes import class_index
+from tilework.losses._classes.class_index import Positions
 from tilework.losses._criterion import Criterion
 
 __all__ = ["CrossEntropyWithZLoss", "cross_entropy_with_z_loss"]
@@ -85,7 +85,7 @@ def cross_entropy_with_z_loss(
     if isinstance(target, Tensor) and target.is_floating_point():
         positions, likelihood = _soft(input, target, weight, ignore_index, label_smoothing)
     else:
-        positions = _class_index.positions(_NAME, input, target, ignore_index, weight=weight)
+        positions = class_index.positions(_NAME, input, target, ignore_index, weight=weight)
         likelihood = positions.cross_entropy(label_smoothing)
     log_sum = torch.logsumexp(positions.logits, positions.dim)
     return positions.reduce(likelihood + z_loss * log_sum.square(), reduction)
@@ -99,7 +99,7 @@ def _soft(
     label_smoothing: float,
 ) -> tuple[Positions, Tensor]:
     """The positions, and their cross-entropy with probabilities as targets."""
-    positions = _class_index.positions(_NAME, input, None, ignore_index, weight=weight)
+    positions = class_index.positions(_NAME, input, None, ignore_index, weight=weight)
     _checks.shape(_NAME, "target", target, input.shape)
     _checks.same_device(_NAME, input=input, target=target, weight=weight)
     if ignore_index >= 0:
@@ -172,6 +172,6 @@ class CrossEntropyWithZLoss(Criterion):
 def _check_options(
     ignore_index: int, reduction: str, label_smoothing: float, z_loss: float
 ) -> None:
-    _class_index.check_options(_NAME, ignore_index, reduction)
+    class_index.check_options(_NAME, ignore_index, reduction)
     _checks.fraction(_NAME, "label_smoothing", label_smoothing)
     _checks.at_least(_NAME, "z_loss", z_loss, 0)

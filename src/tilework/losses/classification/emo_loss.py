@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tilework import _checks, _operators
 from tilework.catalog import implements
-from tilework.losses import _class_index
+from tilework.losses._classes import class_index
 from tilework.losses._criterion import Criterion
 
 __all__ = ["EMOLoss", "emo_loss"]
@@ -92,7 +92,7 @@ def emo_loss(
         Auto-Regressive Language Modeling. 2023. arXiv:2310.04691.
     """
     _check_options(eps, ignore_index, reduction)
-    positions = _class_index.positions(_NAME, input, target, ignore_index)
+    positions = class_index.positions(_NAME, input, target, ignore_index)
     dim, classes = positions.dim, input.shape[positions.dim]
     _check_embedding(cost_embedding)
     if cost_embedding.shape[0] != classes:
@@ -181,7 +181,7 @@ class EMOLoss(Criterion):
 
 def _check_options(eps: float, ignore_index: int, reduction: str) -> None:
     _checks.positive(_NAME, "eps", eps)
-    _class_index.check_options(_NAME, ignore_index, reduction)
+    class_index.check_options(_NAME, ignore_index, reduction)
 
 
 def _check_embedding(cost_embedding: Tensor) -> None:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework.catalog import implements
-from tilework.losses import _class_index, _linear_positions
-from tilework.losses._class_index import Positions
+from tilework.losses._classes import class_index
+from tilework.losses._classes.class_index import Positions
+from tilework.losses._classes.positions import LinearPositions, linear_positions
 from tilework.losses._criterion import Criterion
-from tilework.losses._linear_positions import LinearPositions
 from tilework.losses.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
@@ -79,7 +79,7 @@ def error_norm(
         arXiv:2310.00840.
     """
     _checks.integer(_NORM, "ignore_index", ignore_index)
-    positions = _class_index.positions(_NORM, input, target, ignore_index)
+    positions = class_index.positions(_NORM, input, target, ignore_index)
     return positions.reduce(_error_norms(positions), "none")
 
 
@@ -145,7 +145,7 @@ def error_norm_truncation_loss(
     _check_options(
         _NAME, threshold, fraction, denominator, ignore_index, reduction, label_smoothing
     )
-    positions = _class_index.positions(_NAME, input, target, ignore_index)
+    positions = class_index.positions(_NAME, input, target, ignore_index)
     survives = positions.kept
     if threshold is not None or fraction is not None:
         norms = _error_norms(positions)
@@ -284,7 +284,7 @@ def linear_error_norm_truncation_loss(
     _check_options(
         _LINEAR, threshold, fraction, denominator, ignore_index, reduction, label_smoothing
     )
-    positions = _linear_positions.positions(
+    positions = linear_positions(
         _LINEAR, input, linear_weight, target, linear_bias, ignore_index, implementation
     )
     survives = positions.kept
@@ -362,5 +362,5 @@ def _check_options(
         accepted = "a number of at least 0 and below 1"
         raise _checks.bad_value(function, "fraction", accepted, fraction)
     _checks.one_of(function, "denominator", denominator, ("tokens", "kept"))
-    _class_index.check_options(function, ignore_index, reduction)
+    class_index.check_options(function, ignore_index, reduction)
     _checks.fraction(function, "label_smoothing", label_smoothing)

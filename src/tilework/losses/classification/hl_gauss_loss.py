@@ -9,7 +9,7 @@ from torch import Tensor
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses import _class_index
+from tilework.losses._classes import class_index
 from tilework.losses._criterion import Criterion
 from tilework.losses._reduction import reduce
 from tilework.losses.classification import _value_bins
@@ -144,7 +144,7 @@ def hl_gauss_loss(
     target = target.to(torch.promote_types(target.dtype, dtype))
     probabilities = _targets(target, min_value, max_value, input.shape[-1], sigma).to(dtype)
     losses = -(probabilities * log_probs).sum(-1)
-    return reduce(losses, reduction).to(_class_index.result_dtype(input))
+    return reduce(losses, reduction).to(class_index.result_dtype(input))
 
 
 @_PAPER

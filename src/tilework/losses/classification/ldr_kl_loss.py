@@ -8,8 +8,9 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework.catalog import implements
-from tilework.losses import _class_index, _linear_positions
-from tilework.losses._class_index import Positions
+from tilework.losses._classes import class_index
+from tilework.losses._classes.class_index import Positions
+from tilework.losses._classes.positions import linear_positions
 from tilework.losses._criterion import Criterion
 
 __all__ = ["ALDRKLLoss", "LDRKLLoss", "aldr_kl_loss", "ldr_kl_loss", "linear_ldr_kl_loss"]
@@ -89,7 +90,7 @@ def ldr_kl_loss(
         Classification: Consistency, Robustness and Adaptivity. 2021. arXiv:2112.14869.
     """
     _check_options(temperature, margin, ignore_index, reduction)
-    positions = _class_index.positions(_NAME, input, target, ignore_index)
+    positions = class_index.positions(_NAME, input, target, ignore_index)
     losses = _soft_maximum(_gaps(positions, margin), _finite(temperature), positions.dim)
     return positions.reduce(losses, reduction)
 
@@ -197,8 +198,8 @@ def linear_ldr_kl_loss(
         As :func:`ldr_kl_loss`.
     """
     _checks.positive(_LINEAR, "temperature", temperature)
-    _class_index.check_options(_LINEAR, ignore_index, reduction)
-    positions = _linear_positions.positions(
+    class_index.check_options(_LINEAR, ignore_index, reduction)
+    positions = linear_positions(
         _LINEAR, input, linear_weight, target, linear_bias, ignore_index, implementation
     )
     statistics = positions.statistics(temperature)
@@ -280,7 +281,7 @@ def aldr_kl_loss(
         As :func:`ldr_kl_loss`.
     """
     _check_adaptive_options(temperature, alpha, margin, num_steps, ignore_index, reduction)
-    positions = _class_index.positions(_ADAPTIVE, input, target, ignore_index, min_classes=2)
+    positions = class_index.positions(_ADAPTIVE, input, target, ignore_index, min_classes=2)
     dim, temperature = positions.dim, _finite(temperature)
     gaps = _gaps(positions, margin)
     log_classes = math.log(input.shape[dim])
@@ -388,7 +389,7 @@ def _check_options(temperature: float, margin: float, ignore_index: int, reducti
     if not _checks.number(_NAME, "temperature", temperature) >= 0:
         raise _checks.bad_value(_NAME, "temperature", "a number of at least 0", temperature)
     _checks.at_least(_NAME, "margin", margin, 0)
-    _class_index.check_options(_NAME, ignore_index, reduction)
+    class_index.check_options(_NAME, ignore_index, reduction)
 
 
 def _check_adaptive_options(
@@ -405,4 +406,4 @@ def _check_adaptive_options(
     _checks.at_least(_ADAPTIVE, "margin", margin, 0)
     _checks.integer(_ADAPTIVE, "num_steps", num_steps)
     _checks.at_least(_ADAPTIVE, "num_steps", num_steps, 0)
-    _class_index.check_options(_ADAPTIVE, ignore_index, reduction)
+    class_index.check_options(_ADAPTIVE, ignore_index, reduction)

@@ -9,7 +9,7 @@ from torch import Tensor
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses import _class_index
+from tilework.losses._classes import class_index
 from tilework.losses._criterion import Criterion
 
 __all__ = [
@@ -93,7 +93,7 @@ def number_token_loss(
     name = "number_token_loss"
     _check_options(name, kind, ignore_index, reduction)
     loss = _distance(name, input, target, token_values, None, kind, ignore_index, reduction)
-    return loss.to(_class_index.result_dtype(input))
+    return loss.to(class_index.result_dtype(input))
 
 
 @_PAPER
@@ -251,7 +251,7 @@ class NumberTokenLoss(_NumberTokens):
             self.ignore_index,
             self.reduction,
         )
-        return loss.to(_class_index.result_dtype(input))
+        return loss.to(class_index.result_dtype(input))
 
 
 @_PAPER
@@ -320,7 +320,7 @@ class NumberTokenCrossEntropyLoss(_NumberTokens):
 
 def _check_options(function: str, kind: str, ignore_index: int, reduction: str) -> None:
     _checks.one_of(function, "kind", kind, _KINDS)
-    _class_index.check_options(function, ignore_index, reduction)
+    class_index.check_options(function, ignore_index, reduction)
 
 
 def _check_more_options(ntl_weight: float, label_smoothing: float) -> None:
@@ -353,7 +353,7 @@ def _cross_entropy(
     label_smoothing: float,
 ) -> Tensor:
     name = "number_token_cross_entropy"
-    positions = _class_index.positions(name, input, target, ignore_index)
+    positions = class_index.positions(name, input, target, ignore_index)
     losses = positions.cross_entropy(label_smoothing)
     likelihood = positions._replace(dtype=losses.dtype).reduce(losses, reduction)
     distance = _distance(name, input, target, token_values, numbers, kind, ignore_index, reduction)
@@ -375,10 +375,10 @@ def _distance(
     ``numbers`` is the index of tokens with a value. Where it is not known and would take a
     synchronization to find, the other tokens get the probability 0 instead.
     """
-    _class_index.check_input(function, "input", input)
-    dim = _class_index.class_dim(input)
+    class_index.check_input(function, "input", input)
+    dim = class_index.class_dim(input)
     classes = input.shape[dim]
-    _class_index.check_target(
+    class_index.check_target(
         function, "target", target, (*input.shape[:dim], *input.shape[dim + 1 :])
     )
     _checks.constant(function, "token_values", token_values, (classes,))
@@ -389,7 +389,7 @@ def _distance(
 
     dtype = computation_dtype(input.dtype)
     kept = target != ignore_index
-    known = kept & _class_index.inside(function, target, ignore_index, classes)
+    known = kept & class_index.inside(function, target, ignore_index, classes)
     values = token_values.to(dtype)
     true_value = values[target.where(known, 0)].where(known, torch.nan)
     counts = kept & ~true_value.isnan()

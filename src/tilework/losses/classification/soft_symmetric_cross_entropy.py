@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework.catalog import implements
-from tilework.losses import _class_index
+from tilework.losses._classes import class_index
 from tilework.losses._criterion import Criterion
 
 __all__ = ["SoftSymmetricCrossEntropyLoss", "soft_symmetric_cross_entropy"]
@@ -66,7 +66,7 @@ def soft_symmetric_cross_entropy(
         Test-Time Adaptation. 2022. arXiv:2211.13081.
     """
     _check_options(alpha, reduction)
-    positions = _class_index.positions(_NAME, input, None, -100)
+    positions = class_index.positions(_NAME, input, None, -100)
     _checks.floating(_NAME, "teacher_input", teacher_input)
     _checks.shape(_NAME, "teacher_input", teacher_input, input.shape)
     _checks.same_device(_NAME, input=input, teacher_input=teacher_input)

@@ -4,7 +4,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework.catalog import implements
-from tilework.losses import _class_index, _linear_positions, _linear_squares
+from tilework.losses._classes import class_index, linear_squares
+from tilework.losses._classes.positions import linear_positions
 from tilework.losses._criterion import Criterion
 
 __all__ = ["SquentropyLoss", "linear_squentropy", "squentropy"]
@@ -67,8 +68,8 @@ def squentropy(
         Like Hui, Mikhail Belkin, Stephen Wright. Cut your Losses with Squentropy. 2023.
         arXiv:2302.03952.
     """
-    _class_index.check_options(_NAME, ignore_index, reduction)
-    positions = _class_index.positions(
+    class_index.check_options(_NAME, ignore_index, reduction)
+    positions = class_index.positions(
         _NAME, input, target, ignore_index, weight=weight, min_classes=2
     )
     dim = positions.dim
@@ -110,7 +111,7 @@ class SquentropyLoss(Criterion):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _class_index.check_options(_NAME, ignore_index, reduction)
+        class_index.check_options(_NAME, ignore_index, reduction)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -177,8 +178,8 @@ def linear_squentropy(
     Reference:
         As :func:`squentropy`.
     """
-    _class_index.check_options(_LINEAR, ignore_index, reduction)
-    positions = _linear_positions.positions(
+    class_index.check_options(_LINEAR, ignore_index, reduction)
+    positions = linear_positions(
         _LINEAR,
         input,
         linear_weight,
@@ -189,6 +190,6 @@ def linear_squentropy(
         weight=weight,
         min_classes=2,
     )
-    squares = _linear_squares.wrong_squares(*positions[:6]) / (linear_weight.shape[0] - 1)
+    squares = linear_squares.wrong_squares(*positions[:6]) / (linear_weight.shape[0] - 1)
     losses = positions.weights * (positions.statistics().nll + squares)
     return positions.reduce(losses, reduction)

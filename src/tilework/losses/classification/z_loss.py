@@ -6,7 +6,8 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework.catalog import implements
-from tilework.losses import _class_index, _linear_positions
+from tilework.losses._classes import class_index
+from tilework.losses._classes.positions import linear_positions
 from tilework.losses._criterion import Criterion
 
 __all__ = ["ZLoss", "linear_z_loss", "z_loss"]
@@ -74,7 +75,7 @@ def z_loss(
         large-scale Transformer training instabilities. 2023. arXiv:2309.14322.
     """
     _check_options(_NAME, coefficient, ignore_index, reduction)
-    positions = _class_index.positions(_NAME, input, target, ignore_index)
+    positions = class_index.positions(_NAME, input, target, ignore_index)
     log_sum = torch.logsumexp(positions.logits, positions.dim)
     return positions.reduce(coefficient * log_sum.square(), reduction)
 
@@ -174,7 +175,7 @@ def linear_z_loss(
         As :func:`z_loss`.
     """
     _check_options(_LINEAR, coefficient, ignore_index, reduction)
-    positions = _linear_positions.positions(
+    positions = linear_positions(
         _LINEAR, input, linear_weight, target, linear_bias, ignore_index, implementation
     )
     losses = coefficient * positions.weights * positions.statistics().lse.square()
@@ -183,4 +184,4 @@ def linear_z_loss(
 
 def _check_options(function: str, coefficient: float, ignore_index: int, reduction: str) -> None:
     _checks.at_least(function, "coefficient", coefficient, 0)
-    _class_index.check_options(function, ignore_index, reduction)
+    class_index.check_options(function, ignore_index, reduction)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from tilework import _checks, _operators
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses import _class_index
-from tilework.losses.linear_cross_entropy import head, operators, parallel, schedule
-from tilework.losses.linear_cross_entropy.head import IMPLEMENTATIONS
-from tilework.losses.linear_cross_entropy.parallel import VocabShard
+from tilework.losses._classes import class_index, head, sharding
+from tilework.losses._classes.head import IMPLEMENTATIONS
+from tilework.losses._classes.sharding import VocabShard
+from tilework.losses.linear_cross_entropy import operators, schedule
 
 __all__ = ["LinearCrossEntropy", "LinearCrossEntropyLoss", "VocabShard", "linear_cross_entropy"]
 
@@ -132,7 +132,7 @@ def linear_cross_entropy(
     _check_options(
         reduction, ignore_index, label_smoothing, softcap, z_loss, shift, gradient_filter
     )
-    layout, (input, linear_weight, linear_bias, target, token_weight) = parallel.localize(
+    layout, (input, linear_weight, linear_bias, target, token_weight) = sharding.localize(
         _NAME,
         vocab_parallel,
         input,
@@ -143,7 +143,7 @@ def linear_cross_entropy(
     )
     input, linear_weight, linear_bias = head.cast_under_autocast(input, linear_weight, linear_bias)
     head.check(_NAME, input, linear_weight, linear_bias)
-    _class_index.check_target(_NAME, "target", target, tuple(input.shape[:-1]))
+    class_index.check_target(_NAME, "target", target, tuple(input.shape[:-1]))
     classes = layout.classes(linear_weight)
     _check_constants(input, classes, weight, token_weight)
     if shift and (input.dim() != 3 or shift >= input.shape[1] or layout.splits_sequences):
@@ -171,7 +171,7 @@ def linear_cross_entropy(
     padded_shape = target.shape
     input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     kept = target != ignore_index
-    inside = _class_index.inside(_NAME, target, ignore_index, classes)
+    inside = class_index.inside(_NAME, target, ignore_index, classes)
 
     dtype = computation_dtype(input.dtype)
     # Outside the classes, a kept target makes its own position nan, in value and gradient.
@@ -204,7 +204,7 @@ def linear_cross_entropy(
     early = (
         reduction != "none"
         and gradient_filter is None
-        and layout == parallel.Layout()
+        and layout == sharding.Layout()
         and operators.takes_gradients_early(input, linear_weight, linear_bias)
     )
     if implementation is None and early and schedule.prefers_chunks(input, linear_weight):
@@ -219,7 +219,7 @@ def linear_cross_entropy(
         loss = operators.summed_loss(*tensors, *shares, softcap, ignore_index)
         return loss.where(counted, torch.nan)
 
-    statistics = parallel.logit_stats(
+    statistics = sharding.logit_stats(
         layout.shard, *tensors, softcap, 1.0, ignore_index, False, gradient_filter, chosen
     )
     losses = operators.position_losses(statistics, spread_weight, *scales)

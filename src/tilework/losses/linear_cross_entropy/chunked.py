@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tilework._operators import HALF, computation_dtype
-from tilework.losses.linear_cross_entropy.shared import (
+from tilework.losses._classes.tiles import (
     accumulate,
     kept_rows,
     product_dtype,

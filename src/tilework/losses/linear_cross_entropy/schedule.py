@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tilework.losses.linear_cross_entropy import chunked, tiled
+from tilework.losses._classes.linear import tiled
+from tilework.losses.linear_cross_entropy import chunked
 
 SMALL = 256 * 2**20
 

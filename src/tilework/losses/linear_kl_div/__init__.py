@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from tilework import _checks, _operators
 from tilework._operators import Implementation, computation_dtype
 from tilework.catalog import implements
-from tilework.losses.linear_cross_entropy import head
-from tilework.losses.linear_cross_entropy.parallel import VocabShard
+from tilework.losses._classes import head
+from tilework.losses._classes.sharding import VocabShard
 from tilework.losses.linear_kl_div import parallel
 
 __all__ = ["LinearKLDivLoss", "linear_kl_div"]

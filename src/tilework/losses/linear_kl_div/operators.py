@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tilework import _operators
 from tilework._operators import computation_dtype
-from tilework.losses.linear_cross_entropy.operators import empty_gradients
+from tilework.losses._classes.linear.operators import empty_gradients
 from tilework.losses.linear_kl_div import reference, shared, tiled
 
 

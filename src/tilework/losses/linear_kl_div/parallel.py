@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tilework._operators import without_autocast
-from tilework.losses.linear_cross_entropy import parallel
-from tilework.losses.linear_cross_entropy.parallel import Layout, VocabShard
+from tilework.losses._classes import sharding
+from tilework.losses._classes.sharding import Layout, VocabShard
 from tilework.losses.linear_kl_div import operators
 
 _HeadTensors = tuple[Tensor, Tensor, Tensor | None]
@@ -27,7 +27,7 @@ def localize(
     token_weight: Tensor | None,
 ) -> tuple[Layout, _HeadTensors, _HeadTensors, Tensor | None, Tensor | None]:
     """The layout of the arguments, and what this process has of each."""
-    layout, tensors = parallel.localize(
+    layout, tensors = sharding.localize(
         function,
         vocab_parallel,
         *student,
@@ -35,7 +35,7 @@ def localize(
         mask=mask,
         token_weight=token_weight,
     )
-    theirs, teacher_tensors = parallel.localize(
+    theirs, teacher_tensors = sharding.localize(
         function, vocab_parallel, *teacher, prefix="teacher_"
     )
     if theirs.shard != layout.shard:
@@ -65,7 +65,7 @@ def divergences(shard: VocabShard | None, student_input: Tensor, *args: Any) -> 
     """``operators.divergences`` over the classes of all processes."""
     if shard is None:
         return operators.divergences(student_input, *args)
-    student_input = parallel.sum_gradient(student_input, shard.group)
+    student_input = sharding.sum_gradient(student_input, shard.group)
     result: Tensor = _Divergences.apply(student_input, shard, *args)  # type: ignore[no-untyped-call]
     return result
 
@@ -76,7 +76,7 @@ class _Divergences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student_input: Tensor, shard: VocabShard, *args: Any) -> Tensor:
         def gather(sums: Tensor) -> Tensor:
-            return parallel.gather(sums, shard)
+            return sharding.gather(sums, shard)
 
         arguments = (student_input, *args)
         result, statistics = without_autocast(operators.solve)(*arguments, gather=gather)

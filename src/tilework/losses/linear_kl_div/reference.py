@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilework._operators import computation_dtype, without_autocast
-from tilework.losses.linear_cross_entropy.shared import NEGLIGIBLE
+from tilework.losses._classes.tiles import NEGLIGIBLE
 from tilework.losses.linear_kl_div.shared import NEGLIGIBLE_PART
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilework.losses.linear_cross_entropy.shared import NEGLIGIBLE, merge_exponentials
+from tilework.losses._classes.tiles import NEGLIGIBLE, merge_exponentials
 
 # A part that the other exceeds by more, in logarithms, vanishes beside it in every dtype.
 NEGLIGIBLE_PART = 80.0

@@ -7,7 +7,7 @@ backward computes the logits again.
 import torch
 from torch import Tensor
 
-from tilework.losses.linear_cross_entropy.shared import (
+from tilework.losses._classes.tiles import (
     NEGLIGIBLE,
     Head,
     kept_rows,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._triton import Config
-from tilework.losses._head_kernels import (
+from tilework.losses._classes.kernels import (
     MAX_SHARES,
     SHARE,
     choose_config,
@@ -28,7 +28,7 @@ from tilework.losses._head_kernels import (
     short_strides,
     store_panel,
 )
-from tilework.losses.linear_cross_entropy.shared import NEGLIGIBLE as NEGLIGIBLE_GAP
+from tilework.losses._classes.tiles import NEGLIGIBLE as NEGLIGIBLE_GAP
 from tilework.losses.linear_kl_div import shared
 
 # Narrower than for one head, as two tiles take twice the registers.

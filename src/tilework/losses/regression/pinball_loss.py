@@ -5,7 +5,8 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework.catalog import implements
-from tilework.losses import _class_index, _reduction
+from tilework.losses import _reduction
+from tilework.losses._classes import class_index
 from tilework.losses.regression import _quantiles
 
 __all__ = ["pinball_loss"]
@@ -60,4 +61,4 @@ def pinball_loss(
     """
     _checks.one_of(_NAME, "reduction", reduction, _checks.REDUCTIONS)
     losses = _quantiles.pinball(_quantiles.scored(_NAME, input, target, quantile_levels))
-    return _reduction.reduce(losses, reduction).to(_class_index.result_dtype(input))
+    return _reduction.reduce(losses, reduction).to(class_index.result_dtype(input))

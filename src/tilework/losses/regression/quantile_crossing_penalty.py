@@ -6,7 +6,8 @@ from torch import Tensor
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses import _class_index, _reduction
+from tilework.losses import _reduction
+from tilework.losses._classes import class_index
 from tilework.losses.regression import _quantiles
 
 __all__ = ["quantile_crossing_penalty"]
@@ -57,4 +58,4 @@ def quantile_crossing_penalty(
     _quantiles.check_quantiles(_NAME, input)
     rises = input.to(computation_dtype(input.dtype)).diff()
     penalties = (margin - rises).relu().sum(-1)
-    return _reduction.reduce(penalties, reduction).to(_class_index.result_dtype(input))
+    return _reduction.reduce(penalties, reduction).to(class_index.result_dtype(input))

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework.catalog import implements
-from tilework.losses import _class_index, _reduction
+from tilework.losses import _reduction
+from tilework.losses._classes import class_index
 from tilework.losses.regression import _quantiles
 
 __all__ = ["weighted_interval_score"]
@@ -63,4 +64,4 @@ def weighted_interval_score(
     _checks.one_of(_NAME, "reduction", reduction, _checks.REDUCTIONS)
     losses = _quantiles.pinball(_quantiles.scored(_NAME, input, target, quantile_levels))
     scores = 2 * losses.mean(-1)
-    return _reduction.reduce(scores, reduction).to(_class_index.result_dtype(input))
+    return _reduction.reduce(scores, reduction).to(class_index.result_dtype(input))

@@ -6,7 +6,7 @@ from torch import Tensor
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses import _class_index
+from tilework.losses._classes import class_index
 from tilework.losses._criterion import Criterion
 
 __all__ = ["DynamicLossSizeWeighting"]
@@ -86,4 +86,4 @@ class DynamicLossSizeWeighting(Criterion):
             self.class_loss.lerp_(newest, self.smoothing)
         inverse = 1 / (self.eps + self.class_loss.to(losses.dtype))
         weights = inverse / inverse.sum()
-        return (weights * losses).mean().to(_class_index.result_dtype(loss_per_element))
+        return (weights * losses).mean().to(class_index.result_dtype(loss_per_element))

@@ -11,7 +11,7 @@ from torch import Tensor
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses import _class_index
+from tilework.losses._classes import class_index
 from tilework.losses._criterion import Criterion
 
 __all__ = ["GradNorm", "grad_norm_loss"]
@@ -88,7 +88,7 @@ def grad_norm_loss(
     norms, ratios = grad_norms.detach().to(dtype), loss_ratios.detach().to(dtype)
     weighted = task_weights.to(dtype) * norms
     target = weighted.detach().mean() * (ratios / ratios.mean()) ** alpha
-    return (weighted - target).abs().sum().to(_class_index.result_dtype(task_weights))
+    return (weighted - target).abs().sum().to(class_index.result_dtype(task_weights))
 
 
 @_PAPER
@@ -192,7 +192,7 @@ class GradNorm(Criterion):
         total = (self.weights.to(dtype, copy=True) * values.to(dtype)).sum()
         if self.training and torch.is_grad_enabled():
             self._move_weights(scalars, ratios, self._shared(shared_parameters))
-        return total.to(_class_index.result_dtype(values))
+        return total.to(class_index.result_dtype(values))
 
     def _move_weights(self, losses: list[Tensor], ratios: Tensor, shared: list[Tensor]) -> None:
         norms = torch.stack([self._gradient_norm(loss, shared) for loss in losses])

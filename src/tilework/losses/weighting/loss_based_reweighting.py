@@ -10,7 +10,7 @@ from torch import Tensor
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses import _class_index
+from tilework.losses._classes import class_index
 from tilework.losses._criterion import Criterion
 
 __all__ = ["LossBasedReweighting", "loss_based_reweighting", "loss_based_weights"]
@@ -77,7 +77,7 @@ def loss_based_weights(
         Pretraining. 2025. arXiv:2502.06733.
     """
     _check("loss_based_weights", losses, strategy, delta, temperature)
-    return _weights(losses, strategy, delta, temperature).to(_class_index.result_dtype(losses))
+    return _weights(losses, strategy, delta, temperature).to(class_index.result_dtype(losses))
 
 
 @_PAPER
@@ -135,7 +135,7 @@ def loss_based_reweighting(
         dist.all_gather(gathered, values.detach().contiguous(), group)
         weights = _weights(torch.cat(gathered), strategy, delta, temperature).chunk(size)[rank]
         total = size * (weights * values).sum()
-    return total.to(_class_index.result_dtype(losses))
+    return total.to(class_index.result_dtype(losses))
 
 
 @_PAPER

@@ -7,7 +7,8 @@ from torch import Tensor
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses import _class_index, _reduction
+from tilework.losses import _reduction
+from tilework.losses._classes import class_index
 from tilework.losses._criterion import Criterion
 
 __all__ = ["MultilabelFocalLoss", "multilabel_focal_loss"]
@@ -80,7 +81,7 @@ def multilabel_focal_loss(
     # Powers have no derivative at 0, where the loss and its gradient are 0 by their other factors.
     missed = (-(-entropy).expm1()).where(entropy != 0, 1)
     losses = alpha * missed**gamma * entropy
-    return _reduction.reduce(losses, reduction).to(_class_index.result_dtype(input))
+    return _reduction.reduce(losses, reduction).to(class_index.result_dtype(input))
 
 
 @_PAPER

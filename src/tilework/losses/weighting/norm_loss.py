@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.losses import _class_index
+from tilework.losses._classes import class_index
 from tilework.losses._criterion import Criterion
 
 __all__ = ["NormLoss", "norm_loss"]
@@ -81,7 +81,7 @@ def norm_loss(
         if tensor.dim() < 2:
             raise _checks.bad_value(_NAME, argument, "of at least 2 dimensions", tensor)
     _checks.same_device(_NAME, **weights)
-    dtypes = {_class_index.result_dtype(tensor) for tensor in weights.values()}
+    dtypes = {class_index.result_dtype(tensor) for tensor in weights.values()}
     total = torch.stack([_penalty(tensor) for tensor in weights.values()]).sum()
     return (coefficient * total).to(reduce(torch.promote_types, dtypes))
 

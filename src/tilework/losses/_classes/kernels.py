@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._triton import Config
-from tilework.losses.linear_cross_entropy.shared import accumulate, slices
+from tilework.losses._classes.tiles import accumulate, slices
 
 # Classes per share at least, and shares at most: statistics of a share are 12 bytes per token.
 SHARE = 2048

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tilework import _operators
 from tilework._operators import computation_dtype, without_autocast
-from tilework.losses.linear_cross_entropy.operators import empty_gradients
-from tilework.losses.linear_cross_entropy.shared import Head, kept_rows, spread
+from tilework.losses._classes.linear.operators import empty_gradients
+from tilework.losses._classes.tiles import Head, kept_rows, spread
 
 
 def wrong_squares(*args: Any) -> Tensor:

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from tilework.attention._score_map import triton
+from tilework.attention._attention_map import triton
 
 
 def _call(dtype: torch.dtype, features: int, block: int, is_causal: bool) -> None:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilework._operators import computation_dtype, without_autocast
-from tilework.losses.linear_cross_entropy.shared import Statistics
+from tilework.losses._classes.tiles import Statistics
 
 
 @without_autocast

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tilework import _operators
 from tilework._operators import computation_dtype
-from tilework.attention._score_map import reference, tiled
+from tilework.attention._attention_map import reference, tiled
 
 
 def attention_lse(*args: Any) -> Tensor:
@@ -57,7 +57,7 @@ def refusal(features: int) -> str | None:
 def _kernels(implementation: str) -> Any:
     """The module of an implementation; that of Triton is imported on its first use."""
     if implementation == "triton":
-        from tilework.attention._score_map import triton
+        from tilework.attention._attention_map import triton
 
         return triton
     return tiled

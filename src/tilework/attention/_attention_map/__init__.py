@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tilework import _checks, _operators
 from tilework._operators import Implementation, computation_dtype
-from tilework.attention._score_map import operators
+from tilework.attention._attention_map import operators
 from tilework.attention._tensors import cast_under_autocast, check_tensors
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tilework import _checks, _operators
 from tilework._operators import computation_dtype
-from tilework.losses import _class_index
-from tilework.losses.linear_cross_entropy import head, operators
+from tilework.losses._classes import class_index, head
+from tilework.losses._classes.linear import operators
 
 _NEVER = -1  # every target is a class by then
 
@@ -75,7 +75,7 @@ class LinearPositions(NamedTuple):
         return losses.sum() if reduction == "sum" else losses.sum() / self.weights.sum()
 
 
-def positions(
+def linear_positions(
     function: str,
     input: Tensor,
     linear_weight: Tensor,
@@ -97,7 +97,7 @@ def positions(
     if target is None:
         target = torch.zeros(shape, dtype=torch.int64, device=input.device)
         ignore_index = _NEVER
-    _class_index.check_target(function, "target", target, tuple(shape))
+    class_index.check_target(function, "target", target, tuple(shape))
     if weight is not None:
         _checks.constant(function, "weight", weight, (classes,))
     _checks.same_device(
@@ -111,7 +111,7 @@ def positions(
     chosen = _operators.choose(function, head.IMPLEMENTATIONS, implementation, input)
 
     input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    inside = _class_index.inside(function, target, ignore_index, classes)
+    inside = class_index.inside(function, target, ignore_index, classes)
     dtype = computation_dtype(input.dtype)
     kept = target != ignore_index
     weights = kept.to(dtype)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tilework._operators import computation_dtype
-from tilework.losses.linear_cross_entropy import shared
-from tilework.losses.linear_cross_entropy.shared import (
+from tilework.losses._classes import tiles
+from tilework.losses._classes.tiles import (
     NEGLIGIBLE,
     Head,
     Statistics,
@@ -23,7 +23,7 @@ def extra_bytes(input: Tensor, linear_weight: Tensor) -> int:
     """The memory beyond the gradients: three tiles, and the gradients that are added up."""
     size = computation_dtype(input.dtype).itemsize
     width = tile_width(input.shape[0], linear_weight)
-    tile = min(input.shape[0], shared.TOKENS) * width
+    tile = min(input.shape[0], tiles.TOKENS) * width
     return size * (3 * tile + input.numel() + width * input.shape[1])
 
 

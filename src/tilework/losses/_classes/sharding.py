@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework.catalog import implements
-from tilework.losses.linear_cross_entropy import operators
-from tilework.losses.linear_cross_entropy.shared import Statistics, merge_exponentials
+from tilework.losses._classes.linear import operators
+from tilework.losses._classes.tiles import Statistics, merge_exponentials
 
 __all__ = ["VocabShard"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._triton import Config
-from tilework.losses._head_kernels import (
+from tilework.losses._classes.kernels import (
     MAX_SHARES,
     PANEL_CLASSES,
     PANEL_TOKENS,
@@ -28,7 +28,7 @@ from tilework.losses._head_kernels import (
     short_strides,
     store_panel,
 )
-from tilework.losses.linear_cross_entropy.shared import Statistics, accumulate, filter_scale
+from tilework.losses._classes.tiles import Statistics, accumulate, filter_scale
 
 ROW_BLOCK = 4096  # logits that a program turns into gradients at a time
 _IGNORED = -1  # the target of ignored rows where classes are in an order of their own

@@ -16,7 +16,7 @@ from tilework.attention import (
     attention_lse,
     block_pooled_attention,
 )
-from tilework.attention._score_map import tiled
+from tilework.attention._attention_map import tiled
 
 QUERY, KEY = torch.randn(2, 4, 9, 5, dtype=torch.float64), torch.randn(2, 2, 11, 5).double()
 LSE = attention_lse(QUERY, KEY, is_causal=True, enable_gqa=True)

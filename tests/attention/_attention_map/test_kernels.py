@@ -15,7 +15,7 @@ from tilework.attention import (
 )
 
 import ahead_of_time
-from attention._score_map.problem import check, exact_lse, tensors
+from attention._attention_map.problem import check, exact_lse, tensors
 from attention.test_attention_column_mass import composed as composed_mass
 from attention.test_attention_entropy import composed as composed_entropy
 from attention.test_attention_lse import composed as composed_lse

@@ -1,0 +1,1 @@
+"""What losses over classes stand on: their layout, linear heads, shards, and statistics."""

@@ -1,0 +1,1 @@
+"""The statistics of a linear head's logits, which are not stored."""
