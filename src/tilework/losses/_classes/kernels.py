@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
-from tilework._triton import Config
 from tilework.losses._classes.tiles import accumulate, slices
 
 # Classes per share at least, and shares at most: statistics of a share are 12 bytes per token.
@@ -17,13 +16,6 @@ MAX_SHARES = 64
 # A panel of logit gradients: 64 MiB in half precision.
 PANEL_TOKENS = 8192
 PANEL_CLASSES = 4096
-
-
-def choose_config(table: dict[str, Config], arch: str, dtype: torch.dtype) -> Config:
-    """The entry of an architecture; small blocks for float32 and where there is no entry."""
-    if dtype == torch.float32 and arch != "interpreter":
-        arch = f"{arch} float32"
-    return table.get(arch, table["float32"])
 
 
 @triton.jit

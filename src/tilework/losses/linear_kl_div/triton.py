@@ -16,11 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
-from tilework._triton import Config
+from tilework._triton import Config, Tuned
 from tilework.losses._classes.kernels import (
     MAX_SHARES,
     SHARE,
-    choose_config,
     grouped_tile,
     outputs,
     panel_gradients,
@@ -32,15 +31,18 @@ from tilework.losses._classes.tiles import NEGLIGIBLE as NEGLIGIBLE_GAP
 from tilework.losses.linear_kl_div import shared
 
 # Narrower than for one head, as two tiles take twice the registers.
-SUMS = {
-    "sm_80": Config(64, 128, 32, num_warps=8, num_stages=3),
-    "sm_90": Config(128, 64, 64, num_warps=8, num_stages=3),
-    "sm_100": Config(128, 64, 64, num_warps=8, num_stages=3),
-    "gfx942": Config(128, 64, 64, num_warps=8, num_stages=2),
-    "gfx942 float32": Config(64, 32, 64, num_warps=4, num_stages=1),
-    "float32": Config(64, 32, 32, num_warps=4, num_stages=2),
-    "interpreter": Config(32, 32, 32, num_warps=1, num_stages=1),
-}
+SUMS = Tuned(
+    {
+        "sm_80": Config(64, 128, 32, num_warps=8, num_stages=3),
+        "sm_90": Config(128, 64, 64, num_warps=8, num_stages=3),
+        "sm_100": Config(128, 64, 64, num_warps=8, num_stages=3),
+        "gfx942": Config(128, 64, 64, num_warps=8, num_stages=2),
+        "gfx942 float32": Config(64, 32, 64, num_warps=4, num_stages=1),
+        "float32": Config(64, 32, 32, num_warps=4, num_stages=2),
+        "interpreter": Config(32, 32, 32, num_warps=1, num_stages=1),
+    },
+    otherwise="float32",
+)
 MIXTURE = SUMS | {
     "sm_80": Config(128, 32, 32, num_warps=8, num_stages=3),
     "sm_90": Config(128, 32, 64, num_warps=8, num_stages=3),
@@ -701,10 +703,10 @@ def _flags(name: str, head: _HeadTensors) -> dict[str, bool]:
     return {f"{name}_HAS_BIAS": head[2] is not None, f"{name}_HAS_SOFTCAP": head[3] is not None}
 
 
-def _config(table: dict[str, Config], student: Tensor, teacher: Tensor) -> Config:
+def _config(table: Tuned[Config], student: Tensor, teacher: Tensor) -> Config:
     """Small blocks where one of the heads is of float32."""
     widest = max(student.dtype, teacher.dtype, key=lambda dtype: dtype.itemsize)
-    return choose_config(table, _triton.architecture(student.device), widest)
+    return table.choose(_triton.architecture(student.device), widest)
 
 
 def _shares(num_classes: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ float32, and torch adds the sums of the programs. There are no locks and no atom
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,13 +15,28 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._operators import HALF
+from tilework._triton import Tuned
 
-# The longest row that a forward holds in registers, and the most sums of columns in a backward.
-HELD = {"interpreter": (64, 64), "sm_100": (16384, 8192)}
-USUAL_HELD = (16384, 16384)
-# Elements of a tile of short rows, and of a part of a long one.
-TILE = {"interpreter": (64, 64)}
-USUAL_TILE = (4096, 4096)
+
+class Limits(NamedTuple):
+    """What the constants of a launch follow from.
+
+    Attributes:
+        held: The longest row that a forward holds in registers; the most sums of columns that a
+            backward does.
+        short: Elements of a tile of short rows.
+        long: Elements of a part of a long row.
+    """
+
+    held: int
+    short: int
+    long: int
+
+
+FORWARD = Tuned(
+    {"sm_80": Limits(16384, 4096, 4096), "interpreter": Limits(64, 64, 64)}, otherwise="sm_80"
+)
+BACKWARD = FORWARD | {"sm_100": Limits(8192, 4096, 4096)}
 # Threads of a warp; a multiprocessor takes this many threads of a backward.
 LANES = {"gfx942": 64, "interpreter": 1024}
 USUAL_LANES = 32
@@ -498,27 +513,33 @@ def backward_kernel(
             tl.store(grad_bias_ptr + block, tl.sum(bias_sum, 0), mask=column_mask)
 
 
-@functools.cache
 def choose_config(
     arch: str, dtype: torch.dtype, num_features: int, num_sums: int | None = None
 ) -> dict[str, Any]:
     """The constants of a launch; ``num_sums`` are the columns' sums of a backward."""
+    table = FORWARD if num_sums is None else BACKWARD
+    return _constants(table.choose(arch), arch, dtype, num_features, num_sums)
+
+
+@functools.cache
+def _constants(
+    limits: Limits, arch: str, dtype: torch.dtype, num_features: int, num_sums: int | None
+) -> dict[str, Any]:
     backward = num_sums is not None
     # Wide numbers take more registers on their way to and from memory.
     size = dtype.itemsize // 2 if backward else 1
-    short, long = TILE.get(arch, USUAL_TILE)
     columns = triton.next_power_of_2(num_features)
-    held = columns * (num_sums or 1) * size <= HELD.get(arch, USUAL_HELD)[backward]
+    held = columns * (num_sums or 1) * size <= limits.held
     rows = 1
     if held:
-        rows = max(1, min(64, short // size // columns))
+        rows = max(1, min(64, limits.short // size // columns))
     else:
         if backward:
             # Some rows at a time make fewer additions to the sums in memory.
             rows = max(1, min(4, 65536 // columns))
-        columns = (long // 2 if backward else long) // rows // size
+        columns = (limits.long // 2 if backward else limits.long) // rows // size
     # A wide row is read again, from the cache, rather than held beside the sums.
-    reread = backward and held and columns * size > short // 2
+    reread = backward and held and columns * size > limits.short // 2
     thread = 8 if backward and not reread else 32 if held and not backward else 16  # elements
     lanes = LANES.get(arch, USUAL_LANES)
     constants = {

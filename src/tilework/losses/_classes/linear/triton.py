@@ -14,13 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
-from tilework._triton import Config
+from tilework._triton import Config, Tuned
 from tilework.losses._classes.kernels import (
     MAX_SHARES,
     PANEL_CLASSES,
     PANEL_TOKENS,
     SHARE,
-    choose_config,
     contiguous,
     grouped_tile,
     outputs,
@@ -35,21 +34,24 @@ _IGNORED = -1  # the target of ignored rows where classes are in an order of the
 # The exponential of its negative is 0, and so is its product with that.
 NEGLIGIBLE_GAP = tl.constexpr(1000.0)
 
-FORWARD = {
-    "sm_80": Config(128, 128, 32, num_warps=8, num_stages=3),
-    "sm_90": Config(128, 128, 64, num_warps=8, num_stages=3),
-    "sm_100": Config(128, 128, 64, num_warps=8, num_stages=3),
-    "gfx942": Config(128, 128, 32, num_warps=8, num_stages=2),
-    "float32": Config(64, 64, 32, num_warps=8, num_stages=2),
-    "interpreter": Config(16, 32, 16, num_warps=1, num_stages=1),
-}
+FORWARD = Tuned(
+    {
+        "sm_80": Config(128, 128, 32, num_warps=8, num_stages=3),
+        "sm_90": Config(128, 128, 64, num_warps=8, num_stages=3),
+        "sm_100": Config(128, 128, 64, num_warps=8, num_stages=3),
+        "gfx942": Config(128, 128, 32, num_warps=8, num_stages=2),
+        "float32": Config(64, 64, 32, num_warps=8, num_stages=2),
+        "interpreter": Config(16, 32, 16, num_warps=1, num_stages=1),
+    },
+    otherwise="float32",
+)
 # Narrower where the registers of the moments would spill.
 FORWARD_MOMENTS = FORWARD | {
     "sm_80": Config(128, 64, 32, num_warps=8, num_stages=3),
     "sm_100": Config(128, 64, 64, num_warps=8, num_stages=3),
     "float32": Config(64, 32, 32, num_warps=8, num_stages=2),
 }
-BACKWARD = dict(FORWARD)
+BACKWARD = FORWARD | {}
 
 
 @triton.jit
@@ -594,7 +596,7 @@ def forward(
     share = max(SHARE, triton.cdiv(num_classes, MAX_SHARES))
     num_shares = triton.cdiv(num_classes, share)
     table = FORWARD_MOMENTS if moments else FORWARD
-    config = choose_config(table, _triton.architecture(input.device), input.dtype)
+    config = table.choose(_triton.architecture(input.device), input.dtype)
     target = target.contiguous()
     shares = input.new_empty(5 if moments else 3, num_shares, num_tokens, dtype=torch.float32)
     peak, share_total, gap, *share_moments = shares
@@ -689,7 +691,7 @@ def backward(
     input, linear_weight = short_strides(input), short_strides(linear_weight)
     num_tokens, num_features = input.shape
     num_classes = len(linear_weight)
-    config = choose_config(BACKWARD, _triton.architecture(input.device), input.dtype)
+    config = BACKWARD.choose(_triton.architecture(input.device), input.dtype)
     if not (needed[0] or needed[1]):
         gradient_filter = None  # the bias is no product
     filters = gradient_filter is not None
