@@ -95,7 +95,7 @@ def _store_output(
     bias_ptr,
     total,
     mean,
-    rate,
+    rstd,
     offsets,
     columns,
     mask,
@@ -105,7 +105,7 @@ def _store_output(
 ):
     if total_ptr is not None:
         tl.store(total_ptr + offsets, total.to(total_ptr.dtype.element_ty), mask=mask)
-    output = (total - mean[:, None] if CENTERED else total) * rate[:, None]
+    output = (total - mean[:, None] if CENTERED else total) * rstd[:, None]
     if weight_ptr is not None:
         output *= _gain(weight_ptr, columns, column_mask, WEIGHT_OFFSET)
     if bias_ptr is not None:
@@ -122,7 +122,7 @@ def forward_kernel(
     output_ptr,
     total_ptr,
     mean_ptr,
-    rate_ptr,
+    rstd_ptr,
     num_rows,
     num_features,
     num_measured,
@@ -179,7 +179,7 @@ def forward_kernel(
         else:
             measured = tl.where((block < num_measured)[None, :], total, 0.0)
             squares = tl.sum(measured * measured, 1)
-        rate = tl.rsqrt(squares / num_measured + EPS)
+        rstd = tl.rsqrt(squares / num_measured + EPS)
         _store_output(
             output_ptr,
             total_ptr,
@@ -187,7 +187,7 @@ def forward_kernel(
             bias_ptr,
             total,
             mean,
-            rate,
+            rstd,
             output_starts[:, None] + block[None, :],
             block,
             mask,
@@ -216,7 +216,7 @@ def forward_kernel(
                 total = _sums(input_ptr, residual_ptr, input_starts, residual_starts, columns, mask)
                 products += total * total
             squares = tl.sum(products, 1)
-        rate = tl.rsqrt(squares / num_measured + EPS)
+        rstd = tl.rsqrt(squares / num_measured + EPS)
         num_blocks = tl.cdiv(num_features, BLOCK_COLUMNS)
         for index in range(0, num_blocks):
             columns = (num_blocks - 1 - index) * BLOCK_COLUMNS + block
@@ -230,7 +230,7 @@ def forward_kernel(
                 bias_ptr,
                 total,
                 mean,
-                rate,
+                rstd,
                 output_starts[:, None] + columns[None, :],
                 columns,
                 mask,
@@ -240,21 +240,21 @@ def forward_kernel(
             )
     if ROUNDED:
         mean = saved_mean
-        rate = tl.rsqrt(saved_squares / num_measured + EPS)
+        rstd = tl.rsqrt(saved_squares / num_measured + EPS)
     if CENTERED:
         tl.store(mean_ptr + rows, mean, mask=row_mask)
-    tl.store(rate_ptr + rows, rate, mask=row_mask)
+    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
 
 
 @triton.jit
-def _normalized_and_upstream(
+def _x_hat_and_wdy(
     total_ptr,
     grad_ptr,
     weight_ptr,
     total_starts,
     grad_starts,
     mean,
-    rate,
+    rstd,
     columns,
     mask,
     column_mask,
@@ -267,22 +267,22 @@ def _normalized_and_upstream(
     total = tl.load(total_ptrs, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
     grad_ptrs = grad_ptr + grad_starts[:, None] + columns[None, :]
     grad = tl.load(grad_ptrs, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
-    normalized = (total - mean[:, None] if CENTERED else total) * rate[:, None]
-    upstream = grad
+    x_hat = (total - mean[:, None] if CENTERED else total) * rstd[:, None]
+    wdy = grad
     if weight_ptr is not None:
-        upstream = grad * _gain(weight_ptr, columns, column_mask, WEIGHT_OFFSET)
-    return normalized, grad, upstream
+        wdy = grad * _gain(weight_ptr, columns, column_mask, WEIGHT_OFFSET)
+    return x_hat, grad, wdy
 
 
 @triton.jit
 def _store_grad(
     grad_input_ptr,
     grad_total_ptr,
-    normalized,
-    upstream,
-    slope,
-    level,
-    rate,
+    x_hat,
+    wdy,
+    c1,
+    c2,
+    rstd,
     output_offsets,
     grad_total_starts,
     columns,
@@ -290,11 +290,11 @@ def _store_grad(
     mask,
     CENTERED: tl.constexpr,
 ):
-    slopes = tl.where((columns < num_measured)[None, :], normalized * slope[:, None], 0.0)
-    result = upstream - slopes
+    projection = tl.where((columns < num_measured)[None, :], x_hat * c1[:, None], 0.0)
+    result = wdy - projection
     if CENTERED:
-        result -= level[:, None]
-    result *= rate[:, None]
+        result -= c2[:, None]
+    result *= rstd[:, None]
     if grad_total_ptr is not None:
         offsets = grad_total_starts[:, None] + columns[None, :]
         result += tl.load(grad_total_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -308,7 +308,7 @@ def backward_kernel(
     total_ptr,
     weight_ptr,
     mean_ptr,
-    rate_ptr,
+    rstd_ptr,
     grad_input_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
@@ -365,22 +365,22 @@ def backward_kernel(
                 rows, size_1, size_2, grad_total_stride_0, grad_total_stride_1, grad_total_stride_2
             )
         output_starts = rows * num_features
-        rate = tl.load(rate_ptr + rows, mask=row_mask, other=0.0)
-        mean = rate
+        rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
+        mean = rstd
         if CENTERED:
             mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
-        level = rate
+        c2 = rstd
         if HELD:
             column_mask = block < num_features
             mask = row_mask[:, None] & column_mask[None, :]
-            normalized, grad, upstream = _normalized_and_upstream(
+            x_hat, grad, wdy = _x_hat_and_wdy(
                 total_ptr,
                 grad_output_ptr,
                 weight_ptr,
                 total_starts,
                 grad_starts,
                 mean,
-                rate,
+                rstd,
                 block,
                 mask,
                 column_mask,
@@ -388,18 +388,18 @@ def backward_kernel(
                 CENTERED,
                 "evict_last" if REREAD else "evict_first",
             )
-            slope = tl.sum(upstream * normalized, 1) / num_measured
+            c1 = tl.sum(wdy * x_hat, 1) / num_measured
             if CENTERED:
-                level = tl.sum(upstream, 1) / num_features
+                c2 = tl.sum(wdy, 1) / num_features
             if REREAD:
-                normalized, grad, upstream = _normalized_and_upstream(
+                x_hat, grad, wdy = _x_hat_and_wdy(
                     total_ptr,
                     grad_output_ptr,
                     weight_ptr,
                     total_starts,
                     grad_starts,
                     mean,
-                    rate,
+                    rstd,
                     block,
                     mask,
                     column_mask,
@@ -408,18 +408,18 @@ def backward_kernel(
                     "evict_first",
                 )
             if grad_weight_ptr is not None:
-                weight_sum += grad * normalized
+                weight_sum += grad * x_hat
             if grad_bias_ptr is not None:
                 bias_sum += grad
             if grad_input_ptr is not None:
                 _store_grad(
                     grad_input_ptr,
                     grad_total_ptr,
-                    normalized,
-                    upstream,
-                    slope,
-                    level,
-                    rate,
+                    x_hat,
+                    wdy,
+                    c1,
+                    c2,
+                    rstd,
                     output_starts[:, None] + block[None, :],
                     grad_total_starts,
                     block,
@@ -428,22 +428,22 @@ def backward_kernel(
                     CENTERED,
                 )
         else:
-            slope = rate
+            c1 = rstd
             if grad_input_ptr is not None:
                 products = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-                levels = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+                sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
                 for start in range(0, num_features, BLOCK_COLUMNS):
                     columns = start + block
                     column_mask = columns < num_features
                     mask = row_mask[:, None] & column_mask[None, :]
-                    normalized, grad, upstream = _normalized_and_upstream(
+                    x_hat, grad, wdy = _x_hat_and_wdy(
                         total_ptr,
                         grad_output_ptr,
                         weight_ptr,
                         total_starts,
                         grad_starts,
                         mean,
-                        rate,
+                        rstd,
                         columns,
                         mask,
                         column_mask,
@@ -451,25 +451,25 @@ def backward_kernel(
                         CENTERED,
                         "evict_last",
                     )
-                    products += upstream * normalized
+                    products += wdy * x_hat
                     if CENTERED:
-                        levels += upstream
-                slope = tl.sum(products, 1) / num_measured
+                        sums += wdy
+                c1 = tl.sum(products, 1) / num_measured
                 if CENTERED:
-                    level = tl.sum(levels, 1) / num_features
+                    c2 = tl.sum(sums, 1) / num_features
             num_blocks = tl.cdiv(num_features, BLOCK_COLUMNS)
             for index in range(0, num_blocks):
                 columns = (num_blocks - 1 - index) * BLOCK_COLUMNS + block
                 column_mask = columns < num_features
                 mask = row_mask[:, None] & column_mask[None, :]
-                normalized, grad, upstream = _normalized_and_upstream(
+                x_hat, grad, wdy = _x_hat_and_wdy(
                     total_ptr,
                     grad_output_ptr,
                     weight_ptr,
                     total_starts,
                     grad_starts,
                     mean,
-                    rate,
+                    rstd,
                     columns,
                     mask,
                     column_mask,
@@ -481,7 +481,7 @@ def backward_kernel(
                 seen = column_mask & (tile != program)
                 if grad_weight_ptr is not None:
                     earlier = tl.load(grad_weight_ptr + columns, mask=seen, other=0.0)
-                    summed = earlier + tl.sum(grad * normalized, 0)
+                    summed = earlier + tl.sum(grad * x_hat, 0)
                     tl.store(grad_weight_ptr + columns, summed, mask=column_mask)
                 if grad_bias_ptr is not None:
                     earlier = tl.load(grad_bias_ptr + columns, mask=seen, other=0.0)
@@ -491,11 +491,11 @@ def backward_kernel(
                     _store_grad(
                         grad_input_ptr,
                         grad_total_ptr,
-                        normalized,
-                        upstream,
-                        slope,
-                        level,
-                        rate,
+                        x_hat,
+                        wdy,
+                        c1,
+                        c2,
+                        rstd,
                         output_starts[:, None] + columns[None, :],
                         grad_total_starts,
                         columns,
@@ -564,17 +564,17 @@ def forward(
     weight_offset: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return output, sum, mean and rate; the second only with residual, the third if centered."""
+    """Return output, sum, mean and rstd; the second only with residual, the third if centered."""
     leading = input.shape[:-dims]
     num_features = input.shape[-dims:].numel()
     output = input.new_empty(input.shape)
     total = input.new_empty(0 if residual is None else input.shape)
     mean = input.new_empty(leading if centered else 0, dtype=torch.float32)
-    rate = input.new_empty(leading, dtype=torch.float32)
+    rstd = input.new_empty(leading, dtype=torch.float32)
     if input.numel() == 0:
-        return output, total, mean.zero_(), rate.zero_()
+        return output, total, mean.zero_(), rstd.zero_()
     tensors, sizes, strides = _rows(dims, input, residual)
-    num_heads, num_rows = _heads(rate.numel(), weight, dims)
+    num_heads, num_rows = _heads(rstd.numel(), weight, dims)
     config = choose_config(_triton.architecture(input.device), input.dtype, num_features)
     forward_kernel[(triton.cdiv(num_rows, config["BLOCK_ROWS"]), num_heads)](
         *tensors,
@@ -583,7 +583,7 @@ def forward(
         output,
         None if residual is None else total,
         mean if centered else None,
-        rate,
+        rstd,
         num_rows,
         num_features,
         num_measured,
@@ -596,7 +596,7 @@ def forward(
         ROUNDED=centered and residual is not None and input.dtype in HALF,
         **config,
     )
-    return output, total, mean, rate
+    return output, total, mean, rstd
 
 
 def backward(
@@ -606,7 +606,7 @@ def backward(
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
-    rate: Tensor,
+    rstd: Tensor,
     dims: int,
     num_measured: int,
     eps: float,
@@ -625,7 +625,7 @@ def backward(
         return grad_input, grad_weight, grad_bias
     num_features = total.shape[-dims:].numel()
     tensors, sizes, strides = _rows(dims, grad_output, grad_total, total)
-    num_heads, num_rows = _heads(rate.numel(), weight, dims)
+    num_heads, num_rows = _heads(rstd.numel(), weight, dims)
     arch = _triton.architecture(total.device)
     config = choose_config(arch, total.dtype, num_features, sum(needed[1:]))
     num_programs = triton.cdiv(num_rows, config["BLOCK_ROWS"])
@@ -634,14 +634,14 @@ def backward(
         most = THREADS // threads * _triton.multiprocessors(total.device)
         num_programs = min(num_programs, max(1, most // num_heads))
     partials = [
-        total.new_empty(num_heads, num_programs, num_features, dtype=rate.dtype) if need else None
+        total.new_empty(num_heads, num_programs, num_features, dtype=rstd.dtype) if need else None
         for need in needed[1:]
     ]
     backward_kernel[(num_programs, num_heads)](
         *tensors,
         None if weight is None else weight.contiguous(),
         mean.contiguous() if centered else None,
-        rate.contiguous(),
+        rstd.contiguous(),
         grad_input if needed[0] else None,
         *partials,
         num_rows,
