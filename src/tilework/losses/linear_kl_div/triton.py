@@ -28,7 +28,7 @@ from tilework.losses._classes.kernels import (
     store_panel,
 )
 from tilework.losses._classes.tiles import NEGLIGIBLE as NEGLIGIBLE_GAP
-from tilework.losses.linear_kl_div import shared
+from tilework.losses.linear_kl_div import common
 
 # Narrower than for one head, as two tiles take twice the registers.
 SUMS = Tuned(
@@ -51,7 +51,7 @@ MIXTURE = SUMS | {
 BACKWARD = SUMS | {"sm_100 float32": Config(64, 32, 32, num_warps=8, num_stages=2)}
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 NEGLIGIBLE = tl.constexpr(NEGLIGIBLE_GAP)
-NEGLIGIBLE_PART = tl.constexpr(shared.NEGLIGIBLE_PART)
+NEGLIGIBLE_PART = tl.constexpr(common.NEGLIGIBLE_PART)
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def _logits(
 
 @triton.jit
 def _log_mixture(gains, share):
-    """See ``shared.log_mixture``."""
+    """See ``common.log_mixture``."""
     gains = tl.minimum(gains, NEGLIGIBLE_PART)
     near = share * _triton.expm1(gains)
     far = share * tl.exp(gains) + (1 - share)
@@ -151,7 +151,7 @@ def sums_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """``shared.SUMS`` over one share of the classes, for one block of tokens.
+    """``common.SUMS`` over one share of the classes, for one block of tokens.
 
     The weighting head is the one whose probabilities weight the classes.
     """
@@ -552,7 +552,7 @@ def sums(
     temperature: float,
     divergence: str,
 ) -> Tensor:
-    """The sums of ``shared.SUMS`` over all classes, shape (6, N)."""
+    """The sums of ``common.SUMS`` over all classes, shape (6, N)."""
     num_tokens, num_classes = len(student_input), len(student_weight)
     share, num_shares = _shares(num_classes)
     parts = student_input.new_empty(num_shares, 6, num_tokens, dtype=torch.float32)
@@ -580,7 +580,7 @@ def sums(
         INTERPRETED=_triton.INTERPRETED,
         **config.arguments(),
     )
-    return shared.merge(parts, divergence)
+    return common.merge(parts, divergence)
 
 
 def mixture_sums(
