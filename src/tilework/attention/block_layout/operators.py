@@ -87,7 +87,7 @@ def _refuse(ctx: Any, *_: Any) -> None:
     raise RuntimeError("BlockLayout: which blocks are active has no gradient")
 
 
-topk = _operators.define(
+topk = _operators.define_by_position(
     "block_layout_topk(Tensor scores, Tensor? places, SymInt most, SymInt width, SymInt bq, "
     "SymInt bk, SymInt queries, SymInt num_sinks, bool is_causal, bool force_diagonal) "
     "-> (Tensor, Tensor)",
@@ -96,14 +96,14 @@ topk = _operators.define(
     setup_context=_save_nothing,
     backward=_refuse,
 )
-positions = _operators.define(
+positions = _operators.define_by_position(
     "block_layout_positions(Tensor mask, SymInt width) -> (Tensor, Tensor)",
     lambda *args: _kernels().positions(*args),
     _lists_fake,
     setup_context=_save_nothing,
     backward=_refuse,
 )
-dense = _operators.define(
+dense = _operators.define_by_position(
     "block_layout_dense(Tensor counts, Tensor indices, SymInt columns, bool is_transposed) "
     "-> Tensor",
     lambda *args: _kernels().dense(*args),
