@@ -29,17 +29,17 @@ def by_rows(
     outputs, grads, columns = [], [], [[] for _ in gain]
     rows, upper = (t.detach().double().reshape(-1, features).tolist() for t in (input, upstream))
     for row, up in zip(rows, upper, strict=True):
-        rate = (math.fsum(s * s for s in row[:measured]) / measured + eps) ** -0.5
-        outputs.append([s * rate * g for s, g in zip(row, gain, strict=True)])
-        slope = math.fsum(s * u * g for s, u, g in zip(row, up, gain, strict=True))
+        rstd = (math.fsum(s * s for s in row[:measured]) / measured + eps) ** -0.5
+        outputs.append([s * rstd * g for s, g in zip(row, gain, strict=True)])
+        c1 = math.fsum(s * u * g for s, u, g in zip(row, up, gain, strict=True))
         grads.append(
             [
-                rate * up[i] * gain[i] - (row[i] * rate**3 * slope / measured) * (i < measured)
+                rstd * up[i] * gain[i] - (row[i] * rstd**3 * c1 / measured) * (i < measured)
                 for i in range(features)
             ]
         )
         for column, s, u in zip(columns, row, up, strict=True):
-            column.append(u * s * rate)
+            column.append(u * s * rstd)
     sums = [math.fsum(column) for column in columns]
     shaped = [torch.tensor(t, dtype=torch.float64) for t in (outputs, grads, sums)]
     return shaped[0].reshape(input.shape), shaped[1].reshape(input.shape), shaped[2]
@@ -47,8 +47,8 @@ def by_rows(
 
 def composed(input: Tensor, weight: Tensor, eps: float, measured: int) -> Tensor:
     total = input.float()
-    rate = (total[..., :measured].pow(2).mean(-1, keepdim=True) + eps).rsqrt()
-    return (total * rate * weight.float()).to(input.dtype)
+    rstd = (total[..., :measured].pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+    return (total * rstd * weight.float()).to(input.dtype)
 
 
 @pytest.mark.parametrize(("chosen", "dtype"), CASES, indirect=["chosen"])

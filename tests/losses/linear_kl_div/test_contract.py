@@ -169,7 +169,7 @@ def test_default_on_the_cpu_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.untyped
 @pytest.mark.parametrize("double", ["student", "teacher", None])
 def test_default_where_there_is_a_gpu(double: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tilework.losses.linear_kl_div import parallel
+    from tilework.losses.linear_kl_div import sharding
 
     # Kernels serve where they take both heads.
     def where(function: Any, table: Any, name: Any, tensor: torch.Tensor) -> str:
@@ -182,7 +182,7 @@ def test_default_where_there_is_a_gpu(double: str | None, monkeypatch: pytest.Mo
         return torch.zeros(4)
 
     monkeypatch.setattr(_operators, "choose", where)
-    monkeypatch.setattr(parallel, "divergences", record)
+    monkeypatch.setattr(sharding, "divergences", record)
     linear_kl_div(
         **{
             name: tensor.double() if double and name.startswith(double) else tensor

@@ -100,15 +100,15 @@ def truth(case: Case, inputs: Inputs) -> Results:
         }
         total = some["input"] + some.get("residual", 0.0)
         mean = total.mean(1, keepdim=True) if centered else 0.0
-        rate = ((total - mean).square().mean(1, keepdim=True) + EPS).rsqrt()
-        normal = (total - mean) * rate
+        rstd = ((total - mean).square().mean(1, keepdim=True) + EPS).rsqrt()
+        normal = (total - mean) * rstd
         found = {}
         if "grad output" in some:
             grad = some["grad output"]
             scaled = grad * weight
-            level = scaled.mean(1, keepdim=True) if centered else 0.0
-            slope = (scaled * normal).mean(1, keepdim=True)
-            found["grad input"] = rate * (scaled - level - normal * slope) + some.get("grad sum", 0)
+            c2 = scaled.mean(1, keepdim=True) if centered else 0.0
+            c1 = (scaled * normal).mean(1, keepdim=True)
+            found["grad input"] = rstd * (scaled - c2 - normal * c1) + some.get("grad sum", 0)
             sums["weight"] += (grad * normal).sum(0)
             if centered:
                 sums["bias"] += grad.sum(0)

@@ -9,7 +9,7 @@ from tilework._operators import Implementation, computation_dtype
 from tilework.catalog import implements
 from tilework.losses._classes import head
 from tilework.losses._classes.sharding import VocabShard
-from tilework.losses.linear_kl_div import parallel
+from tilework.losses.linear_kl_div import sharding
 
 __all__ = ["LinearKLDivLoss", "linear_kl_div"]
 
@@ -174,7 +174,7 @@ def linear_kl_div(
     """
     _check_options(temperature, divergence, beta, student_softcap, teacher_softcap, reduction)
     head.check_filter(_NAME, gradient_filter)
-    layout, student, teacher, mask, token_weight = parallel.localize(
+    layout, student, teacher, mask, token_weight = sharding.localize(
         _NAME,
         vocab_parallel,
         (student_input, student_weight, student_bias),
@@ -211,7 +211,7 @@ def linear_kl_div(
         counted = counted & (token_weight != 0)
         position_weight = token_weight.where(counted, 0).to(dtype)
 
-    losses = position_weight * parallel.divergences(
+    losses = position_weight * sharding.divergences(
         layout.shard,
         student_input,
         student_weight,
