@@ -255,7 +255,7 @@ class BlockLayout:
         kept = num_sink_blocks + (grid.most_diagonal if force_diagonal else 0)
         width = max(most, min(kept, columns))
 
-        if operators.take_scores(scores):
+        if operators.take(scores, ranked=columns):
             return cls._on(
                 grid,
                 *operators.topk(

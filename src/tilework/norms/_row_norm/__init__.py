@@ -1,62 +1,38 @@
 """What RMS and layer normalization share: checks, choice of implementation, and operators."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tilework import _checks, _operators
-from tilework._operators import Implementation, computation_dtype
+from tilework import _checks, _implementations, _operators
+from tilework._implementations import Implementation
+from tilework._operators import computation_dtype
 from tilework.norms._row_norm import native, reference, tiled
 
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 IMPLEMENTATIONS = (
-    Implementation(
-        "triton",
-        devices=("cuda",),
-        dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        memory="two numbers per row; for gradients of weight and bias a row per program",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        needs="triton",
-        checked_on="Triton's interpreter",
-    ),
-    Implementation(
-        "torch",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="two numbers per row where torch has a fused kernel, otherwise as the reference",
-        backward="every order; forward mode by the reference",
-        deterministic=True,
-        checked_on="CPU",
+    Implementation.triton(
+        "two numbers per row; for gradients of weight and bias a row per program"
     ),
     Implementation(
         "tiled",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="two numbers per row, and a few tiles of 512 KiB for each thread",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        checked_on="CPU",
+        "two numbers per row, and a few tiles of 512 KiB for each thread",
+        prefers=tiled.preferred,
+        when=tiled.PREFERRED,
     ),
     Implementation(
-        "reference",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="two tensors of input's shape in the computation dtype",
-        backward="every order and mode",
-        deterministic=True,
-        checked_on="CPU",
+        "torch",
+        "two numbers per row where torch has a fused kernel, otherwise as the reference",
+        backward="every order; forward mode by the reference",
     ),
+    Implementation.reference("two tensors of input's shape in the computation dtype"),
 )
 
 
 def row_norm(
     function: str,
-    table: Sequence[Implementation],
+    table: _implementations.Table,
     input: Tensor,
     normalized_shape: tuple[int, ...],
     weight: Tensor | None,
@@ -75,10 +51,16 @@ def row_norm(
     ``heads`` allows a weight with a row for each entry of the dimension before the normalized ones.
     """
     _check_tensors(function, input, normalized_shape, weight, bias, residual, heads)
-    chosen = _operators.choose(function, table, implementation, input)
-    if implementation is None and chosen == "torch":
-        better = tiled.preferred(input, residual, weight, bias, centered)
-        chosen = "tiled" if better else "torch"
+    chosen = _implementations.choose(
+        function,
+        table,
+        implementation,
+        input,
+        residual=residual,
+        weight=weight,
+        bias=bias,
+        centered=centered,
+    )
     if eps is None:
         eps = torch.finfo(computation_dtype(input.dtype)).eps
     if num_measured is None:
