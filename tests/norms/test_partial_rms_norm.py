@@ -168,8 +168,18 @@ INPUT = torch.randn(3, 4)
         (ValueError, "normalized_shape must be the trailing", (INPUT, 3), {}),
         (ValueError, r"weight must be of shape \(4,\)", (INPUT, 4, torch.ones(3, 4)), {}),
         (ValueError, "eps must be .* at least 0", (INPUT, 4, None, -1e-6), {}),
-        (ValueError, "fraction must be above 0", (INPUT, 4), {"fraction": 0.0}),
-        (ValueError, "fraction must be above 0", (INPUT, 4), {"fraction": 1.01}),
+        (
+            ValueError,
+            "fraction must be a number above 0 and at most 1",
+            (INPUT, 4),
+            {"fraction": 0.0},
+        ),
+        (
+            ValueError,
+            "fraction must be a number above 0 and at most 1",
+            (INPUT, 4),
+            {"fraction": 1.01},
+        ),
         (TypeError, "fraction must be a number", (INPUT, 4), {"fraction": "half"}),
     ],
 )

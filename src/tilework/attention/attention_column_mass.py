@@ -80,8 +80,7 @@ def attention_column_mass(
         Attention in Your LLMs. 2024. arXiv:2410.13276.
     """
     if query_window is not None:
-        _checks.integer(_NAME, "query_window", query_window)
-        _checks.at_least(_NAME, "query_window", query_window, 1)
+        _checks.count(_NAME, "query_window", query_window)
     query, key, scale, chosen = _attention_map.prepare(
         _NAME, _TABLE, query, key, lse, scale, enable_gqa, implementation
     )

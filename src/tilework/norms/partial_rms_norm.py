@@ -166,6 +166,5 @@ def _check_options(
         raise _checks.bad_value(_NAME, "normalized_shape", accepted, normalized_shape)
     if eps is not None:
         _checks.at_least(_NAME, "eps", eps, 0)
-    if not 0 < _checks.number(_NAME, "fraction", fraction) <= 1:
-        raise _checks.bad_value(_NAME, "fraction", "above 0 and at most 1", fraction)
+    _checks.positive_fraction(_NAME, "fraction", fraction)
     return shape

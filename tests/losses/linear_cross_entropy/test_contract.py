@@ -58,7 +58,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("softcap must be a finite number above 0", ValueError, {"softcap": float("inf")}),
     ("z_loss must be a finite number of at least 0", ValueError, {"z_loss": -1e-4}),
     ("z_loss must be a finite number of at least 0", ValueError, {"z_loss": float("nan")}),
-    ("shift must be a finite number of at least 0", ValueError, {"shift": -1}),
+    ("shift must be an int of at least 0", ValueError, {"shift": -1}),
     ("shift must be an int", TypeError, {"shift": 1.0}),
     ("shift above 0 must come with input of shape (B, T, D)", ValueError, {"shift": 1}),
     (

@@ -260,8 +260,7 @@ def paged_block_sparse_decode(
     if block_table.dim() != 2 or block_table.shape[0] != batch:
         raise _checks.bad_value(name, "block_table", f"of shape ({batch}, max_pages)", block_table)
     _checks.same_device(name, query=query, block_table=block_table)
-    _checks.integer(name, "block_size", block_size)
-    _checks.at_least(name, "block_size", block_size, 1)
+    _checks.count(name, "block_size", block_size)
     if page_size == 0 or (block_size % page_size and page_size % block_size):
         expected = f"a multiple or a divisor of the page size {page_size}"
         raise _checks.bad_value(name, "block_size", expected, block_size)
@@ -374,8 +373,7 @@ def _check_lists(
     tokens: int,
     block_size: int,
 ) -> None:
-    _checks.integer(name, "block_size", block_size)
-    _checks.at_least(name, "block_size", block_size, 1)
+    _checks.count(name, "block_size", block_size)
     if kv_indices is None:
         if kv_num_blocks is not None:
             raise _checks.bad_value(name, "kv_num_blocks", "None without kv_indices", kv_num_blocks)

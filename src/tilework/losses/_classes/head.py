@@ -49,11 +49,8 @@ def check(
 
 def check_filter(function: str, gradient_filter: float | None) -> None:
     """Refuse what is neither None nor a number between 0 and 1."""
-    if gradient_filter is None:
-        return
-    if not 0 < _checks.number(function, "gradient_filter", gradient_filter) < 1:
-        accepted = "None or a number above 0 and below 1"
-        raise _checks.bad_value(function, "gradient_filter", accepted, gradient_filter)
+    if gradient_filter is not None:
+        _checks.open_fraction(function, "gradient_filter", gradient_filter)
 
 
 def cast_under_autocast(

@@ -406,6 +406,5 @@ def _check_adaptive_options(
     if not 1 < _checks.number(_ADAPTIVE, "alpha", alpha) < math.inf:
         raise _checks.bad_value(_ADAPTIVE, "alpha", "a finite number above 1", alpha)
     _checks.at_least(_ADAPTIVE, "margin", margin, 0)
-    _checks.integer(_ADAPTIVE, "num_steps", num_steps)
-    _checks.at_least(_ADAPTIVE, "num_steps", num_steps, 0)
+    _checks.count(_ADAPTIVE, "num_steps", num_steps, 0)
     class_index.check_options(_ADAPTIVE, ignore_index, reduction)

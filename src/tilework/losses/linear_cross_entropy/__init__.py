@@ -468,8 +468,7 @@ def _check_options(
     if softcap is not None:
         _checks.positive(_NAME, "softcap", softcap)
     _checks.at_least(_NAME, "z_loss", z_loss, 0)
-    _checks.integer(_NAME, "shift", shift)
-    _checks.at_least(_NAME, "shift", shift, 0)
+    _checks.count(_NAME, "shift", shift, 0)
 
 
 def _check_constants(
