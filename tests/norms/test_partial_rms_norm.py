@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tilework import _operators
+from tilework import _implementations
 from tilework.norms import PartialRMSNorm, partial_rms_norm, rms_norm
 
 from helpers import FLOATING, assert_exact, clones
@@ -16,7 +16,7 @@ CASES += [("triton", dtype) for dtype in FLOATING if dtype != torch.float64]
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """The implementation that the function takes, which has no argument for it."""
-    monkeypatch.setattr(_operators, "choose", lambda *_: request.param)
+    monkeypatch.setattr(_implementations, "choose", lambda *_, **__: request.param)
     return str(request.param)
 
 

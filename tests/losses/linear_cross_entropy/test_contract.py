@@ -67,7 +67,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
         {"input": BATCH, "target": torch.zeros(2, 3, dtype=torch.int64), "shift": 3},
     ),
     (
-        "implementation must be one of 'triton', 'tiled', 'chunked', 'reference', got 'cuda'",
+        "implementation must be one of 'triton', 'chunked', 'tiled', 'reference', got 'cuda'",
         ValueError,
         {"implementation": "cuda"},
     ),
