@@ -132,6 +132,13 @@ def test_a_number_is_one_of_python() -> None:
         assert result == value
 
 
+def test_an_int_is_one_of_python() -> None:
+    for value in (np.int64(3), np.uint8(3), 3):
+        result = _checks.integer("f", "a", value)
+        assert type(result) is int
+        assert result == 3
+
+
 def test_what_came_is_described() -> None:
     assert _checks.describe(torch.zeros(2, 3, dtype=torch.int8)) == "int8 of shape (2, 3)"
     assert _checks.describe(torch.zeros(())) == "float32 of shape ()"

@@ -5,6 +5,7 @@ A check that reads values runs on plain CPU tensors only: elsewhere it would syn
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -111,20 +112,20 @@ def holds_values(tensor: Tensor) -> bool:
     )
 
 
-def integer(function: str, argument: str, value: object) -> None:
-    """Refuse what is not an int."""
+def integer(function: str, argument: str, value: object) -> int:
+    """The int that came, one of NumPy as Python's; refuse anything else."""
     if not _is_int(value):
         raise bad_type(function, argument, "an int", value)
+    return int(value) if isinstance(value, np.integer) else value
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int | np.integer | torch.SymInt) and not isinstance(value, bool)
 
 
-def count(function: str, argument: str, value: int, minimum: int = 1) -> None:
+def count(function: str, argument: str, value: object, minimum: int = 1) -> None:
     """Refuse what is not an int of at least the minimum."""
-    integer(function, argument, value)
-    if value < minimum:
+    if integer(function, argument, value) < minimum:
         raise bad_value(function, argument, f"an int of at least {minimum}", value)
 
 
