@@ -88,7 +88,20 @@ def test_a_preference_may_ask_for_the_compiler() -> None:
     assert torch.compile(run, backend="eager", fullgraph=True)(INPUT) == 2
 
 
+def test_the_interpreter_runs_kernels_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Implementation.triton("none"), SLOW
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="it runs on cuda, not on cpu"):
+        choose(table, "triton", INPUT)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose(table, "triton", INPUT) == "triton"
+    assert choose(table, None, INPUT) == "slow"
+
+
 def test_where_none_is_left_all_reasons_are_given() -> None:
+    rare = replace(FAST, prefers=lambda *_: False, when="rare calls")
+    with pytest.raises(TypeError, match=r"f: .* \(fast: rare calls; elsewhere: it runs on cuda"):
+        choose((rare, ELSEWHERE), None, INPUT)
     with pytest.raises(TypeError, match=r"fast: it takes float32, not int64 .*; slow: it is odd"):
         choose(
             (FAST, refusing(replace(SLOW, dtypes=(torch.int64,)), "it is odd")), None, INPUT.long()
