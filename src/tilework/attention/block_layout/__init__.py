@@ -70,8 +70,7 @@ def causal_topk(num_blocks: int, density: float) -> int:
     Reference:
         As :class:`BlockLayout`.
     """
-    _checks.integer("causal_topk", "num_blocks", num_blocks)
-    _checks.at_least("causal_topk", "num_blocks", num_blocks, 0)
+    _checks.count("causal_topk", "num_blocks", num_blocks, 0)
     _checks.fraction("causal_topk", "density", density)
     return max(1, int((1 - math.sqrt(1 - density)) * num_blocks))
 
@@ -191,8 +190,7 @@ class BlockLayout:
         name = f"{_NAME}.from_indices"
         for argument, tensor in {"kv_indices": kv_indices, "kv_num_blocks": kv_num_blocks}.items():
             check_integers(name, argument, tensor)
-        _checks.integer(name, "num_kv_blocks", num_kv_blocks)
-        _checks.at_least(name, "num_kv_blocks", num_kv_blocks, 0)
+        _checks.count(name, "num_kv_blocks", num_kv_blocks, 0)
         if kv_indices.dim() != 4:
             raise _checks.bad_value(name, "kv_indices", "of shape (B, H, nq, W)", kv_indices)
         _checks.shape(name, "kv_num_blocks", kv_num_blocks, kv_indices.shape[:3])
@@ -249,13 +247,12 @@ class BlockLayout:
             places = check_places(name, k, scores).expand(scores.shape[:3])
             most = min(max(lists.longest(places), 0), columns)
         else:
-            _checks.integer(name, "k", k)
-            _checks.at_least(name, "k", k, 0)
+            _checks.count(name, "k", k, 0)
             most = min(k, columns)
         kept = num_sink_blocks + (grid.most_diagonal if force_diagonal else 0)
         width = max(most, min(kept, columns))
 
-        if operators.take_scores(scores):
+        if operators.take(scores, ranked=columns):
             return cls._on(
                 grid,
                 *operators.topk(

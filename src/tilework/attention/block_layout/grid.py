@@ -69,8 +69,7 @@ def check_scores(
     """The grid, and scores that can be compared; with the checks that both selections share."""
     _checks.floating(function, "scores", scores)
     grid = grid_of(function, "scores", scores, block_size, seq_lengths)
-    _checks.integer(function, "num_sink_blocks", num_sink_blocks)
-    _checks.at_least(function, "num_sink_blocks", num_sink_blocks, 0)
+    _checks.count(function, "num_sink_blocks", num_sink_blocks, 0)
     scores = scores.detach()
     return grid, scores.float() if scores.dtype.itemsize == 1 else scores
 
@@ -139,8 +138,7 @@ def per_head(function: str, **options: int | Sequence[int | None] | None) -> lis
         lists.append([])
         for number in value if isinstance(value, Sequence) else [value] * heads:
             number = unbounded if number is None else number
-            _checks.integer(function, name, number)
-            _checks.at_least(function, name, number, 0)
+            _checks.count(function, name, number, 0)
             lists[-1].append(number)
     return lists
 

@@ -110,7 +110,7 @@ def transposed(counts: Tensor, indices: Tensor, columns: int) -> Lists:
     """The lists of the columns."""
     batch, heads, rows, width = indices.shape
     blocks = counts.numel() * columns
-    if operators.take(counts) and columns < SPARSE * width and blocks <= operators.MAX_ELEMENTS:
+    if operators.take(counts, blocks=blocks, is_sparse=columns >= SPARSE * width):
         mask = operators.dense(counts, indices, columns, True)
         return positions(mask, rows if blocks <= WAITLESS else None)
     # Entries run through the rows, so that a stable sort by column keeps the rows in order.

@@ -5,57 +5,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilework import _operators
-from tilework._operators import Implementation
+from tilework import _implementations, _operators
+from tilework._implementations import FLOATING, TABLES, Implementation
 
 MAX_COLUMNS = 8192  # whose scores one program holds in registers
 MAX_ELEMENTS = 2**30  # rows and entries are numbered in 32 bits
 
-IMPLEMENTATIONS = _operators.TABLES["attention.BlockLayout"] = (
-    Implementation(
-        "triton",
-        devices=("cuda",),
-        dtypes=(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-        memory="the lists, those of columns with room for all rows up to 2**24 blocks; a byte for "
-        "each block while they are made",
+
+def _prefers_kernels(
+    tensor: Tensor, *, ranked: int = 0, blocks: int = 0, is_sparse: bool = False
+) -> bool:
+    """For scores of ``ranked`` columns, or lists from whose ``blocks`` a mask would be made."""
+    return not is_sparse and ranked <= MAX_COLUMNS and max(tensor.numel(), blocks) <= MAX_ELEMENTS
+
+
+_LISTS = (torch.bool, torch.int32, torch.int64)  # masks and lists of blocks
+IMPLEMENTATIONS = TABLES["attention.BlockLayout"] = (
+    Implementation.triton(
+        "the lists, those of columns with room for all rows up to 2**24 blocks; a byte for each "
+        "block while they are made",
+        dtypes=(*FLOATING, *_LISTS),
         backward="none",
-        deterministic=True,
-        needs="triton",
-        checked_on="Triton's interpreter",
+        prefers=_prefers_kernels,
+        when=f"highest scores of rows of up to {MAX_COLUMNS} blocks, and all else but lists of "
+        "columns of a sparse layout",
     ),
     Implementation(
         "torch",
-        devices=(),
-        dtypes=(
-            torch.float16,
-            torch.bfloat16,
-            torch.float32,
-            torch.float64,
-            torch.float8_e4m3fn,
-            torch.float8_e5m2,
-        ),
-        memory="the lists; masks, ranks and running counts of all blocks, on a CPU of some heads",
+        "the lists; masks, ranks and running counts of all blocks, on a CPU of some heads",
+        dtypes=(*FLOATING, torch.float8_e4m3fn, torch.float8_e5m2, *_LISTS),
         backward="none",
-        deterministic=True,
-        checked_on="CPU",
     ),
 )
 
 
-def take(tensor: Tensor) -> bool:
-    """Whether the kernels take the masks, lists or scores of a device."""
-    kernels = IMPLEMENTATIONS[0]
-    return (
-        tensor.device.type in kernels.devices
-        and kernels.installed
-        and tensor.numel() <= MAX_ELEMENTS
-    )
-
-
-def take_scores(scores: Tensor) -> bool:
-    """Whether the kernel of the highest scores takes these."""
-    kernels = IMPLEMENTATIONS[0]
-    return take(scores) and scores.dtype in kernels.dtypes and scores.shape[-1] <= MAX_COLUMNS
+def take(tensor: Tensor, **given: Any) -> bool:
+    """Whether the kernels are the better choice for masks, lists or scores."""
+    chosen = _implementations.choose("BlockLayout", IMPLEMENTATIONS, None, tensor, **given)
+    return chosen == "triton"
 
 
 def _kernels() -> Any:
