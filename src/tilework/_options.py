@@ -20,6 +20,7 @@ Type checkers read the same declaration.
 
 import dataclasses
 import functools
+import inspect
 from typing import Any, ClassVar, dataclass_transform
 
 from torch import Tensor, nn
@@ -45,15 +46,18 @@ class Options:
         if "__init__" in vars(cls):
             return
         dataclasses.dataclass(eq=False, repr=False, match_args=False, kw_only=kw_only)(cls)
-        annotations = cls.__init__.__annotations__
-        for name, annotation in annotations.items():
+        arguments = cls.__init__.__annotations__
+        for name, annotation in arguments.items():
             if isinstance(annotation, dataclasses.InitVar):
-                annotations[name] = annotation.type
-        declared = dataclasses.fields(cls)  # type: ignore[arg-type]
-        for field in declared:
-            if vars(cls).get(field.name, cls) is field.default:
-                delattr(cls, field.name)  # a default here would hide a buffer or a submodule
-        cls._shown = tuple(f for f in declared if f.init and "buffer" not in f.metadata)
+                arguments[name] = annotation.type
+        for name in inspect.get_annotations(cls).keys() & arguments.keys() & vars(cls).keys():
+            delattr(cls, name)  # a default here would hide a buffer or a submodule
+        cls._shown = tuple(
+            field
+            for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+            if "buffer" not in field.metadata
+            and (field.init or field.default is not dataclasses.MISSING)  # or it is a state
+        )
         cls._passed = tuple(field.name for field in cls._shown if field.kw_only)
 
     def __post_init__(self) -> None:
