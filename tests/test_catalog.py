@@ -14,25 +14,8 @@ from tilework import catalog
 from tilework._options import Options
 
 ENTRIES = catalog.entries()
-FUNCTIONS = {
-    entry.object.__name__.replace("_", ""): entry.object
-    for entry in ENTRIES
-    if inspect.isfunction(entry.object)
-}
+TWINS = [entry for entry in ENTRIES if catalog.function_of(entry.object)]
 TESTS = Path(__file__).parent
-
-
-def function_of(object_: Any) -> Callable[..., Any] | None:
-    """The function that a class is the twin of; a layer, which makes parameters, is none."""
-    if not inspect.isclass(object_) or issubclass(object_, tuple):
-        return None
-    if "device" in inspect.signature(object_).parameters:
-        return None
-    name = object_.__name__.lower()
-    return FUNCTIONS.get(name) or FUNCTIONS.get(name.removesuffix("loss"))
-
-
-TWINS = [entry for entry in ENTRIES if function_of(entry.object)]
 
 
 def public_names() -> set[str]:
@@ -83,7 +66,7 @@ def options(callable_: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 @pytest.mark.parametrize("entry", TWINS, ids=lambda entry: entry.name)
 def test_every_twin_has_the_options_of_its_function(entry: catalog.Entry) -> None:
-    function = function_of(entry.object)
+    function = catalog.function_of(entry.object)
     assert function is not None
     assert issubclass(entry.object, Options)
     expected, found = options(function), options(entry.object)

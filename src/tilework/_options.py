@@ -14,20 +14,21 @@ construction, the call of the function and the repr are made from there::
         def forward(self, input: Tensor, target: Tensor) -> Tensor:
             return squentropy(input, target, self.weight, **self.options())
 
-A field is keyword-only unless it says ``kw_only=False``, as dataclasses' ``field`` takes it too.
-Type checkers read the same declaration.
+A field is keyword-only unless it says ``kw_only=False``; ``dataclasses.field`` and ``InitVar`` mean
+what they mean there. Type checkers read the same declaration.
 """
 
 import dataclasses
 import functools
 import inspect
+from collections.abc import Iterable
 from typing import Any, ClassVar, dataclass_transform
 
 from torch import Tensor, nn
 
 
 def buffer(*, default: Any = dataclasses.MISSING, kw_only: bool = True) -> Any:
-    """A field of an :class:`OptionsModule` that is one of its buffers: a tensor, None or both."""
+    """A field of an :class:`OptionsModule` that becomes a buffer: a tensor, or None for none."""
     return dataclasses.field(default=default, kw_only=kw_only, metadata={"buffer": True})
 
 
@@ -56,7 +57,7 @@ class Options:
             field
             for field in dataclasses.fields(cls)  # type: ignore[arg-type]
             if "buffer" not in field.metadata
-            and (field.init or field.default is not dataclasses.MISSING)  # or it is a state
+            and (field.init or field.default is not dataclasses.MISSING)  # else a state, made later
         )
         cls._passed = tuple(field.name for field in cls._shown if field.kw_only)
 
@@ -73,20 +74,23 @@ class Options:
 
     def extra_repr(self) -> str:
         """Return the options that are not their defaults."""
-        values = [(field, getattr(self, field.name)) for field in self._shown]
-        return ", ".join(
+        return ", ".join(self._changed(self._shown))
+
+    def _changed(self, declared: Iterable[dataclasses.Field[Any]]) -> list[str]:
+        values = [(field, getattr(self, field.name)) for field in declared]
+        return [
             f"{field.name}={value!r}"
             for field, value in values
-            if not isinstance(value, nn.Module)
+            if not isinstance(value, nn.Module)  # which shows them itself
             and (isinstance(value, Tensor) or value != field.default)
-        )
+        ]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
 class OptionsModule(Options, nn.Module):
-    """Options of a module, some of which may be buffers; a parameter given for one stays one."""
+    """The options of a module, some of which may be buffers."""
 
     __repr__ = nn.Module.__repr__
 
@@ -110,5 +114,7 @@ class OptionsModule(Options, nn.Module):
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if "buffer" in field.metadata:
                 value = getattr(self, field.name)
-                delattr(self, field.name)  # a parameter was set as one
+                delattr(
+                    self, field.name
+                )  # else a parameter given for it would be one of the module
                 self.register_buffer(field.name, value)

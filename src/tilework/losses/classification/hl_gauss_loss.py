@@ -152,6 +152,8 @@ def hl_gauss_loss(
 class HLGaussLoss(OptionsModule):
     """:func:`hl_gauss_loss` as a module, which also encodes and decodes values.
 
+    The number of bins, ``num_bins``, is at least 2.
+
     Example:
         >>> import torch
         >>> from tilework.losses import HLGaussLoss
