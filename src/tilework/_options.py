@@ -114,7 +114,5 @@ class OptionsModule(Options, nn.Module):
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if "buffer" in field.metadata:
                 value = getattr(self, field.name)
-                delattr(
-                    self, field.name
-                )  # else a parameter given for it would be one of the module
+                delattr(self, field.name)  # may have become a parameter
                 self.register_buffer(field.name, value)
