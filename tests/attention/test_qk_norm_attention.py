@@ -475,7 +475,7 @@ def test_module():
     module = QKNormAttention(100, num_heads=3, eps=2.5, dtype=torch.float64)
     assert module.scale.tolist() == [math.log2(9900)] * 3
     assert list(module.state_dict()) == ["scale"]
-    assert repr(module) == "QKNormAttention(100, num_heads=3, eps=2.5)"
+    assert repr(module) == "QKNormAttention(seq_length=100, num_heads=3, eps=2.5)"
     assert QKNormAttention(9, device="meta").scale.device.type == "meta"
 
     nn.init.normal_(module.scale)

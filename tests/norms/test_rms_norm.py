@@ -82,6 +82,7 @@ def test_weights_of_heads_with_several_normalized_dimensions():
 @pytest.mark.parametrize("shape", [7, (3, 7), [3, 7]])
 def test_module_takes_the_place_of_that_of_torch(shape, dtype):
     ours, theirs = (cls(shape, 1e-5, True, "cpu", dtype) for cls in (RMSNorm, nn.RMSNorm))
+    assert isinstance(ours, nn.RMSNorm)
     assert repr(ours) == repr(theirs)
     assert torch.equal(ours.weight, theirs.weight)
     assert ours.weight.dtype == dtype

@@ -1,6 +1,6 @@
 """Cross-entropy of a linear layer's output without the logits in memory."""
 
-from dataclasses import replace
+from dataclasses import InitVar, field
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tilework import _checks, _implementations
 from tilework._implementations import TABLES
 from tilework._operators import computation_dtype
+from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
 from tilework.losses._classes import class_index, head, sharding
 from tilework.losses._classes.sharding import VocabShard
@@ -246,24 +247,8 @@ def linear_cross_entropy(
 
 
 @_PAPER
-class LinearCrossEntropy(nn.Module):
+class LinearCrossEntropy(OptionsModule):
     """:func:`linear_cross_entropy` for a head that another module owns, such as a tied embedding.
-
-    Args:
-        weight: Class weights, shape ``(V)``; a buffer, absent from the ``state_dict`` when None.
-        reduction: As in the function, like every option below.
-        ignore_index: Targets of this value do not count.
-        label_smoothing: The part of the target that is spread evenly over the classes.
-        softcap: Bound of the logits.
-        z_loss: Coefficient of the squared log-sum-exp.
-        shift: Position ``t`` predicts ``target[:, t + shift]``.
-        gradient_filter: What the gradients of logits may lose; None for nothing.
-        implementation: ``"triton"``, ``"tiled"``, ``"chunked"``, ``"reference"``, or None for the
-            best one.
-        vocab_parallel: The classes that the weight given to ``forward`` holds.
-
-    Raises:
-        ValueError: An option is out of range.
 
     Example:
         >>> import torch
@@ -273,42 +258,30 @@ class LinearCrossEntropy(nn.Module):
         >>> tokens = torch.randint(100, (2, 5))
         >>> criterion(embedding(tokens), embedding.weight, tokens).shape
         torch.Size([])
-
-    Reference:
-        As :func:`linear_cross_entropy`.
     """
 
-    weight: Tensor | None
+    weight: Tensor | None = buffer(default=None, kw_only=False)
+    reduction: str = "mean"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    z_loss: float = 0.0
+    shift: int = 0
+    gradient_filter: float | None = None
+    implementation: str | None = None
+    vocab_parallel: VocabShard | None = None
 
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        softcap: float | None = None,
-        z_loss: float = 0.0,
-        shift: int = 0,
-        gradient_filter: float | None = None,
-        implementation: str | None = None,
-        vocab_parallel: VocabShard | None = None,
-    ) -> None:
-        super().__init__()
+    def _check(self) -> None:
         _check_options(
-            reduction, ignore_index, label_smoothing, softcap, z_loss, shift, gradient_filter
+            self.reduction,
+            self.ignore_index,
+            self.label_smoothing,
+            self.softcap,
+            self.z_loss,
+            self.shift,
+            self.gradient_filter,
         )
-        _implementations.check_name(_NAME, IMPLEMENTATIONS, implementation)
-        self.register_buffer("weight", weight)
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.softcap = softcap
-        self.z_loss = z_loss
-        self.shift = shift
-        self.gradient_filter = gradient_filter
-        self.implementation = implementation
-        self.vocab_parallel = vocab_parallel
+        _implementations.check_name(_NAME, IMPLEMENTATIONS, self.implementation)
 
     def forward(
         self,
@@ -326,33 +299,8 @@ class LinearCrossEntropy(nn.Module):
             target,
             linear_bias=linear_bias,
             weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            softcap=self.softcap,
-            z_loss=self.z_loss,
             token_weight=token_weight,
-            shift=self.shift,
-            gradient_filter=self.gradient_filter,
-            implementation=self.implementation,
-            vocab_parallel=self.vocab_parallel,
-        )
-
-    def extra_repr(self) -> str:
-        """Return the options that are not the defaults of the function."""
-        return ", ".join(
-            f"{name}={value!r}"
-            for name in (
-                "reduction",
-                "ignore_index",
-                "label_smoothing",
-                "softcap",
-                "z_loss",
-                "shift",
-                "gradient_filter",
-                "implementation",
-            )
-            if (value := getattr(self, name)) != _DEFAULTS[name]
+            **self.options(),
         )
 
 
@@ -360,7 +308,8 @@ class LinearCrossEntropy(nn.Module):
 class LinearCrossEntropyLoss(LinearCrossEntropy):
     """A linear head and its :func:`linear_cross_entropy`, in place of torch's layer of this name.
 
-    The ``state_dict`` and the initialization are those of ``torch.nn.LinearCrossEntropyLoss``.
+    The ``state_dict`` and the initialization are those of ``torch.nn.LinearCrossEntropyLoss``, the
+    other options those of the function.
 
     Args:
         in_features: Width ``D`` of the hidden states.
@@ -368,16 +317,6 @@ class LinearCrossEntropyLoss(LinearCrossEntropy):
         bias: Whether the head has a bias.
         device: Device of the head's parameters.
         dtype: Their dtype.
-        reduction: As in the function, like every option below.
-        weight: Class weights, shape ``(V)``; a buffer, absent from the ``state_dict`` when None.
-        ignore_index: Targets of this value do not count.
-        label_smoothing: The part of the target that is spread evenly over the classes.
-        softcap: Bound of the logits.
-        z_loss: Coefficient of the squared log-sum-exp.
-        shift: Position ``t`` predicts ``target[:, t + shift]``.
-        gradient_filter: What the gradients of logits may lose; None for nothing.
-        implementation: ``"triton"``, ``"tiled"``, ``"chunked"``, ``"reference"``, or None for the
-            best one.
 
     Raises:
         ValueError: An option is out of range.
@@ -396,35 +335,23 @@ class LinearCrossEntropyLoss(LinearCrossEntropy):
         As :func:`linear_cross_entropy`.
     """
 
-    def __init__(
+    in_features: InitVar[int] = field(kw_only=False)
+    num_classes: InitVar[int] = field(kw_only=False)
+    bias: InitVar[bool] = False
+    device: InitVar[torch.device | str | None] = None
+    dtype: InitVar[torch.dtype | None] = None
+    weight: Tensor | None = buffer(default=None)
+    vocab_parallel: None = field(default=None, init=False)
+
+    def __post_init__(
         self,
         in_features: int,
         num_classes: int,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        reduction: str = "mean",
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        softcap: float | None = None,
-        z_loss: float = 0.0,
-        shift: int = 0,
-        gradient_filter: float | None = None,
-        implementation: str | None = None,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(
-            weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            z_loss=z_loss,
-            shift=shift,
-            gradient_filter=gradient_filter,
-            implementation=implementation,
-        )
+        super().__post_init__()
         self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
 
     def forward(  # type: ignore[override]
@@ -438,18 +365,6 @@ class LinearCrossEntropyLoss(LinearCrossEntropy):
             linear_bias=self.linear.bias,
             token_weight=token_weight,
         )
-
-
-_DEFAULTS = {
-    "reduction": "mean",
-    "ignore_index": -100,
-    "label_smoothing": 0.0,
-    "softcap": None,
-    "z_loss": 0.0,
-    "shift": 0,
-    "gradient_filter": None,
-    "implementation": None,
-}
 
 
 def _check_options(

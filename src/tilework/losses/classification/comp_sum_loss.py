@@ -6,10 +6,10 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._implementations import TABLES
+from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
 from tilework.losses._classes import class_index, head
 from tilework.losses._classes.positions import linear_positions
-from tilework.losses._criterion import Criterion
 
 __all__ = [
     "CompSumLoss",
@@ -97,17 +97,8 @@ def comp_sum_loss(
 
 
 @_PAPER
-class CompSumLoss(Criterion):
+class CompSumLoss(OptionsModule):
     """:func:`comp_sum_loss` as a module.
-
-    Args:
-        weight: A weight for each class, shape ``(C)``; a buffer.
-        tau: Which loss of the family, at least 0.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above.
 
     Example:
         >>> import torch
@@ -115,38 +106,19 @@ class CompSumLoss(Criterion):
         >>> criterion = CompSumLoss(tau=2.0)
         >>> criterion(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
         tensor(0.9000)
-
-    Reference:
-        As :func:`comp_sum_loss`.
     """
 
-    weight: Tensor | None
+    weight: Tensor | None = buffer(default=None, kw_only=False)
+    tau: float = 1.0
+    ignore_index: int = -100
+    reduction: str = "mean"
 
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        tau: float = 1.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        _check_options(_NAME, tau, ignore_index, reduction)
-        self.register_buffer("weight", weight)
-        self.tau = tau
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+    def _check(self) -> None:
+        _check_options(_NAME, **self.options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`comp_sum_loss`."""
-        return comp_sum_loss(
-            input,
-            target,
-            self.weight,
-            tau=self.tau,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return comp_sum_loss(input, target, self.weight, **self.options())
 
 
 @_PAPER

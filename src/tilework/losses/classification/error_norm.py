@@ -7,11 +7,11 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._implementations import TABLES
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import class_index, head
 from tilework.losses._classes.class_index import Positions
 from tilework.losses._classes.positions import LinearPositions, linear_positions
-from tilework.losses._criterion import Criterion
 from tilework.losses.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
@@ -159,19 +159,8 @@ def error_norm_truncation_loss(
 
 
 @_PAPER
-class ErrorNormTruncationLoss(Criterion):
-    """:func:`error_norm_truncation_loss` as a module. Its options may be changed between calls.
-
-    Args:
-        threshold: The largest norm that survives, at least 0.
-        fraction: The largest part of the kept targets to drop, at least 0 and below 1.
-        denominator: What ``"mean"`` divides by: ``"tokens"`` or ``"kept"``.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        label_smoothing: The part of the target that is spread evenly over the classes.
-
-    Raises:
-        ValueError: An option is not one of those above.
+class ErrorNormTruncationLoss(OptionsModule):
+    """:func:`error_norm_truncation_loss` as a module.
 
     Example:
         >>> import torch
@@ -179,44 +168,21 @@ class ErrorNormTruncationLoss(Criterion):
         >>> criterion = ErrorNormTruncationLoss(fraction=0.25)
         >>> criterion(torch.tensor([[0.0, 0.0]] * 3 + [[0.0, 9.0]]), torch.tensor([0, 1, 0, 0]))
         tensor(0.5199)
-
-    Reference:
-        As :func:`error_norm`.
     """
 
-    def __init__(
-        self,
-        *,
-        threshold: float | None = None,
-        fraction: float | None = None,
-        denominator: str = "tokens",
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-    ) -> None:
-        super().__init__()
-        _check_options(
-            _NAME, threshold, fraction, denominator, ignore_index, reduction, label_smoothing
-        )
-        self.threshold = threshold
-        self.fraction = fraction
-        self.denominator = denominator
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
+    threshold: float | None = None
+    fraction: float | None = None
+    denominator: str = "tokens"
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+
+    def _check(self) -> None:
+        _check_options(_NAME, **self.options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`error_norm_truncation_loss`."""
-        return error_norm_truncation_loss(
-            input,
-            target,
-            threshold=self.threshold,
-            fraction=self.fraction,
-            denominator=self.denominator,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
+        return error_norm_truncation_loss(input, target, **self.options())
 
 
 @_PAPER

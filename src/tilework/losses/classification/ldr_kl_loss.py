@@ -8,11 +8,11 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._implementations import TABLES
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import class_index, head
 from tilework.losses._classes.class_index import Positions
 from tilework.losses._classes.positions import linear_positions
-from tilework.losses._criterion import Criterion
 
 __all__ = ["ALDRKLLoss", "LDRKLLoss", "aldr_kl_loss", "ldr_kl_loss", "linear_ldr_kl_loss"]
 
@@ -98,17 +98,8 @@ def ldr_kl_loss(
 
 
 @_PAPER
-class LDRKLLoss(Criterion):
+class LDRKLLoss(OptionsModule):
     """:func:`ldr_kl_loss` as a module.
-
-    Args:
-        temperature: At least 0, or infinite.
-        margin: What is added to the logits of the wrong classes, at least 0.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above.
 
     Example:
         >>> import torch
@@ -116,36 +107,19 @@ class LDRKLLoss(Criterion):
         >>> criterion = LDRKLLoss(temperature=0.0, margin=0.5)
         >>> criterion(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
         tensor(0.5000)
-
-    Reference:
-        As :func:`ldr_kl_loss`.
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        margin: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        _check_options(temperature, margin, ignore_index, reduction)
-        self.temperature = temperature
-        self.margin = margin
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+    temperature: float = 1.0
+    margin: float = 0.0
+    ignore_index: int = -100
+    reduction: str = "mean"
+
+    def _check(self) -> None:
+        _check_options(**self.options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`ldr_kl_loss`."""
-        return ldr_kl_loss(
-            input,
-            target,
-            temperature=self.temperature,
-            margin=self.margin,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return ldr_kl_loss(input, target, **self.options())
 
 
 @_PAPER
@@ -301,20 +275,8 @@ def aldr_kl_loss(
 
 
 @_PAPER
-class ALDRKLLoss(Criterion):
+class ALDRKLLoss(OptionsModule):
     """:func:`aldr_kl_loss` as a module.
-
-    Args:
-        temperature: The largest temperature, above 0.
-        alpha: How closely temperatures are held to the largest one, above 1.
-        margin: What is added to the logits of the wrong classes, at least 0.
-        num_steps: How many times the temperatures are improved, at least 0.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above.
-        TypeError: ``num_steps`` is not an int.
 
     Example:
         >>> import torch
@@ -322,42 +284,21 @@ class ALDRKLLoss(Criterion):
         >>> criterion = ALDRKLLoss(alpha=4.0)
         >>> criterion(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
         tensor(0.)
-
-    Reference:
-        As :func:`ldr_kl_loss`.
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        alpha: float = 2.0,
-        margin: float = 0.0,
-        num_steps: int = 10,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        _check_adaptive_options(temperature, alpha, margin, num_steps, ignore_index, reduction)
-        self.temperature = temperature
-        self.alpha = alpha
-        self.margin = margin
-        self.num_steps = num_steps
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+    temperature: float = 1.0
+    alpha: float = 2.0
+    margin: float = 0.0
+    num_steps: int = 10
+    ignore_index: int = -100
+    reduction: str = "mean"
+
+    def _check(self) -> None:
+        _check_adaptive_options(**self.options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`aldr_kl_loss`."""
-        return aldr_kl_loss(
-            input,
-            target,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            margin=self.margin,
-            num_steps=self.num_steps,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return aldr_kl_loss(input, target, **self.options())
 
 
 def _gaps(positions: Positions, margin: float) -> Tensor:

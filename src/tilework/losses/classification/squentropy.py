@@ -4,10 +4,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework._implementations import TABLES
+from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
 from tilework.losses._classes import class_index, head, linear_squares
 from tilework.losses._classes.positions import linear_positions
-from tilework.losses._criterion import Criterion
 
 __all__ = ["SquentropyLoss", "linear_squentropy", "squentropy"]
 
@@ -81,16 +81,8 @@ def squentropy(
 
 
 @_PAPER
-class SquentropyLoss(Criterion):
+class SquentropyLoss(OptionsModule):
     """:func:`squentropy` as a module.
-
-    Args:
-        weight: A weight for each class, shape ``(C)``; a buffer.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above.
 
     Example:
         >>> import torch
@@ -98,35 +90,18 @@ class SquentropyLoss(Criterion):
         >>> criterion = SquentropyLoss(reduction="sum")
         >>> criterion(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
         tensor(9.2103)
-
-    Reference:
-        As :func:`squentropy`.
     """
 
-    weight: Tensor | None
+    weight: Tensor | None = buffer(default=None, kw_only=False)
+    ignore_index: int = -100
+    reduction: str = "mean"
 
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        class_index.check_options(_NAME, ignore_index, reduction)
-        self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+    def _check(self) -> None:
+        class_index.check_options(_NAME, **self.options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`squentropy`."""
-        return squentropy(
-            input,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return squentropy(input, target, self.weight, **self.options())
 
 
 @_PAPER

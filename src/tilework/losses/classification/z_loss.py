@@ -6,10 +6,10 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._implementations import TABLES
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import class_index, head
 from tilework.losses._classes.positions import linear_positions
-from tilework.losses._criterion import Criterion
 
 __all__ = ["ZLoss", "linear_z_loss", "z_loss"]
 
@@ -83,49 +83,26 @@ def z_loss(
 
 
 @_PAPER
-class ZLoss(Criterion):
+class ZLoss(OptionsModule):
     """:func:`z_loss` as a module.
-
-    Args:
-        coefficient: What the squares are multiplied by, at least 0.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above.
 
     Example:
         >>> import torch
         >>> from tilework.losses import ZLoss
         >>> ZLoss(coefficient=1.0)(torch.zeros(4, 10))
         tensor(5.3019)
-
-    Reference:
-        As :func:`z_loss`.
     """
 
-    def __init__(
-        self,
-        *,
-        coefficient: float = 1e-4,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        _check_options(_NAME, coefficient, ignore_index, reduction)
-        self.coefficient = coefficient
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+    coefficient: float = 1e-4
+    ignore_index: int = -100
+    reduction: str = "mean"
+
+    def _check(self) -> None:
+        _check_options(_NAME, **self.options())
 
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the loss; shapes as in :func:`z_loss`."""
-        return z_loss(
-            input,
-            target,
-            coefficient=self.coefficient,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return z_loss(input, target, **self.options())
 
 
 @_PAPER
