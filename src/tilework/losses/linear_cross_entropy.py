@@ -3,35 +3,23 @@
 from dataclasses import InitVar, field
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from tilework import _checks, _implementations
 from tilework._implementations import TABLES
-from tilework._operators import computation_dtype
 from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
-from tilework.losses._classes import class_index, head, sharding
+from tilework.losses._classes import head
+from tilework.losses._classes.cross_entropy import cross_entropy
+from tilework.losses._classes.linear import IMPLEMENTATIONS
+from tilework.losses._classes.positions import of_head
 from tilework.losses._classes.sharding import VocabShard
-from tilework.losses.linear_cross_entropy import operators, schedule
 
 __all__ = ["LinearCrossEntropy", "LinearCrossEntropyLoss", "VocabShard", "linear_cross_entropy"]
 
 _NAME = "linear_cross_entropy"
-_triton, _tiled, _chunked, _reference = head.IMPLEMENTATIONS
-IMPLEMENTATIONS = TABLES["losses.linear_cross_entropy"] = (
-    _triton,
-    replace(
-        _chunked,
-        memory="gradients and the logits of 512 tokens (CPU) or 4096 (CUDA)",
-        backward="of sums and means, in the forward pass; others, and float16, as tiled or triton",
-        prefers=schedule.prefers_chunks,
-        when=schedule.PREFERRED,
-    ),
-    _tiled,
-    _reference,
-)
+TABLES[f"losses.{_NAME}"] = IMPLEMENTATIONS
 _PAPER = implements(
     "Cut Your Losses in Large-Vocabulary Language Models", year=2024, arxiv="2411.09009"
 )
@@ -147,103 +135,23 @@ def linear_cross_entropy(
     _check_options(
         reduction, ignore_index, label_smoothing, softcap, z_loss, shift, gradient_filter
     )
-    layout, (input, linear_weight, linear_bias, target, token_weight) = sharding.localize(
+    positions = of_head(
         _NAME,
-        vocab_parallel,
         input,
         linear_weight,
+        target,
         linear_bias,
-        target=target,
-        token_weight=token_weight,
-    )
-    input, linear_weight, linear_bias = head.cast_under_autocast(input, linear_weight, linear_bias)
-    head.check(_NAME, input, linear_weight, linear_bias)
-    class_index.check_target(_NAME, "target", target, tuple(input.shape[:-1]))
-    classes = layout.classes(linear_weight)
-    _check_constants(input, classes, weight, token_weight)
-    if shift and (input.dim() != 3 or shift >= input.shape[1] or layout.splits_sequences):
-        raise ValueError(
-            f"{_NAME}: shift above 0 must come with input of shape (B, T, D), whole sequences, and "
-            f"be below T, got shift={shift} and input {_checks.describe(input)}"
-        )
-    _checks.same_device(
-        _NAME,
-        input=input,
-        linear_weight=linear_weight,
-        target=target,
-        linear_bias=linear_bias,
+        ignore_index,
+        implementation,
         weight=weight,
         token_weight=token_weight,
+        softcap=softcap,
+        shift=shift,
+        gradient_filter=gradient_filter,
+        vocab_parallel=vocab_parallel,
+        is_sum=reduction != "none",
     )
-    is_sum = reduction != "none" and gradient_filter is None and layout == sharding.Layout()
-    chosen = _implementations.choose(
-        _NAME,
-        IMPLEMENTATIONS,
-        implementation,
-        input,
-        linear_weight=linear_weight,
-        linear_bias=linear_bias,
-        is_sum=is_sum,
-    )
-
-    shape = (*target.shape[:-1], target.shape[-1] - shift)
-    if shift:
-        # Positions without a target are ignored, so that the input needs no copy.
-        target = F.pad(target[:, shift:], (0, shift), value=ignore_index)
-        if token_weight is not None:
-            token_weight = F.pad(token_weight[:, shift:], (0, shift))
-    padded_shape = target.shape
-    input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    kept = target != ignore_index
-    inside = class_index.inside(_NAME, target, ignore_index, classes)
-
-    dtype = computation_dtype(input.dtype)
-    # Outside the classes, a kept target makes its own position nan, in value and gradient.
-    position_weight = kept.to(dtype).where(inside | ~kept, torch.nan)
-    if token_weight is not None:
-        token_weight = token_weight.reshape(-1)
-        kept = kept & (token_weight != 0)
-        position_weight = (position_weight * token_weight).where(kept, 0).to(dtype)
-    class_weight = None if weight is None else weight.to(dtype)
-    target_weight = position_weight
-    if class_weight is not None:
-        target_weight = (position_weight * class_weight[target.where(inside, 0)]).where(kept, 0)
-    spread_weight = None
-    if label_smoothing:
-        spread_weight = linear_weight.new_ones(classes, dtype=dtype)
-        spread_weight = spread_weight if class_weight is None else class_weight
-    scales = (
-        (1 - label_smoothing) * target_weight,
-        label_smoothing / classes * position_weight if label_smoothing else None,
-        z_loss * position_weight if z_loss else None,
-    )
-    tensors = (
-        input,
-        linear_weight,
-        target.where(kept, ignore_index),
-        linear_bias,
-        spread_weight,
-    )
-
-    heads = input, linear_weight, linear_bias
-    if chosen == "chunked" and is_sum and operators.takes_gradients_early(*heads):
-        if reduction == "sum":
-            return operators.summed_loss(*tensors, *scales, softcap, ignore_index)
-        total_weight = target_weight.sum()
-        counted = total_weight != 0
-        share = 1 / total_weight.where(counted, 1)
-        shares = (None if scale is None else scale * share for scale in scales)
-        loss = operators.summed_loss(*tensors, *shares, softcap, ignore_index)
-        return loss.where(counted, torch.nan)
-
-    statistics = sharding.logit_stats(
-        layout.shard, *tensors, softcap, 1.0, ignore_index, False, gradient_filter, chosen
-    )
-    losses = operators.position_losses(statistics, spread_weight, *scales)
-    if reduction == "none":
-        return layout.of_tokens(losses.reshape(padded_shape)[..., : shape[-1]])
-    total = layout.add_up(losses.sum())
-    return total if reduction == "sum" else total / layout.add_up(target_weight.sum())
+    return cross_entropy(positions, reduction, label_smoothing, z_loss)
 
 
 @_PAPER
@@ -384,17 +292,3 @@ def _check_options(
         _checks.positive(_NAME, "softcap", softcap)
     _checks.at_least(_NAME, "z_loss", z_loss, 0)
     _checks.count(_NAME, "shift", shift, 0)
-
-
-def _check_constants(
-    input: Tensor,
-    classes: int,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-) -> None:
-    for name, constant, shape in (
-        ("weight", weight, (classes,)),
-        ("token_weight", token_weight, input.shape[:-1]),
-    ):
-        if constant is not None:
-            _checks.constant(_NAME, name, constant, shape)

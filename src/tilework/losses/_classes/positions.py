@@ -6,6 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,15 @@ class Positions:
         """A sum of losses that does so."""
         raise NotImplementedError
 
+    def counting(self, counts: Tensor) -> Self:
+        """The same without the positions that do not count."""
+        return replace(
+            self,
+            target=self.target.where(counts, self.ignore_index),
+            weight=self.weight.where(counts, 0),
+            target_weight=self.target_weight.where(counts, 0),
+        )
+
     def loss(
         self, formula: str, numbers: Sequence[float], reduction: str, *, spreads: bool = False
     ) -> Tensor:
@@ -106,9 +116,22 @@ class Positions:
         """Reduce the losses of the kept positions."""
         losses = losses.where(self.kept, 0)
         if reduction == "none":
-            return losses.reshape(self.shape).to(self.dtype)
-        total = losses.sum()
-        return (total if reduction == "sum" else total / self.target_weight.sum()).to(self.dtype)
+            return self.restored(losses).to(self.dtype)
+        total = self.add_up(losses.sum())
+        return (total if reduction == "sum" else total / self.total_weight).to(self.dtype)
+
+    @property
+    def total_weight(self) -> Tensor:
+        """What a mean divides by."""
+        return self.add_up(self.target_weight.sum())
+
+    def add_up(self, value: Tensor) -> Tensor:
+        """The sum over all positions of what this process has."""
+        return value
+
+    def restored(self, losses: Tensor) -> Tensor:
+        """Losses of positions as the caller gets them."""
+        return losses.reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -229,14 +252,13 @@ class OfHead(Positions):
         )
         return linear_operators.summed_loss(given).loss
 
-    def reduce(self, losses: Tensor, reduction: str) -> Tensor:
-        """Reduce the losses of the kept positions, of all processes."""
-        losses = losses.where(self.kept, 0)
-        if reduction == "none":
-            losses = losses.reshape(self.padded_shape)[..., : self.shape[-1]]
-            return self.layout.of_tokens(losses)
-        total = self.layout.add_up(losses.sum())
-        return total if reduction == "sum" else total / self.layout.add_up(self.target_weight.sum())
+    def add_up(self, value: Tensor) -> Tensor:
+        """The sum over all positions of what this process has."""
+        return self.layout.add_up(value)
+
+    def restored(self, losses: Tensor) -> Tensor:
+        """Losses of positions as the caller gets them."""
+        return self.layout.of_tokens(losses.reshape(self.padded_shape)[..., : self.shape[-1]])
 
     def detached(self) -> "OfHead":
         """The same without gradients."""
@@ -244,12 +266,9 @@ class OfHead(Positions):
         weight = self.linear_weight.detach()
         return replace(self, input=self.input.detach(), linear_weight=weight, linear_bias=bias)
 
-    def counting(self, counts: Tensor) -> "OfHead":
-        """The same without the positions that do not count."""
-        target = self.target.where(counts, self.ignore_index)
-        weights = (weight.where(counts, 0) for weight in (self.weight, self.target_weight))
-        weight, target_weight = weights
-        return replace(self, target=target, weight=weight, target_weight=target_weight)
+    def everywhere(self) -> "OfHead":
+        """The same without ignored positions: 0 is the class of those that have none."""
+        return replace(self, target=self.target.where(self.weight == 1, 0), ignore_index=_NEVER)
 
 
 def of_logits(

@@ -9,6 +9,8 @@ from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
 from tilework.losses._classes.class_index import Positions
+from tilework.losses._classes.cross_entropy import cross_entropy
+from tilework.losses._classes.positions import of_logits
 
 __all__ = ["CrossEntropyWithZLoss", "cross_entropy_with_z_loss"]
 
@@ -82,13 +84,12 @@ def cross_entropy_with_z_loss(
         large-scale Transformer training instabilities. 2023. arXiv:2309.14322.
     """
     _check_options(ignore_index, reduction, label_smoothing, z_loss)
-    if isinstance(target, Tensor) and target.is_floating_point():
-        positions, likelihood = _soft(input, target, weight, ignore_index, label_smoothing)
-    else:
-        positions = class_index.positions(_NAME, input, target, ignore_index, weight=weight)
-        likelihood = positions.cross_entropy(label_smoothing)
-    log_sum = torch.logsumexp(positions.logits, positions.dim)
-    return positions.reduce(likelihood + z_loss * log_sum.square(), reduction)
+    if not isinstance(target, Tensor) or not target.is_floating_point():
+        positions = of_logits(_NAME, input, target, ignore_index, weight=weight)
+        return cross_entropy(positions, reduction, label_smoothing, z_loss)
+    soft, likelihood = _soft(input, target, weight, ignore_index, label_smoothing)
+    log_sum = torch.logsumexp(soft.logits, soft.dim)
+    return soft.reduce(likelihood + z_loss * log_sum.square(), reduction)
 
 
 def _soft(

@@ -1,6 +1,6 @@
 """Losses that see how far apart the numbers are that tokens stand for."""
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from tilework._operators import computation_dtype
 from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
+from tilework.losses._classes.cross_entropy import cross_entropy
+from tilework.losses._classes.positions import of_logits
 
 __all__ = [
     "NumberTokenCrossEntropyLoss",
@@ -299,9 +301,9 @@ def _cross_entropy(
     label_smoothing: float,
 ) -> Tensor:
     name = "number_token_cross_entropy"
-    positions = class_index.positions(name, input, target, ignore_index)
-    losses = positions.cross_entropy(label_smoothing)
-    likelihood = positions._replace(dtype=losses.dtype).reduce(losses, reduction)
+    positions = of_logits(name, input, target, ignore_index)
+    exact = replace(positions, dtype=positions.weight.dtype)
+    likelihood = cross_entropy(exact, reduction, label_smoothing)
     distance = _distance(name, input, target, token_values, numbers, kind, ignore_index, reduction)
     return (likelihood + ntl_weight * distance).to(positions.dtype)
 

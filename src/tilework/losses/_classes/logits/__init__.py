@@ -3,21 +3,12 @@
 import torch
 from torch import Tensor
 
-from tilework import _torch
 from tilework._implementations import Implementation
+from tilework.losses._classes.blocks import is_eager
 
 
 def _is_plain(input: Tensor) -> bool:
     return type(input) in (Tensor, torch.nn.Parameter)
-
-
-def _is_eager(input: Tensor) -> bool:
-    return (
-        input.device.type == "cpu"
-        and _is_plain(input)
-        and not torch.compiler.is_compiling()
-        and not _torch.transforms_are_active()
-    )
 
 
 IMPLEMENTATIONS = (
@@ -27,7 +18,7 @@ IMPLEMENTATIONS = (
     Implementation(
         "tiled",
         "the gradient, which sums and means take in the forward pass, and blocks of 4 MiB",
-        prefers=_is_eager,
+        prefers=is_eager,
         when="on a CPU, outside of torch.compile, which fuses the definition, and torch.func",
     ),
     Implementation.reference("the logits, several times in training"),

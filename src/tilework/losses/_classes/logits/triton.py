@@ -45,8 +45,8 @@ class Logits(NamedTuple):
     """
 
     outputs: Tensor
-    strides: tuple[int, int, int]
-    sizes: tuple[int, int, int]
+    strides: tuple[int, ...]
+    sizes: tuple[int, ...]
     bias: Tensor | None
     bias_stride: int
     softcap: float | None

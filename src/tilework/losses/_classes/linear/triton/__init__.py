@@ -46,8 +46,10 @@ def forward(given: LinearStats) -> Statistics:
     def room(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return target.new_empty(num_shares, num_tokens, dtype=dtype) if wanted else None
 
+    peak, total = target.new_empty(2, num_shares, num_tokens, dtype=torch.float32)
     shares = Shares(
-        *(target.new_empty(2, num_shares, num_tokens, dtype=torch.float32)),
+        peak,
+        total,
         room(class_weight is not None),
         room(given.squares),
         room(given.moments),
@@ -160,7 +162,7 @@ def backward(
                 Head.of(input[panel_tokens], weight, bias, given.softcap),
                 target[panel_tokens],
                 class_weight,
-                Upstream(*(None if grad is None else grad[panel_tokens] for grad in upstream)),
+                upstream.at(panel_tokens),
                 Panel(gradient, column_sums, (height, width)),
                 masses,
                 first_class,
@@ -172,7 +174,7 @@ def backward(
                 **config.arguments(),
             )
             kept = None
-            if gradient_filter is not None:
+            if gradient_filter is not None and masses is not None:
                 kept = filter.kept_tiles(
                     masses,
                     scale[panel_tokens],

@@ -60,6 +60,10 @@ class Upstream(NamedTuple):
     squares: Tensor | None
     moment: Tensor | None
 
+    def at(self, tokens: slice) -> "Upstream":
+        """Those of some rows."""
+        return Upstream(*(None if values is None else values[tokens] for values in self))  # type: ignore[arg-type]
+
 
 @triton.jit
 def forward_kernel(
