@@ -5,14 +5,27 @@ from collections.abc import Iterator
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores; read when torch is imported
 
+import hypothesis
 import pytest
 import torch
+
+from helpers import SEED
 
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
+
+
+hypothesis.settings.register_profile("tilework", database=None, deadline=None)
+hypothesis.settings.load_profile("tilework")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = SEED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def deterministic_and_poisoned() -> Iterator[None]:
     """Refuse operations that are not deterministic, and fill ``torch.empty`` with nan."""
-    torch.manual_seed(int(os.environ.get("TILEWORK_SEED", "0")))
+    torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
