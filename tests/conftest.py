@@ -1,6 +1,6 @@
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores; read when torch is imported
@@ -28,8 +28,24 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = SEED
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Refuse files that draw when they are imported, before the seed is set."""
+    before = torch.get_rng_state()
+    report = yield
+    if not torch.equal(torch.get_rng_state(), before):
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} draws random numbers when it is imported"
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if "triton" in item.nodeid:
+            item.add_marker(pytest.mark.untyped)
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

@@ -103,8 +103,9 @@ def collect(kind: type[Kind]) -> tuple[Kind, ...]:
             importlib.import_module(".".join(path.relative_to(tests).with_suffix("").parts))
     samples: list[Any] = []
     for _, table in sorted(_tables.get(kind, {}).items()):
-        torch.manual_seed(SEED)
-        samples += table()
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(SEED)
+            samples += table()
     return tuple(samples)
 
 

@@ -99,7 +99,7 @@ def lost(
         {},
         {"z_loss": 0.1},
         {"softcap": 6.0, "z_loss": 0.01},
-        {"label_smoothing": 0.1, "weight": torch.rand(CLASSES).double()},
+        {"label_smoothing": 0.1, "weight": torch.arange(CLASSES).double().sin().abs()},
         {"token_weight": torch.linspace(-1, 2, TOKENS).double()},
     ],
     ids=["plain", "z_loss", "softcap", "smoothing", "token_weight"],

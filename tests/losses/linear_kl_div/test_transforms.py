@@ -18,13 +18,18 @@ pytestmark = [pytest.mark.usefixtures("small_tiles"), pytest.mark.untyped]
 Loss = Callable[..., Tensor]
 EXACT = ("reference", "tiled")  # in float64
 
-torch.manual_seed(0)
-HIDDEN = torch.randn(3, 5, 4, dtype=torch.float64)
-HEAD = torch.randn(3, 31, 4, dtype=torch.float64)
-BIAS = torch.randn(31, dtype=torch.float64)
-TEACHER_HIDDEN = torch.randn(3, 5, 6, dtype=torch.float64)
-TEACHER_HEAD = torch.randn(31, 6, dtype=torch.float64)
+HIDDEN = torch.zeros(3, 5, 4, dtype=torch.float64)
+HEAD = torch.zeros(3, 31, 4, dtype=torch.float64)
+BIAS = torch.zeros(31, dtype=torch.float64)
+TEACHER_HIDDEN = torch.zeros(3, 5, 6, dtype=torch.float64)
+TEACHER_HEAD = torch.zeros(31, 6, dtype=torch.float64)
 MASK = torch.tensor([True, False, True, True, True])
+
+
+@pytest.fixture(autouse=True)
+def drawn() -> None:
+    for tensor in (HIDDEN, HEAD, BIAS, TEACHER_HIDDEN, TEACHER_HEAD):
+        tensor.normal_()
 
 
 def loss_of(function: Loss, divergence: str) -> Loss:
