@@ -137,8 +137,10 @@ def test_equals_torch(implementation: str, dtype: torch.dtype, is_causal: bool) 
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("block", [(32, 16), (16, 64)])
-@pytest.mark.parametrize("heads", [(1, 1), (4, 1), (2, 5)])
+@pytest.mark.parametrize(
+    ("block", "heads"),
+    [((32, 16), (1, 1)), ((16, 64), (4, 1)), ((32, 16), (2, 5)), ((16, 64), (2, 5))],
+)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_blocks_and_lists(
     implementation: str, block: tuple[int, int], heads: tuple[int, int], is_causal: bool

@@ -228,6 +228,7 @@ def test_module_equals_the_function(implementation: str) -> None:
     ("divergence", "mode"), [("forward", "train"), ("jsd", "train"), ("reverse", "infer")]
 )
 def test_memory_stays_within_the_promise(divergence: str, mode: str) -> None:
+    # Some seconds, of logits that are more than the rest of the process.
     # Half of one head's logits, which are 250 MiB; the gradient of the weight takes 31 MiB of it.
     code = """if True:
         import resource, sys, torch

@@ -1,6 +1,5 @@
 """Transforms of PyTorch, applied to every implementation."""
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -216,12 +215,12 @@ def test_operators(implementation: str, divergence: str, bias: bool) -> None:
     arguments = (*student, *teacher, counted, *options, implementation)
     torch.library.opcheck(torch.ops.tilework.linear_kl_div, arguments)
     _, statistics = torch.ops.tilework.linear_kl_div(*arguments)
-    for needed in itertools.product([False, True], [True], [False, bias]):
+    for needed in ([True, True, bias], [False, True, False]):
         torch.library.opcheck(
             torch.ops.tilework.linear_kl_div_backward,
             (
                 *(torch.randn(5), *student, *teacher, counted, statistics.detach()),
-                *(*options, list(needed), implementation),
+                *(*options, needed, implementation),
             ),
         )
 
