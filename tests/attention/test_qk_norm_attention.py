@@ -493,7 +493,7 @@ def test_module():
     assert module.scale.tolist() == [math.log2(9900)] * 3
 
 
-QUERY, KEY, VALUE = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 3)
+QUERY, KEY, VALUE = torch.ones(2, 4, 5, 8), torch.ones(2, 2, 6, 8), torch.ones(2, 2, 6, 3)
 MASK = torch.ones(5, 6, dtype=torch.bool)
 
 
