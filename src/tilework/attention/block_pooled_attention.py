@@ -7,7 +7,7 @@ from torch import Tensor
 from tilework import _checks, _operators
 from tilework.attention import _attention_map
 from tilework.attention._attention_map import operators
-from tilework.attention.block_layout.grid import BlockSize, block_pair
+from tilework.attention.block_layout.checks import BlockSize, block_pair
 from tilework.catalog import implements
 
 __all__ = ["block_pooled_attention"]

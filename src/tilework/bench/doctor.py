@@ -30,7 +30,7 @@ OPTIONAL = {
 }
 # Where size decides too, which a table of implementations does not say.
 CHOICES = {
-    "attention.BlockLayout": "torch in place of triton for the highest scores of rows of more than "
+    "attention.BlockLayout": "tiled in place of triton for the highest scores of rows of more than "
     f"{operators.MAX_COLUMNS} blocks, and for lists of columns of a sparse layout",
     "losses.linear_cross_entropy": "chunked in place of tiled on a CPU, for gradients and where a "
     "chunk's logits are small beside them; --head tells",

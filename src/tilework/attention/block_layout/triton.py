@@ -236,7 +236,7 @@ def topk(
     is_causal: bool,
     force_diagonal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See ``lists.topk``."""
+    """See ``tiled.topk``."""
     batch, heads, rows, columns = scores.shape
     counts = scores.new_empty(batch, heads, rows, dtype=torch.int32)
     indices = scores.new_empty(batch, heads, rows, width, dtype=torch.int32)
@@ -271,7 +271,7 @@ def topk(
 
 
 def positions(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """See ``lists.positions``."""
+    """See ``tiled.positions``."""
     batch, heads, rows, columns = mask.shape
     counts = mask.new_empty(batch, heads, rows, dtype=torch.int32)
     indices = mask.new_empty(batch, heads, rows, width, dtype=torch.int32)
@@ -292,7 +292,7 @@ def positions(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def dense(counts: Tensor, indices: Tensor, columns: int, is_transposed: bool) -> Tensor:
-    """See ``lists.dense``."""
+    """See ``tiled.dense``."""
     batch, heads, rows, width = indices.shape
     shape = (columns, rows) if is_transposed else (rows, columns)
     mask = torch.zeros(batch, heads, *shape, dtype=torch.bool, device=counts.device)

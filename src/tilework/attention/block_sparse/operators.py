@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tilework import _operators
 from tilework.attention.block_sparse import reference, tiled
-from tilework.attention.block_sparse.results import empty_gradient, empty_results
+from tilework.attention.block_sparse.common import empty_gradient, empty_results
 
 
 def attention(*args: Any) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from tilework import _triton
 from tilework._operators import HALF
 from tilework.attention import _kernels
 from tilework.attention._kernels import LOG2_E, MAX_FEATURES
-from tilework.attention.block_sparse.results import empty_gradient, empty_results
+from tilework.attention.block_sparse.common import empty_gradient, empty_results
 
 # Queries (of all heads) and keys of a tile at most, warps and stages, for half precision and up to
 # so many features: the largest of those tried that do not spill registers.

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tilework import _checks, _operators
 from tilework._operators import Implementation
-from tilework.attention.block_layout.grid import ceil_div, check_integers
+from tilework.attention.block_layout.checks import check_integers
+from tilework.attention.block_layout.common import ceil_div
 from tilework.attention.block_sparse_decode import operators
 from tilework.catalog import implements
 
