@@ -24,8 +24,9 @@ def intersection(left: Lists, right: Lists, columns: int) -> Lists:
 
 def _merged(left: Lists, right: Lists, columns: int) -> Tensor:
     """The blocks of both in order, and then the number of columns."""
-    shape = torch.broadcast_shapes(left[0].shape, right[0].shape)
-    both = [or_sentinel(*lists, columns).expand(*shape, -1) for lists in (left, right)]
+    sizes = zip(left[0].shape[:2], right[0].shape[:2], strict=True)
+    batch, heads = (b if a == 1 else a for a, b in sizes)
+    both = [or_sentinel(*lists, columns).expand(batch, heads, -1, -1) for lists in (left, right)]
     return torch.cat(both, -1).sort(dim=-1).values
 
 
