@@ -83,9 +83,8 @@ def refusal(features: int) -> str | None:
 def _rows(pointer, batch, head, strides, positions, length, num_features, FEATURES: tl.constexpr):
     """Rows of a head of query or key, zeros where there are none."""
     pointer += batch * strides[0] + head * strides[1]
-    features = tl.arange(0, FEATURES)
     return _kernels.tile(
-        pointer, positions, positions < length, features, num_features, strides[2], strides[3]
+        pointer, positions, positions < length, num_features, strides[2], strides[3], FEATURES
     )
 
 
@@ -365,12 +364,7 @@ def query_gradient_kernel(
         )
         grad_scores = _grad_scores(scores, lse, offset, slope, SLOPED)
         grad = _triton.dot(grad_scores.to(keys.dtype), keys, grad, PRECISION, INTERPRETED)
-    features = tl.arange(0, FEATURES)
-    tl.store(
-        grad_ptr + rows[:, None] * num_features + features[None, :],
-        (grad * scale).to(grad_ptr.dtype.element_ty),
-        mask=valid[:, None] & (features < num_features)[None, :],
-    )
+    _kernels.store(grad_ptr, rows, valid, num_features, grad * scale)
 
 
 @triton.jit
@@ -437,12 +431,7 @@ def key_gradient_kernel(
                 tl.trans(grad_scores.to(queries.dtype)), queries, grad, PRECISION, INTERPRETED
             )
     rows = (batch * (heads // group) + kv_head) * num_keys + columns
-    features = tl.arange(0, FEATURES)
-    tl.store(
-        grad_ptr + rows[:, None] * num_features + features[None, :],
-        (grad * scale).to(grad_ptr.dtype.element_ty),
-        mask=(columns < num_keys)[:, None] & (features < num_features)[None, :],
-    )
+    _kernels.store(grad_ptr, rows, columns < num_keys, num_features, grad * scale)
 
 
 def attention_lse(query: Tensor, key: Tensor, is_causal: bool, scale: float) -> Tensor:
