@@ -49,43 +49,13 @@ def refusal(features: int, values: int) -> str | None:
 
 @triton.jit
 def split_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    table_ptr,
-    lengths_ptr,
-    indices_ptr,
-    counts_ptr,
+    tensors,
+    lists,
     output_ptr,
     lse_ptr,
-    heads,
-    group,
-    num_queries,
-    num_features,
-    num_values,
-    page_size,
-    width,
-    block_size,
-    query_stride_batch,
-    query_stride_head,
-    query_stride_token,
-    query_stride_feature,
-    key_stride_page,
-    key_stride_slot,
-    key_stride_head,
-    key_stride_feature,
-    value_stride_page,
-    value_stride_slot,
-    value_stride_head,
-    value_stride_feature,
-    table_stride_batch,
-    table_stride_page,
-    lengths_stride,
-    indices_stride_batch,
-    indices_stride_head,
-    indices_stride_place,
-    counts_stride_batch,
-    counts_stride_head,
+    sizes,
+    strides,
+    list_strides,
     scale,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -95,7 +65,21 @@ def split_kernel(
     FEATURES: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Output and log-sum-exp of up to ``ROWS`` rows of a group over a part of their places."""
+    """Output and log-sum-exp of up to ``ROWS`` rows of a group over a part of their places.
+
+    A row has a peak ``m``, a sum ``l`` of weights and one ``o`` of weighted values, from -inf, 0
+    and 0. Each tile of places, in their order, with scores ``s_t`` to the base of 2, makes
+
+        m' = max(m, max_t s_t),  w_t = 2^(s_t - m'),  d = 2^(m - m'),
+        l' = d l + sum_t w_t,    o' = d o + sum_t w_t v_t
+
+    of them. At the end the output is ``o / l``, and the log-sum-exp ``(m + log2 l) / log2 e``.
+    """
+    query_ptr, key_ptr, value_ptr = tensors
+    table_ptr, lengths_ptr, indices_ptr, counts_ptr = lists
+    heads, group, num_queries, num_features, num_values, page_size, width, block_size = sizes
+    query_strides, key_strides, value_strides = strides
+    table_strides, lengths_strides, indices_strides, counts_strides = list_strides
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     group_rows = group * num_queries
@@ -112,32 +96,34 @@ def split_kernel(
     some_features = (features < num_features)[None, :]
     some_values = (values < num_values)[None, :]
     query_rows = (
-        batch * query_stride_batch
-        + head * query_stride_head
-        + query_token.to(tl.int64) * query_stride_token
+        batch * query_strides[0]
+        + head * query_strides[1]
+        + query_token.to(tl.int64) * query_strides[2]
     )
     queries = tl.load(
-        query_ptr + query_rows[:, None] + features[None, :] * query_stride_feature,
+        query_ptr + query_rows[:, None] + features[None, :] * query_strides[3],
         mask=valid[:, None] & some_features,
         other=0.0,
     )
-    key_ptr += kv_head.to(tl.int64) * key_stride_head
-    value_ptr += kv_head.to(tl.int64) * value_stride_head
+    key_ptr += kv_head.to(tl.int64) * key_strides[2]
+    value_ptr += kv_head.to(tl.int64) * value_strides[2]
 
+    # Without lengths a page is full, without lists all tokens are selected.
     length = page_size
     if lengths_ptr is not None:
-        length = tl.load(lengths_ptr + batch * lengths_stride).to(tl.int32)
+        length = tl.load(lengths_ptr + batch * lengths_strides[0]).to(tl.int32)
     position = length - num_queries + query_token
     places = length
     if indices_ptr is not None:
-        indices_ptr += batch * indices_stride_batch + kv_head * indices_stride_head
+        indices_ptr += batch * indices_strides[0] + kv_head * indices_strides[1]
         count = width
         if counts_ptr is not None:
-            counts_ptr += batch * counts_stride_batch + kv_head * counts_stride_head
+            counts_ptr += batch * counts_strides[0] + kv_head * counts_strides[1]
             count = tl.load(counts_ptr).to(tl.int32)
         places = count * block_size
     if table_ptr is not None:
-        table_ptr += batch * table_stride_batch
+        table_ptr += batch * table_strides[0]
+    # Parts are whole tiles, so that no place is in two.
     part = tl.cdiv(tl.cdiv(places, TILE_KEYS), splits) * TILE_KEYS
     first = split * part
 
@@ -150,18 +136,18 @@ def split_kernel(
         token = place
         if indices_ptr is not None:
             entry = (place // block_size).to(tl.int64)
-            block = tl.load(indices_ptr + entry * indices_stride_place, mask=selected, other=0)
+            block = tl.load(indices_ptr + entry * indices_strides[2], mask=selected, other=0)
             token = block.to(tl.int32) * block_size + place % block_size
             selected = selected & (token < length)
         page = batch
         if table_ptr is not None:
             entry = (token // page_size).to(tl.int64)
-            page = tl.load(table_ptr + entry * table_stride_page, mask=selected, other=0)
+            page = tl.load(table_ptr + entry * table_strides[1], mask=selected, other=0)
             page = page.to(tl.int64)
         slot = (token % page_size).to(tl.int64)
-        key_rows = page * key_stride_page + slot * key_stride_slot
+        key_rows = page * key_strides[0] + slot * key_strides[1]
         keys = tl.load(
-            key_ptr + key_rows[:, None] + features[None, :] * key_stride_feature,
+            key_ptr + key_rows[:, None] + features[None, :] * key_strides[3],
             mask=selected[:, None] & some_features,
             other=0.0,
         )
@@ -178,9 +164,9 @@ def split_kernel(
         decay = tl.exp2(peak - base)
         total = total * decay + tl.sum(weights, 1)
         peak = new_peak
-        value_rows = page * value_stride_page + slot * value_stride_slot
+        value_rows = page * value_strides[0] + slot * value_strides[1]
         chosen = tl.load(
-            value_ptr + value_rows[:, None] + values[None, :] * value_stride_feature,
+            value_ptr + value_rows[:, None] + values[None, :] * value_strides[3],
             mask=selected[:, None] & some_values,
             other=0.0,
         )
@@ -282,30 +268,27 @@ def forward(
         "num_stages": stages,
     }
     split_kernel[programs, splits](
-        query,
-        key_cache,
-        value_cache,
-        block_table,
-        seq_lengths,
-        kv_indices,
-        kv_num_blocks,
+        (query, key_cache, value_cache),
+        (block_table, seq_lengths, kv_indices, kv_num_blocks),
         parts,
         part_lse,
-        heads,
-        group,
-        length,
-        num_features,
-        num_values,
-        page_size,
-        0 if kv_indices is None else kv_indices.shape[2],
-        block_size,
-        *query.stride(),
-        *key_cache.stride(),
-        *value_cache.stride(),
-        *_strides(block_table, 2),
-        *_strides(seq_lengths, 1),
-        *_strides(kv_indices, 3),
-        *_strides(kv_num_blocks, 2),
+        (
+            heads,
+            group,
+            length,
+            num_features,
+            num_values,
+            page_size,
+            0 if kv_indices is None else kv_indices.shape[2],
+            block_size,
+        ),
+        (query.stride(), key_cache.stride(), value_cache.stride()),
+        (
+            _strides(block_table, 2),
+            _strides(seq_lengths, 1),
+            _strides(kv_indices, 3),
+            _strides(kv_num_blocks, 2),
+        ),
         scale,
         **constants,
     )
