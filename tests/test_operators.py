@@ -1,9 +1,14 @@
-"""The choice of an implementation."""
+"""How operators are defined by names, and the choice of an implementation."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from tilework import _operators
 from tilework._operators import Implementation
@@ -53,3 +58,158 @@ def test_where_none_is_left_all_reasons_are_given() -> None:
             INPUT.long(),
             {"slow": lambda: "it is odd"},
         )
+
+
+class Arguments(NamedTuple):
+    """Of ``gain * input**3`` and a count that has no gradient."""
+
+    input: Tensor
+    gain: Tensor | None
+    other: Tensor
+    power: int
+    implementation: str
+
+
+class Results(NamedTuple):
+    value: Tensor
+    size: Tensor
+
+
+def toy_reference(given: Arguments) -> Results:
+    value = given.input**given.power * given.other
+    if given.gain is not None:
+        value = value * given.gain
+    return Results(value, given.input.detach().abs())
+
+
+def toy_backward(
+    given: Arguments, results: Results, grads: Results, needed: frozenset[str]
+) -> dict[str, Tensor]:
+    assert results == (None, None)
+    assert grads.size is None
+    assert grads.value is not None
+    outer = grads.value * given.other
+    found = {}
+    if "input" in needed:
+        scale = 1 if given.gain is None else given.gain
+        found["input"] = outer * given.power * given.input ** (given.power - 1) * scale
+    if "gain" in needed:
+        found["gain"] = outer * given.input**given.power
+    return found
+
+
+rooms = ModuleType("toy_rooms.direct")
+rooms.forward, rooms.backward = toy_reference, toy_backward  # type: ignore[attr-defined]
+sys.modules["toy_rooms"] = ModuleType("toy_rooms")
+sys.modules["toy_rooms.direct"] = rooms
+toy = _operators.define_pair(
+    "toy",
+    Arguments,
+    Results,
+    lambda given: Results(torch.empty_like(given.input), torch.empty_like(given.input)),
+    reference=toy_reference,
+    rooms="toy_rooms",
+    differentiable=("input", "gain"),
+    saved=("input", "gain", "other"),
+    constant=("size",),
+)
+
+
+def toy_arguments(gain: bool = True, implementation: str = "direct") -> Arguments:
+    input, scale = torch.randn(2, 5, dtype=torch.float64).unbind()
+    return Arguments(
+        input.requires_grad_(),
+        scale.requires_grad_() if gain else None,
+        torch.randn(5, dtype=torch.float64),
+        3,
+        implementation,
+    )
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("gain", [False, True])
+def test_pair_differentiates_by_names(gain: bool) -> None:
+    given = toy_arguments(gain)
+    leaves = [given.input, given.gain] if gain else [given.input]
+    names = ["input", "gain"][: len(leaves)]
+
+    def function(*values: Tensor) -> Tensor:
+        return toy(given._replace(**dict(zip(names, values, strict=True)))).value
+
+    assert not toy(given).size.requires_grad
+    torch.testing.assert_close(toy(given), toy_reference(given))
+    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, leaves)
+    for one in leaves:
+        one.requires_grad_(one is not given.input)
+        if any(leaf.requires_grad for leaf in leaves):
+            assert torch.autograd.gradcheck(function, leaves)
+    arguments = tuple(given)
+    torch.library.opcheck(torch.ops.tilework.toy.default, arguments)
+    upstream = torch.randn(5, dtype=torch.float64)
+    torch.library.opcheck(
+        torch.ops.tilework.toy_backward.default,
+        (*arguments[:3], upstream, [True, gain], *arguments[3:]),
+    )
+
+
+@pytest.mark.untyped
+def test_pair_under_transforms() -> None:
+    given = toy_arguments()
+    expected = torch.autograd.grad(toy_reference(given).value.sum(), given.input)[0]
+
+    def total(input: Tensor) -> Tensor:
+        return toy(given._replace(input=input)).value.sum()
+
+    torch.testing.assert_close(torch.func.grad(total)(given.input), expected)
+    batch = torch.stack((given.input, 2 * given.input)).detach()
+    looped = torch.stack([torch.func.grad(total)(row) for row in batch])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(total))(batch), looped)
+    with pytest.raises(ValueError, match="vmap over an empty dimension"):
+        torch.func.vmap(total)(batch[:0])
+    hessian = torch.func.hessian(total)(given.input)
+    torch.testing.assert_close(hessian, torch.func.hessian(total_of_reference(given))(given.input))
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(given.input), given.input)[0], expected)
+
+
+def total_of_reference(given: Arguments) -> Callable[[Tensor], Tensor]:
+    return lambda input: toy_reference(given._replace(input=input)).value.sum()
+
+
+@pytest.mark.untyped
+def test_schema_has_the_names_and_types_of_the_arguments() -> None:
+    assert str(torch.ops.tilework.toy.default._schema) == (
+        "tilework::toy(Tensor input, Tensor? gain, Tensor other, SymInt power, str implementation)"
+        " -> (Tensor, Tensor)"
+    )
+    assert str(torch.ops.tilework.toy_backward.default._schema) == (
+        "tilework::toy_backward(Tensor input, Tensor? gain, Tensor other, Tensor? grad_value, "
+        "bool[] needed, SymInt power, str implementation) -> (Tensor, Tensor)"
+    )
+
+
+@pytest.mark.untyped
+def test_a_derivative_that_refuses() -> None:
+    class One(NamedTuple):
+        input: Tensor
+
+    def refuse(*_: object) -> dict[str, Tensor]:
+        raise RuntimeError("it has no gradients")
+
+    double = _operators.define(
+        "toy_double",
+        One,
+        One,
+        lambda given: One(2 * given.input),
+        lambda given: One(torch.empty_like(given.input)),
+        derivative=refuse,
+    )
+    result = double(One(torch.ones(3, requires_grad=True)))
+    assert result == One(result.input)
+    with pytest.raises(RuntimeError, match="it has no gradients"):
+        result.input.sum().backward()
+    torch.testing.assert_close(
+        torch.func.vmap(lambda row: double(One(row)).input)(torch.ones(2, 3)),
+        torch.full((2, 3), 2.0),
+    )

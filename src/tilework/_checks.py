@@ -10,6 +10,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from tilework import _torch
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -98,7 +100,7 @@ def holds_values(tensor: Tensor) -> bool:
         tensor.device.type == "cpu"
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not _torch.is_transformed(tensor)
     )
 
 

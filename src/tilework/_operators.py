@@ -1,23 +1,32 @@
 """How an operator enters ``tilework::`` so that every transform of PyTorch composes with it.
 
-An operator is defined by its kernel, its fake kernel and a plain PyTorch reference of the same
-signature. ``torch.compile`` sees one node. A missing rule is taken from the reference.
+The arguments of an operator are a named tuple, and its results another one: the schema comes from
+these, and kernels, fakes and derivatives take and give them by name. ``torch.compile`` sees one
+node.
 """
 
 import functools
+import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
-from tilework import _checks
+from tilework import _checks, _torch
 
 _library: Any = torch.library.Library("tilework", "DEF")  # type: ignore[no-untyped-call]
+
+Given = TypeVar("Given", bound=NamedTuple)
+Results = TypeVar("Results", bound=NamedTuple)
+Gradients = Mapping[str, Tensor | None]
+"""By the names of the arguments; those that are not needed may be missing."""
+Needed = frozenset[str]
+"""The names of the arguments whose gradients are needed."""
 
 T = TypeVar("T")
 HALF = (torch.float16, torch.bfloat16)
@@ -115,23 +124,424 @@ def only_reference() -> bool:
 
     These are forward-mode differentiation, and ``torch.func`` inside of ``torch.compile``.
     """
-    return torch.autograd.forward_ad._current_level >= 0 or (
-        torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return _torch.is_forward_mode() or (
+        torch.compiler.is_compiling() and _torch.transforms_are_active()
     )
 
 
 def without_autocast(function: Callable[..., T]) -> Callable[..., T]:
-    """Keep autocast from lowering the products inside; the first argument is a tensor."""
+    """Keep autocast from lowering the products inside; what comes first begins with a tensor."""
 
     @functools.wraps(function)
-    def run(input: Tensor, *args: Any, **options: Any) -> T:
-        device = input.device.type
+    def run(first: Any, *args: Any) -> T:
+        device = (first if isinstance(first, Tensor) else first[0]).device.type
         if not torch.is_autocast_enabled(device):
-            return function(input, *args, **options)
+            return function(first, *args)
         with torch.autocast(device, enabled=False):
-            return function(input, *args, **options)
+            return function(first, *args)
 
     return run
+
+
+_TENSORS = (Tensor, Tensor | None)
+_SCHEMA: dict[Any, str] = {
+    Tensor: "Tensor",
+    bool: "bool",
+    int: "SymInt",
+    float: "float",
+    str: "str",
+    torch.dtype: "ScalarType",
+    list[bool]: "bool[]",
+    list[int]: "SymInt[]",
+    list[float]: "float[]",
+    list[Tensor]: "Tensor[]",
+}
+_SCHEMA |= {kind | None: f"{name}?" for kind, name in _SCHEMA.items()}
+
+
+def _record(name: str, fields: Mapping[str, Any]) -> Any:
+    return NamedTuple(name, list(fields.items()))
+
+
+def _schema(types: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_SCHEMA[kind]} {name}" for name, kind in types.items())
+
+
+_shardings: list[tuple[Any, Callable[..., Any]]] = []
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _register_shardings() -> None:
+    """Tell distributed tensors about the operators, once there may be such tensors."""
+    if _shardings and "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.experimental import register_sharding
+
+        while _shardings:
+            operator, sharding = _shardings.pop()
+            register_sharding(operator)(sharding)
+
+
+def define(
+    name: str,
+    arguments: type[Given],
+    results: type[Results],
+    kernel: Callable[[Given], Results],
+    fake: Callable[[Given], Results],
+    *,
+    derivative: Callable[[Given, Results, Results, Needed], Gradients],
+    saved: Sequence[str] = (),
+    constant: Sequence[str] = (),
+    sharding: Callable[..., Any] | None = None,
+) -> Callable[[Given], Results]:
+    """Register the operator ``tilework::name`` and return what differentiates and batches it.
+
+    Args:
+        name: The operator's name.
+        arguments: The named tuple of its arguments; the schema is made from the annotations.
+        results: The named tuple of its results, all tensors.
+        kernel: Computes the results.
+        fake: Makes empty results of the same shapes and dtypes.
+        derivative: Gradients by the names of arguments, from the arguments and results that are
+            ``saved`` (None in place of others), the gradients of the results (None where a result
+            was not used), and the names of the arguments whose gradients are needed.
+        saved: Which tensors ``derivative`` reads, of the arguments and of the results.
+        constant: Results that have no gradient.
+        sharding: The rule for ``torch.distributed.tensor.experimental.register_sharding``.
+    """
+    operator = _Operator(name, arguments, results, kernel, derivative, saved, constant)
+    operator.register(fake, sharding)
+    return operator
+
+
+def define_pair(
+    name: str,
+    arguments: type[Given],
+    results: type[Results],
+    fake: Callable[[Given], Results],
+    *,
+    reference: Callable[[Given], Results],
+    rooms: str,
+    differentiable: Sequence[str],
+    saved: Sequence[str],
+    constant: Sequence[str] = (),
+) -> Callable[[Given], Results]:
+    """Register an operator and that of its gradients, for a folder of implementations.
+
+    The last argument is called ``implementation``: a module of the package ``rooms``, imported on
+    its first use, which has ``forward(given) -> results`` and ``backward(given, results, grads,
+    needed) -> gradients`` as :func:`define` describes them. ``reference`` is plain PyTorch: that of
+    the name, what runs under transforms that have no other rule, and the second derivative of all.
+    ``differentiable`` names the arguments that have gradients; ``saved`` holds these and what else
+    ``backward`` and ``reference`` read.
+    """
+
+    @functools.cache
+    def room(implementation: str) -> Any:
+        return importlib.import_module(f"{rooms}.{implementation}")
+
+    def kernel(given: Given) -> Results:
+        found: Results = room(given[-1]).forward(given)
+        return found
+
+    gradients = _Gradients(arguments, results, reference, differentiable, saved, constant)
+    backward = define(
+        f"{name}_backward",
+        gradients.arguments,
+        gradients.results,
+        lambda given: gradients.kernel(room(given.implementation).backward, given),
+        gradients.fake,
+        derivative=gradients.second_derivative,
+        saved=gradients.saved,
+    )
+    operator = define(
+        name,
+        arguments,
+        results,
+        kernel,
+        fake,
+        derivative=lambda *args: gradients.derivative(backward, *args),
+        saved=saved,
+        constant=constant,
+    )
+    without_lowering = without_autocast(reference)
+
+    def call(given: Given) -> Results:
+        if given[-1] == "reference" or only_reference():
+            return without_lowering(given)
+        return operator(given)
+
+    return call
+
+
+class _Gradients(Generic[Given, Results]):
+    """The operator of the gradients of another one, as :func:`define` takes it."""
+
+    def __init__(
+        self,
+        arguments: type[Given],
+        results: type[Results],
+        reference: Callable[[Given], Results],
+        differentiable: Sequence[str],
+        saved: Sequence[str],
+        constant: Sequence[str],
+    ) -> None:
+        self.of_arguments: Any = arguments
+        self.of_results: Any = results
+        self.reference = reference
+        self.differentiable = tuple(differentiable)
+        types = get_type_hints(arguments)
+        used = (f"grad_{name}" for name in results._fields if name not in constant)
+        upstream: dict[str, Any] = dict.fromkeys(used, Tensor | None)
+        tensors = {name: types.get(name, Tensor) for name in saved}
+        options = {name: kind for name, kind in types.items() if kind not in _TENSORS}
+        fields = tensors | upstream | {"needed": list[bool]} | options
+        self.saved = (*upstream, *(name for name in saved if name in types))
+        self.arguments = _record("Arguments", fields)
+        self.results = _record("Gradients", dict.fromkeys(differentiable, Tensor))
+
+        def places(names: Iterable[str]) -> list[int | None]:
+            order = list(fields)
+            return [order.index(name) if name in fields else None for name in names]
+
+        self.places = (
+            places(arguments._fields),
+            places(results._fields),
+            places(f"grad_{name}" for name in results._fields),
+        )
+
+    def unpack(self, given: Any) -> tuple[Any, Any, Any]:
+        """Arguments and results of the other operator, and the gradients of its results."""
+        arguments, results, grads = (
+            [None if place is None else given[place] for place in places] for places in self.places
+        )
+        return self.of_arguments(*arguments), self.of_results(*results), self.of_results(*grads)
+
+    def wanted(self, given: Any) -> Needed:
+        """The names of the gradients to compute."""
+        names = zip(self.differentiable, given.needed, strict=True)
+        return frozenset(name for name, need in names if need)
+
+    def kernel(self, backward: Callable[..., Gradients], given: Any) -> Any:
+        """The gradients, an empty tensor for each that is not needed."""
+        found = backward(*self.unpack(given), self.wanted(given))
+        first = getattr(given, self.differentiable[0])
+        return self.results(
+            *(
+                found[name] if need else first.new_empty(0)
+                for name, need in zip(self.differentiable, given.needed, strict=True)
+            )
+        )
+
+    def fake(self, given: Any) -> Any:
+        """Gradients of the shapes of the arguments."""
+        leaves = (getattr(given, name) for name in self.differentiable)
+        first = getattr(given, self.differentiable[0])
+        return self.results(
+            *(
+                leaf.new_empty(leaf.shape) if need else first.new_empty(0)
+                for leaf, need in zip(leaves, given.needed, strict=True)
+            )
+        )
+
+    def derivative(
+        self,
+        backward: Callable[[Any], Any],
+        given: Given,
+        results: Results,
+        grads: Results,
+        needed: Needed,
+    ) -> Gradients:
+        """The gradients of the other operator, by this one."""
+        values = given._asdict() | {
+            name: value for name, value in results._asdict().items() if value is not None
+        }
+        values |= {f"grad_{name}": value for name, value in grads._asdict().items()}
+        values["needed"] = [name in needed for name in self.differentiable]
+        found = backward(self.arguments(*(values[name] for name in self.arguments._fields)))
+        return {name: getattr(found, name) for name in self.differentiable if name in needed}
+
+    def second_derivative(self, given: Any, _: Any, grads: Any, needed: Needed) -> Gradients:
+        """Gradients of the upstream gradients and of the arguments: those of the reference."""
+        arguments, _, upstream = self.unpack(given)
+        used = [name for name, grad in upstream._asdict().items() if grad is not None]
+        leaves = [name for name in self.differentiable if getattr(arguments, name) is not None]
+        wanted = self.wanted(given)
+
+        def function(*values: Tensor) -> tuple[Tensor, ...]:
+            named = dict(zip(leaves, values, strict=True))
+            found = self.reference(arguments._replace(**named))
+            return tuple(getattr(found, name) for name in used)
+
+        def first_derivative(*values: Tensor) -> tuple[Tensor, ...]:
+            pulled = torch.func.vjp(function, *values[len(used) :])[1](values[: len(used)])
+            return tuple(grad for grad, name in zip(pulled, leaves, strict=True) if name in wanted)
+
+        values = [getattr(upstream, name) for name in used]
+        values += [getattr(arguments, name) for name in leaves]
+        first, pull, *_ = torch.func.vjp(first_derivative, *values)
+        of_first = (getattr(grads, name) for name in leaves if name in wanted)
+        found = pull(
+            tuple(
+                torch.zeros_like(value) if grad is None else grad
+                for value, grad in zip(first, of_first, strict=True)
+            )
+        )
+        names = [f"grad_{name}" for name in used] + leaves
+        return dict(zip(names, found, strict=True))
+
+
+class _Operator(Generic[Given, Results]):
+    """An operator by names: packs what PyTorch hands over by position."""
+
+    def __init__(
+        self,
+        name: str,
+        arguments: type[Given],
+        results: type[Results],
+        kernel: Callable[[Given], Results],
+        derivative: Callable[[Given, Results, Results, Needed], Gradients],
+        saved: Sequence[str],
+        constant: Sequence[str],
+    ) -> None:
+        self.name = name
+        self.arguments: Any = arguments
+        self.results: Any = results
+        self.kernel, self.derivative = without_autocast(kernel), derivative
+        self.argument_names: tuple[str, ...] = arguments._fields
+        self.result_names: tuple[str, ...] = results._fields
+        types = get_type_hints(arguments)
+        self.is_tensor = [types[name] in (Tensor, Tensor | None) for name in self.argument_names]
+        self.saved_arguments = [self.argument_names.index(n) for n in saved if n in types]
+        self.saved_results = [self.result_names.index(n) for n in saved if n not in types]
+        self.constant = [self.result_names.index(name) for name in constant]
+        _library.define(f"{name}({_schema(types)}) -> ({', '.join(['Tensor'] * self.count)})")
+        self.operator = getattr(torch.ops.tilework, name).default
+
+        methods = {
+            "setup_context": staticmethod(self.setup_context),
+            "backward": staticmethod(self.backward),
+            "vmap": staticmethod(self.vmap),
+        }
+        self.transformable = self._function(forward=staticmethod(self.operator), **methods)
+        # Without a setup_context, as PyTorch inspects the signature at each call of those.
+        self.eager = self._function(
+            forward=staticmethod(self.forward), backward=methods["backward"]
+        )
+
+    @property
+    def count(self) -> int:
+        """The number of results."""
+        return len(self.result_names)
+
+    def _function(self, **members: Any) -> Any:
+        return type(self.name, (torch.autograd.Function,), members)
+
+    def register(
+        self, fake: Callable[[Given], Results], sharding: Callable[..., Any] | None
+    ) -> None:
+        """Tell PyTorch about the kernel and its rules."""
+        name = f"tilework::{self.name}"
+        _library.impl(self.name, self.run, "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            name, lambda *args: self.plain(fake(self.arguments(*args))), lib=_library
+        )
+        torch.library.register_autograd(
+            name, self.backward, setup_context=self.setup_context, lib=_library
+        )
+        torch.library.register_vmap(name, self.vmap, lib=_library)
+        if sharding is not None:
+            _shardings.append((self.operator, sharding))
+
+    def __call__(self, given: Given) -> Results:
+        found = self.apply(given)
+        named: Results = self.results(*((found,) if isinstance(found, Tensor) else found))
+        return named
+
+    def apply(self, given: Given) -> Any:
+        """Call what the surroundings ask for."""
+        if torch.compiler.is_compiling():
+            _register_shardings()
+            return self.operator(*given)
+        # Autograd formulas of operators do not compose with torch.func, those of functions do.
+        if _torch.transforms_are_active():
+            return self.transformable.apply(*given)
+        if _torch.modes_are_active():
+            return self.operator(*given)
+        # Nobody looks at this call, so that the dispatcher can be spared: it takes as long as the
+        # launch of a small kernel.
+        needs_grad = False
+        for value in given:
+            if isinstance(value, Tensor):
+                if type(value) not in (Tensor, torch.nn.Parameter):
+                    _register_shardings()
+                    return self.operator(*given)
+                needs_grad |= value.requires_grad
+        if needs_grad and torch.is_grad_enabled():
+            return self.eager.apply(*given)
+        return self.plain(self.kernel(given))
+
+    def plain(self, results: Results) -> Any:
+        """Results as PyTorch wants them."""
+        return results[0] if self.count == 1 else tuple(results)
+
+    def run(self, *args: Any) -> Any:
+        """The kernel by position."""
+        return self.plain(self.kernel(self.arguments(*args)))
+
+    def forward(self, ctx: Any, *args: Any) -> Any:
+        """The kernel, and what its gradients need."""
+        found = self.run(*args)
+        self.setup_context(ctx, args, found)
+        return found
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Save what the derivative reads."""
+        outputs = (output,) if isinstance(output, Tensor) else output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(outputs[index] for index in self.constant))
+        ctx.save_for_backward(
+            *(inputs[index] for index in self.saved_arguments),
+            *(
+                outputs[index] if index in self.constant else outputs[index].detach()
+                for index in self.saved_results
+            ),
+        )
+        ctx.options = [
+            None if is_tensor else value
+            for value, is_tensor in zip(inputs, self.is_tensor, strict=True)
+        ]
+
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients by position, from those by name."""
+        if all(grad is None for grad in grads):
+            return (None,) * len(self.argument_names)
+        given, results = ctx.options.copy(), [None] * self.count
+        saved = iter(ctx.saved_tensors)
+        for index in self.saved_arguments:
+            given[index] = next(saved)
+        for index in self.saved_results:
+            results[index] = next(saved)
+        names = zip(self.argument_names, ctx.needs_input_grad, strict=True)
+        needed = frozenset(name for name, need in names if need)
+        found = self.derivative(
+            self.arguments(*given), self.results(*results), self.results(*grads), needed
+        )
+        return tuple(found.get(name) for name in self.argument_names)
+
+    def vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        """One element of the batch after another."""
+        found = []
+        for index in range(info.batch_size):
+            element = [
+                arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
+                for arg, dim in zip(args, in_dims, strict=True)
+            ]
+            found.append(self.apply(self.arguments(*element)))
+        if not found:
+            raise ValueError(f"tilework::{self.name}: vmap over an empty dimension")
+        if self.count == 1:
+            return torch.stack(found), 0
+        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * self.count
 
 
 def second_derivative(
@@ -157,21 +567,7 @@ def second_derivative(
     return results[:count], results[count:]
 
 
-_shardings: list[tuple[Any, Callable[..., Any]]] = []
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _register_shardings() -> None:
-    """Tell distributed tensors about the operators, once there may be such tensors."""
-    if _shardings and "torch.distributed.tensor" in sys.modules:
-        from torch.distributed.tensor.experimental import register_sharding
-
-        while _shardings:
-            operator, sharding = _shardings.pop()
-            register_sharding(operator)(sharding)
-
-
-def define(
+def define_by_position(
     schema: str,
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
@@ -234,9 +630,9 @@ def define(
             _register_shardings()
             return operator(*args)
         # Autograd formulas of operators do not compose with torch.func, those of functions do.
-        if torch._C._are_functorch_transforms_active():
+        if _torch.transforms_are_active():
             return transformable.apply(*args)
-        if torch._C._len_torch_dispatch_stack():
+        if _torch.modes_are_active():
             return operator(*args)
         # Nobody looks at this call, so that the dispatcher can be spared: it takes as long as the
         # launch of a small kernel.

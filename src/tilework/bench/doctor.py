@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import tilework
-from tilework import _operators, catalog
+from tilework import _operators, _torch, catalog
 from tilework._operators import Implementation
 from tilework.attention.block_layout import operators
 from tilework.bench import results, suites
@@ -90,7 +90,7 @@ def _architecture(device: torch.device) -> str:
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         name = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
         return f"{name or f'sm_{properties.major}{properties.minor}'}, {memory}"
-    half = "" if torch.cpu._is_avx512_bf16_supported() else "no "
+    half = "" if _torch.multiplies_bfloat16() else "no "
     return (
         f"{torch.backends.cpu.get_cpu_capability()}, {half}bfloat16 products, "
         f"{torch.get_num_threads()} threads"
@@ -244,7 +244,7 @@ def find_problems() -> list[Problem]:
                 "Install g++ or clang, or set CXX.",
             )
         )
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not _torch.multiplies_bfloat16():
         problems.append(
             Problem(
                 "This CPU does not multiply bfloat16: half precision is slower than float32.",

@@ -176,21 +176,21 @@ def _no_gradient(ctx: Any, *_: Any) -> tuple[None, ...]:
 
 
 _OPTIONS = "bool is_causal, float scale, str implementation"
-_lse = _operators.define(
+_lse = _operators.define_by_position(
     f"attention_lse(Tensor query, Tensor key, {_OPTIONS}) -> Tensor",
     partial(_run, "attention_lse"),
     _lse_fake,
     setup_context=_save_lse,
     backward=_differentiate_lse,
 )
-_entropy = _operators.define(
+_entropy = _operators.define_by_position(
     f"attention_entropy(Tensor query, Tensor key, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor)",
     partial(_run, "attention_entropy"),
     _entropy_fake,
     setup_context=_save_entropy,
     backward=_differentiate_entropy,
 )
-_rows_backward = _operators.define(
+_rows_backward = _operators.define_by_position(
     "attention_rows_backward(Tensor grad, Tensor query, Tensor key, Tensor lse, Tensor? entropy, "
     f"Tensor? total, {_OPTIONS}) -> (Tensor, Tensor)",
     _backward,
@@ -198,7 +198,7 @@ _rows_backward = _operators.define(
     setup_context=_save_backward,
     backward=_differentiate_backward,
 )
-_column_mass = _operators.define(
+_column_mass = _operators.define_by_position(
     "attention_column_mass(Tensor query, Tensor key, Tensor lse, SymInt first_query, "
     f"{_OPTIONS}) -> Tensor",
     partial(_run, "attention_column_mass"),
@@ -206,7 +206,7 @@ _column_mass = _operators.define(
     setup_context=_save_nothing,
     backward=_no_gradient,
 )
-_block_pooled = _operators.define(
+_block_pooled = _operators.define_by_position(
     "block_pooled_attention(Tensor query, Tensor key, Tensor lse, int[2] block_size, "
     f"bool largest, {_OPTIONS}) -> Tensor",
     partial(_run, "block_pooled_attention"),

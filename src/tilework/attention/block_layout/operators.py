@@ -143,7 +143,7 @@ def _refuse(ctx: Any, *_: Any) -> None:
     raise RuntimeError("BlockLayout: which blocks are active has no gradient")
 
 
-_topk = _operators.define(
+_topk = _operators.define_by_position(
     "block_layout_topk(Tensor scores, Tensor? places, SymInt most, SymInt width, SymInt bq, "
     "SymInt bk, SymInt queries, SymInt num_sinks, bool is_causal, bool force_diagonal) "
     "-> (Tensor, Tensor)",
@@ -152,14 +152,14 @@ _topk = _operators.define(
     setup_context=_save_nothing,
     backward=_refuse,
 )
-_positions = _operators.define(
+_positions = _operators.define_by_position(
     "block_layout_positions(Tensor mask, SymInt width) -> (Tensor, Tensor)",
     lambda *args: _kernels().positions(*args),
     _lists_fake,
     setup_context=_save_nothing,
     backward=_refuse,
 )
-_dense = _operators.define(
+_dense = _operators.define_by_position(
     "block_layout_dense(Tensor counts, Tensor indices, SymInt columns, bool is_transposed) "
     "-> Tensor",
     lambda *args: _kernels().dense(*args),

@@ -96,7 +96,7 @@ _LISTS = (
     "Tensor kv_num_blocks, Tensor kv_indices, Tensor? q_num_blocks, Tensor? q_indices, "
     "Tensor? query_starts, Tensor? key_starts"
 )
-_attention = _operators.define(
+_attention = _operators.define_by_position(
     f"block_sparse_attention(Tensor query, Tensor key, Tensor value, {_LISTS}, {_OPTIONS}) "
     "-> (Tensor, Tensor)",
     _forward,
@@ -104,7 +104,7 @@ _attention = _operators.define(
     setup_context=_save,
     backward=_differentiate,
 )
-_attention_backward = _operators.define(
+_attention_backward = _operators.define_by_position(
     "block_sparse_attention_backward(Tensor grad_output, Tensor grad_lse, Tensor query, "
     f"Tensor key, Tensor value, Tensor output, Tensor lse, {_LISTS}, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor)",

@@ -99,7 +99,7 @@ def _refuse(ctx: Any, *_: Any) -> None:
     raise RuntimeError("block_sparse_decode: it is for inference and has no gradients")
 
 
-_decode = _operators.define(
+_decode = _operators.define_by_position(
     "block_sparse_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? block_table, "
     "Tensor? seq_lengths, Tensor? kv_indices, Tensor? kv_num_blocks, int block_size, float scale, "
     "str implementation) -> (Tensor, Tensor)",

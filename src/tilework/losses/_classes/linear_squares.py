@@ -138,7 +138,7 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     return grad_upstream, grad_input, grad_weight, None, bias_grad, None, None
 
 
-_wrong_squares = _operators.define(
+_wrong_squares = _operators.define_by_position(
     "linear_wrong_squares(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
     "int ignore_index) -> Tensor",
     _forward,
@@ -146,7 +146,7 @@ _wrong_squares = _operators.define(
     setup_context=_save,
     backward=_differentiate,
 )
-_wrong_squares_backward = _operators.define(
+_wrong_squares_backward = _operators.define_by_position(
     "linear_wrong_squares_backward(Tensor grad, Tensor input, Tensor linear_weight, "
     "Tensor target, Tensor? linear_bias, int ignore_index, bool[3] needed) "
     "-> (Tensor, Tensor, Tensor)",

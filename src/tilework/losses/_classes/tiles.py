@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tilework import _torch
 from tilework._operators import HALF, computation_dtype
 
 TOKENS = 2048
 TILE = 2048 * 1024  # logits of a tile: 8 MiB in float32, which stays in a CPU's last cache
 NEGLIGIBLE = -1000.0  # the exponential is 0 in every dtype, and so is its product with the gap
-_BFLOAT16_PRODUCTS = torch.cpu._is_avx512_bf16_supported()
+_BFLOAT16_PRODUCTS = _torch.multiplies_bfloat16()
 
 
 def slices(length: int, step: int) -> Iterator[slice]:

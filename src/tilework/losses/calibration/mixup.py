@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tilework import _checks
+from tilework import _checks, _torch
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
@@ -213,6 +213,6 @@ def _beta(alpha: float, device: torch.device, generator: torch.Generator | None)
     if alpha == 0:
         return torch.ones((), dtype=torch.float64, device=device)
     shape = torch.full((2,), alpha + 1.0, dtype=torch.float64, device=device)
-    logs = torch._standard_gamma(shape, generator=generator).log()
+    logs = _torch.standard_gamma(shape, generator).log()
     logs -= torch.empty_like(logs).exponential_(generator=generator) / alpha
     return (logs[0] - logs[1]).sigmoid()

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilework import _checks, _operators
+from tilework import _checks, _operators, _torch
 from tilework._operators import computation_dtype
 from tilework.losses._classes.linear.operators import (
     empty_gradients,
@@ -46,7 +46,7 @@ def takes_gradients_early(input: Tensor, linear_weight: Tensor, linear_bias: Ten
         torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in heads)
         and input.dtype != torch.float16
-        and not torch._C._are_functorch_transforms_active()
+        and not _torch.transforms_are_active()
         and not _operators.only_reference()
     )
 
@@ -134,7 +134,7 @@ def _differentiable_gradients(
     return [next(results) if want else None for want in wanted]
 
 
-_summed_loss = _operators.define(
+_summed_loss = _operators.define_by_position(
     "linear_summed_loss(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
     "Tensor? class_weight, Tensor target_scale, Tensor? class_scale, Tensor? square_scale, "
     "float? softcap, int ignore_index, bool[3] needed) -> (Tensor, Tensor, Tensor, Tensor)",

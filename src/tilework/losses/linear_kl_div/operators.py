@@ -98,7 +98,7 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     return grad_upstream, grad_input, grad_weight, grad_bias[0] if grad_bias else None, *[None] * 12
 
 
-_divergences = _operators.define(
+_divergences = _operators.define_by_position(
     "linear_kl_div(Tensor student_input, Tensor student_weight, Tensor? student_bias, "
     "Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, Tensor counted, "
     "float? student_softcap, float? teacher_softcap, float temperature, str divergence, "
@@ -108,7 +108,7 @@ _divergences = _operators.define(
     setup_context=_save,
     backward=_differentiate,
 )
-_divergences_backward = _operators.define(
+_divergences_backward = _operators.define_by_position(
     "linear_kl_div_backward(Tensor grad_divergence, Tensor student_input, Tensor student_weight, "
     "Tensor? student_bias, Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, "
     "Tensor counted, Tensor statistics, float? student_softcap, float? teacher_softcap, "

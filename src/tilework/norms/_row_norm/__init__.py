@@ -254,7 +254,7 @@ def _spread_backward(*args: Any) -> Any:
 
 _DIFFERENTIABLE = ("grad_output", "grad_total", "total", "weight", "bias")
 _OPTIONS = "int dims, SymInt num_measured, float eps, float weight_offset, bool centered"
-_operator = _operators.define(
+_operator = _operators.define_by_position(
     "row_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
     f"{_OPTIONS}, str implementation) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
@@ -263,7 +263,7 @@ _operator = _operators.define(
     backward=_differentiate,
     sharding=_spread,
 )
-_operator_backward = _operators.define(
+_operator_backward = _operators.define_by_position(
     "row_norm_backward(Tensor grad_output, Tensor? grad_total, Tensor total, Tensor? weight, "
     f"Tensor? bias, Tensor mean, Tensor rate, {_OPTIONS}, ScalarType dtype, bool[3] needed, "
     "str implementation) -> (Tensor, Tensor, Tensor)",

@@ -158,7 +158,7 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     )
 
 
-_logit_stats = _operators.define(
+_logit_stats = _operators.define_by_position(
     "linear_logit_stats(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
     "Tensor? class_weight, float? softcap, float temperature, int ignore_index, bool moments, "
     "float? gradient_filter, str implementation) "
@@ -168,7 +168,7 @@ _logit_stats = _operators.define(
     setup_context=_save,
     backward=_differentiate,
 )
-_logit_stats_backward = _operators.define(
+_logit_stats_backward = _operators.define_by_position(
     "linear_logit_stats_backward(Tensor grad_total, Tensor grad_target_gap, "
     "Tensor grad_class_gap, Tensor? grad_moment, Tensor input, Tensor linear_weight, "
     "Tensor target, Tensor? linear_bias, Tensor? class_weight, Tensor shift, Tensor total, "

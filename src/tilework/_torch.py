@@ -1,0 +1,35 @@
+"""The private names of PyTorch that the library leans on; ``tests/test_torch.py`` checks each."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transforms_are_active() -> bool:
+    """Whether the call runs under a transform of ``torch.func``."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a transform of ``torch.func`` wraps the tensor."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def modes_are_active() -> bool:
+    """Whether a dispatch mode, such as that of fake tensors or a FLOP counter, watches the call."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_forward_mode() -> bool:
+    """Whether the call runs under forward-mode differentiation."""
+    return forward_ad._current_level >= 0
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def standard_gamma(shape: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw from gamma distributions of these shapes; no public sampler takes a generator."""
+    return torch._standard_gamma(shape, generator=generator)
