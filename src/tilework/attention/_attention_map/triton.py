@@ -15,8 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
-from tilework._operators import HALF
+from tilework._operators import HALF, Needed
 from tilework.attention import _kernels
+from tilework.attention._attention_map.common import (
+    Blocks,
+    Columns,
+    Entropy,
+    LogSumExp,
+    Mass,
+    Pooled,
+    Queries,
+    Rows,
+    upstream_of_entropy,
+)
 from tilework.attention._kernels import MAX_FEATURES
 
 # Queries and keys of a tile at most, warps and stages, for half precision and up to so many
@@ -434,102 +445,101 @@ def key_gradient_kernel(
     _kernels.store(grad_ptr, rows, columns < num_keys, num_features, grad * scale)
 
 
-def attention_lse(query: Tensor, key: Tensor, is_causal: bool, scale: float) -> Tensor:
+def attention_lse(given: Queries) -> LogSumExp:
     """See ``reference``."""
+    query, key = given.query, given.key
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if lse.numel():
-        arguments, constants = _arguments("rows", query, key, is_causal, scale)
+        arguments, constants = _arguments("rows", given)
         lse_kernel[_grid(query, constants["TILE_QUERIES"])](
             query, key, lse, *arguments, **constants
         )
-    return lse
+    return LogSumExp(lse)
 
 
-def attention_entropy(
-    query: Tensor, key: Tensor, lse: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """See ``reference``; with the sum of each row of the map."""
+def attention_entropy(given: Rows) -> Entropy:
+    """See ``reference``."""
+    query, key, lse = given.query, given.key, given.lse
     entropy, total = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
     if entropy.numel():
-        arguments, constants = _arguments("rows", query, key, is_causal, scale)
+        arguments, constants = _arguments("rows", given)
         entropy_kernel[_grid(query, constants["TILE_QUERIES"])](
             query, key, lse.contiguous(), entropy, total, *arguments, **constants
         )
-    return entropy, total
+    return Entropy(entropy, total)
 
 
-def attention_column_mass(
-    query: Tensor, key: Tensor, lse: Tensor, first_query: int, is_causal: bool, scale: float
-) -> Tensor:
+def attention_column_mass(given: Columns) -> Mass:
     """See ``reference``."""
+    query, key, lse = given.query, given.key, given.lse
     batch, heads = query.shape[:2]
     mass = query.new_empty(batch, heads, key.shape[2], dtype=torch.float32)
     if mass.numel():
-        arguments, constants = _arguments("columns", query, key, is_causal, scale)
+        arguments, constants = _arguments("columns", given)
         column_mass_kernel[triton.cdiv(key.shape[2], constants["TILE_KEYS"]), heads, batch](
-            query, key, lse.contiguous(), mass, first_query, *arguments, **constants
+            query, key, lse.contiguous(), mass, given.first_query, *arguments, **constants
         )
-    return mass
+    return Mass(mass)
 
 
-def block_pooled_attention(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    block_size: list[int],
-    largest: bool,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
+def block_pooled_attention(given: Blocks) -> Pooled:
     """See ``reference``."""
+    query, key, height, width = given.query, given.key, given.height, given.width
     batch, heads, queries, _ = query.shape
-    height, width = block_size
     rows, columns = triton.cdiv(queries, height), triton.cdiv(key.shape[2], width)
     pooled = query.new_zeros(batch, heads, rows, columns, dtype=torch.float32)
     if pooled.numel():
-        arguments, constants = _arguments("pool", query, key, is_causal, scale)
+        arguments, constants = _arguments("pool", given)
         for name, size in (("TILE_QUERIES", height), ("TILE_KEYS", width)):
             constants[name] = min(constants[name], max(16, triton.next_power_of_2(size)))
         pool_kernel[rows, heads, batch](
             query,
             key,
-            lse.contiguous(),
+            given.lse.contiguous(),
             pooled,
             *arguments,
             height,
             width,
-            LARGEST=largest,
+            LARGEST=given.largest,
             **constants,
         )
-    return pooled
+    return Pooled(pooled)
 
 
-def backward(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    offset: Tensor,
-    slope: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def attention_lse_backward(
+    given: Queries, results: LogSumExp, grads: LogSumExp, _: Needed
+) -> dict[str, Tensor]:
+    """Gradients of query and key."""
+    return _backward(given, results.lse, grads.lse, None)
+
+
+def attention_entropy_backward(
+    given: Rows, results: Entropy, grads: Entropy, _: Needed
+) -> dict[str, Tensor]:
+    """Gradients of query and key."""
+    return _backward(given, given.lse, *upstream_of_entropy(grads.entropy, results))
+
+
+def _backward(
+    given: Queries | Rows, lse: Tensor, offset: Tensor, slope: Tensor | None
+) -> dict[str, Tensor]:
     """Gradients of query and key for ``p_ij * (offset_i + slope_i * log p_ij)`` of the scores."""
+    query, key = given.query, given.key
     grad_query, grad_key = (
         torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key)
     )
-    if lse.numel() == 0 or key.numel() == 0:
-        return grad_query, grad_key
-    offset = offset.contiguous()
-    rows = lse.contiguous(), offset, offset if slope is None else slope.contiguous()
-    arguments, constants = _arguments("query", query, key, is_causal, scale)
-    query_gradient_kernel[_grid(query, constants["TILE_QUERIES"])](
-        query, key, *rows, grad_query, *arguments, SLOPED=slope is not None, **constants
-    )
-    arguments, constants = _arguments("key", query, key, is_causal, scale)
-    key_gradient_kernel[_grid(key, constants["TILE_KEYS"])](
-        query, key, *rows, grad_key, *arguments, SLOPED=slope is not None, **constants
-    )
-    return grad_query, grad_key
+    if lse.numel() and key.numel():
+        offset = offset.contiguous()
+        rows = lse.contiguous(), offset, offset if slope is None else slope.contiguous()
+        arguments, constants = _arguments("query", given)
+        query_gradient_kernel[_grid(query, constants["TILE_QUERIES"])](
+            query, key, *rows, grad_query, *arguments, SLOPED=slope is not None, **constants
+        )
+        arguments, constants = _arguments("key", given)
+        key_gradient_kernel[_grid(key, constants["TILE_KEYS"])](
+            query, key, *rows, grad_key, *arguments, SLOPED=slope is not None, **constants
+        )
+    return {"query": grad_query, "key": grad_key}
 
 
 def _grid(tensor: Tensor, tile: int) -> tuple[int, int, int]:
@@ -539,16 +549,17 @@ def _grid(tensor: Tensor, tile: int) -> tuple[int, int, int]:
 
 
 def _arguments(
-    kernel: str, query: Tensor, key: Tensor, is_causal: bool, scale: float
+    kernel: str, given: Queries | Rows | Columns | Blocks
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What all kernels take: sizes, strides and scale, and constants."""
+    query, key = given.query, given.key
     heads, features = query.shape[1], query.shape[3]
     sizes = heads, heads // key.shape[1], query.shape[2], key.shape[2], features
     padded = max(16, triton.next_power_of_2(features))
     arch = _triton.architecture(query.device)
     queries, keys, warps, stages = choose_tile(kernel, arch, query.dtype, padded)
     constants = {
-        "IS_CAUSAL": is_causal,
+        "IS_CAUSAL": given.is_causal,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         "INTERPRETED": _triton.INTERPRETED,
         "TILE_QUERIES": queries,
@@ -557,4 +568,4 @@ def _arguments(
         "num_warps": 1 if _triton.INTERPRETED else warps,
         "num_stages": stages,
     }
-    return (sizes, query.stride(), key.stride(), scale), constants
+    return (sizes, query.stride(), key.stride(), given.scale), constants

@@ -16,10 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
-from tilework._operators import HALF
+from tilework._operators import HALF, Needed
 from tilework.attention import _kernels
 from tilework.attention._kernels import LOG2_E, MAX_FEATURES
-from tilework.attention.block_sparse.common import empty_gradient, empty_results
+from tilework.attention.block_sparse.common import (
+    Attended,
+    Attention,
+    empty_gradient,
+    empty_results,
+)
 
 # Queries (of all heads) and keys of a tile at most, warps and stages, for half precision and up to
 # so many features: the largest of those tried that do not spill registers.
@@ -484,134 +489,107 @@ def key_gradient_kernel(
     _kernels.store(grad_value_ptr, rows, present, num_values, grad_values)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    q_num_blocks: Tensor | None,
-    q_indices: Tensor | None,
-    query_starts: Tensor | None,
-    key_starts: Tensor | None,
-    block_size: list[int],
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """See ``reference.block_sparse_attention``."""
-    output, lse = empty_results(query, value, query_starts is not None)
-    if lse.numel() == 0:
-        return output, lse
-    lists, starts, *sizes = _arguments(
-        query, key, value, kv_num_blocks, kv_indices, query_starts, key_starts
-    )
-    constants = _constants("forward", query, value, block_size, is_causal)
-    pack = _pack(query, key, kv_indices, constants)
-    rows = min(query.shape[2], kv_indices.shape[2] * block_size[0])
-    batch = query.shape[0] if query_starts is None else len(query_starts) - 1
-    forward_kernel[triton.cdiv(rows, constants["TILE_QUERIES"]), query.shape[1] // pack, batch](
-        (query, key, value),
+def forward(given: Attention) -> Attended:
+    """See ``reference``."""
+    results = empty_results(given)
+    if results.lse.numel() == 0:
+        return results
+    lists, starts, *sizes = _arguments(given, given.kv_num_blocks, given.kv_indices)
+    constants = _constants("forward", given)
+    pack = _pack(given, constants)
+    forward_kernel[_grid(given, constants, pack)](
+        (given.query, given.key, given.value),
         lists,
         starts,
-        output,
-        lse,
+        *results,
         *sizes,
-        scale,
+        given.scale,
         PACK=pack,
         **constants,
     )
-    return output, lse
+    return results
 
 
-def backward(
-    grad_output: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    q_num_blocks: Tensor,
-    q_indices: Tensor,
-    query_starts: Tensor | None,
-    key_starts: Tensor | None,
-    block_size: list[int],
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(given: Attention, results: Attended, grads: Attended, _: Needed) -> dict[str, Tensor]:
     """Gradients of query, key and value."""
-    packed = query_starts is not None
-    grad_query, grad_key, grad_value = (empty_gradient(t, packed) for t in (query, key, value))
+    tensors = given.query, given.key, given.value
+    packed = given.query_starts is not None
+    grad_query, grad_key, grad_value = (empty_gradient(t, packed) for t in tensors)
     grad_key.zero_()
     grad_value.zero_()
-    if lse.numel() == 0:
-        return grad_query, grad_key, grad_value
-    offset = (grad_output.float() * output.float()).sum(-1) - grad_lse
+    found = {"query": grad_query, "key": grad_key, "value": grad_value}
+    if results.lse.numel() == 0:
+        return found
+    grad_output = torch.zeros_like(results.output) if grads.output is None else grads.output
+    offset = (grad_output.float() * results.output.float()).sum(-1)
+    if grads.lse is not None:
+        offset -= grads.lse
     # Where nothing is seen the scores are -inf too, and the weights must be 0, not nan.
-    rows = grad_output, offset, lse.masked_fill(lse == -torch.inf, 0)
+    rows = grad_output, offset, results.lse.masked_fill(results.lse == -torch.inf, 0)
     upstream = tuple((t.transpose(1, 2) if packed else t).contiguous() for t in rows)
-    batch = query.shape[0] if query_starts is None else len(query_starts) - 1
 
-    lists, starts, *sizes = _arguments(
-        query, key, value, kv_num_blocks, kv_indices, query_starts, key_starts
-    )
-    constants = _constants("query", query, value, block_size, is_causal)
-    pack = _pack(query, key, kv_indices, constants)
-    length = min(query.shape[2], kv_indices.shape[2] * block_size[0])
-    grid = triton.cdiv(length, constants["TILE_QUERIES"]), query.shape[1] // pack, batch
-    query_gradient_kernel[grid](
+    lists, starts, *sizes = _arguments(given, given.kv_num_blocks, given.kv_indices)
+    constants = _constants("query", given)
+    pack = _pack(given, constants)
+    query_gradient_kernel[_grid(given, constants, pack)](
         upstream,
-        (query, key, value),
+        tensors,
         lists,
         starts,
         grad_query,
         *sizes,
-        scale,
+        given.scale,
         PACK=pack,
         **constants,
     )
-    if key.numel() == 0:
-        return grad_query, grad_key, grad_value
-    lists, starts, *sizes = _arguments(
-        query, key, value, q_num_blocks, q_indices, query_starts, key_starts
-    )
-    constants = _constants("key", query, value, block_size, is_causal)
+    if given.key.numel() == 0:
+        return found
+    counts, indices = given.q_num_blocks, given.q_indices
+    assert counts is not None  # where there are gradients, there are transposed lists
+    assert indices is not None
+    lists, starts, *sizes = _arguments(given, counts, indices)
+    constants = _constants("key", given)
     constants.pop("ROWS")
-    length = min(key.shape[2], q_indices.shape[2] * block_size[1])
-    key_gradient_kernel[triton.cdiv(length, constants["TILE_KEYS"]), key.shape[1], batch](
+    length = min(given.key.shape[2], indices.shape[2] * given.block_size[1])
+    grid = triton.cdiv(length, constants["TILE_KEYS"]), given.key.shape[1], _batch(given)
+    key_gradient_kernel[grid](
         upstream,
-        (query, key, value),
+        tensors,
         lists,
         starts,
         grad_key,
         grad_value,
         *sizes,
-        scale,
+        given.scale,
         **constants,
     )
-    return grad_query, grad_key, grad_value
+    return found
 
 
-def _arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    query_starts: Tensor | None,
-    key_starts: Tensor | None,
-) -> tuple[Any, ...]:
+def _batch(given: Attention) -> int:
+    """The elements of the batch, or the packed sequences."""
+    starts = given.query_starts
+    return given.query.shape[0] if starts is None else len(starts) - 1
+
+
+def _grid(given: Attention, constants: dict[str, Any], pack: int) -> tuple[int, int, int]:
+    """A program for each tile of queries of each pack of heads."""
+    _, heads, queries, _ = given.query.shape
+    length = min(queries, given.kv_indices.shape[2] * given.block_size[0])
+    return triton.cdiv(length, constants["TILE_QUERIES"]), heads // pack, _batch(given)
+
+
+def _arguments(given: Attention, counts: Tensor, indices: Tensor) -> tuple[Any, ...]:
     """The lists, where packed sequences start, sizes of tensors and of lists, and strides."""
+    query, key, value = given.query, given.key, given.value
     heads, kv_heads = query.shape[1], key.shape[1]
     sizes = heads, heads // kv_heads, query.shape[2], key.shape[2], query.shape[3], value.shape[3]
     list_batch, list_heads, list_rows, list_width = indices.shape
     stride_batch = 0 if list_batch == 1 else list_heads * list_rows
-    strides = query.stride(), key.stride(), value.stride()
+    strides: tuple[tuple[int, ...], ...] = query.stride(), key.stride(), value.stride()
     starts = None
-    if query_starts is not None:
-        starts = query_starts, key_starts
+    if given.query_starts is not None:
+        starts = given.query_starts, given.key_starts
         # There is one element of the batch, in which the sequences lie.
         strides = tuple((0, *one[1:]) for one in strides)
     return (
@@ -623,15 +601,14 @@ def _arguments(
     )
 
 
-def _constants(
-    kernel: str, query: Tensor, value: Tensor, block_size: list[int], is_causal: bool
-) -> dict[str, Any]:
+def _constants(kernel: str, given: Attention) -> dict[str, Any]:
     """The constants of a kernel, and the rows of a tile of all heads."""
-    features, values = (max(16, triton.next_power_of_2(t.shape[-1])) for t in (query, value))
+    query, block_size = given.query, given.block_size
+    features, values = (max(16, triton.next_power_of_2(t.shape[-1])) for t in (query, given.value))
     arch = _triton.architecture(query.device)
     rows, keys, warps, stages = choose_tile(kernel, arch, query.dtype, max(features, values))
     return {
-        "IS_CAUSAL": is_causal,
+        "IS_CAUSAL": given.is_causal,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         "INTERPRETED": _triton.INTERPRETED,
         "QUERY_BLOCK": block_size[0],
@@ -646,9 +623,10 @@ def _constants(
     }
 
 
-def _pack(query: Tensor, key: Tensor, indices: Tensor, constants: dict[str, Any]) -> int:
+def _pack(given: Attention, constants: dict[str, Any]) -> int:
     """How many heads of a group go together: a power of 2, as they share keys and a list."""
-    heads, kv_heads, list_heads = query.shape[1], key.shape[1], indices.shape[1]
+    heads, kv_heads = given.query.shape[1], given.key.shape[1]
+    list_heads = given.kv_indices.shape[1]
     group = heads // kv_heads
     rows = constants.pop("ROWS")
     if list_heads not in (1, kv_heads):
