@@ -12,6 +12,7 @@ from tilework._operators import Implementation
 from tilework.attention.block_layout.checks import check_integers
 from tilework.attention.block_layout.common import ceil_div
 from tilework.attention.block_sparse_decode import operators
+from tilework.attention.block_sparse_decode.common import Decoding
 from tilework.catalog import implements
 
 __all__ = ["block_sparse_decode", "paged_block_sparse_decode"]
@@ -330,16 +331,18 @@ def _decode(
     limits = {"triton": lambda: operators.refusal(features, values)}
     chosen = _operators.choose(name, IMPLEMENTATIONS, implementation, query, limits)
     output, lse = operators.decode(
-        query,
-        key_cache,
-        value_cache,
-        block_table,
-        seq_lengths,
-        kv_indices,
-        kv_num_blocks,
-        block_size,
-        1 / math.sqrt(max(1, features)) if scale is None else float(scale),
-        chosen,
+        Decoding(
+            query,
+            key_cache,
+            value_cache,
+            block_table,
+            seq_lengths,
+            kv_indices,
+            kv_num_blocks,
+            block_size,
+            1 / math.sqrt(max(1, features)) if scale is None else float(scale),
+            chosen,
+        )
     )
     return (output, lse) if return_lse else output
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tilework import _triton
 from tilework._operators import HALF
 from tilework.attention._kernels import LOG2_E, MAX_FEATURES
+from tilework.attention.block_sparse_decode.common import Decoded, Decoding, empty_results
 
 # Rows and keys of a tile at most, warps and stages, for half precision and up to so many features:
 # tiles that do not spill registers.
@@ -222,24 +223,14 @@ def merge_kernel(
     tl.store(lse_ptr + row, peak + tl.log(divisor))
 
 
-def forward(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor | None,
-    seq_lengths: Tensor | None,
-    kv_indices: Tensor | None,
-    kv_num_blocks: Tensor | None,
-    block_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """See ``reference.block_sparse_decode``."""
+def forward(given: Decoding) -> Decoded:
+    """See ``reference``."""
+    query, block_table, kv_indices = given.query, given.block_table, given.kv_indices
     batch, heads, length, num_features = query.shape
-    page_size, kv_heads, num_values = value_cache.shape[1:]
-    output = query.new_empty(batch, heads, length, num_values)
-    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    page_size, kv_heads, num_values = given.value_cache.shape[1:]
+    output, lse = results = empty_results(given)
     if lse.numel() == 0:
-        return output, lse
+        return results
     features, values = (max(16, triton.next_power_of_2(n)) for n in (num_features, num_values))
     group = heads // kv_heads
     arch = _triton.architecture(query.device)
@@ -249,7 +240,7 @@ def forward(
 
     most = page_size * (1 if block_table is None else block_table.shape[1])
     if kv_indices is not None:
-        most = min(most, kv_indices.shape[2] * block_size)
+        most = min(most, kv_indices.shape[2] * given.block_size)
     programs = batch * kv_heads * triton.cdiv(group * length, rows)
     splits = count_splits(programs, triton.cdiv(most, tile_keys), query.device)
     parts, part_lse = output, lse
@@ -268,8 +259,8 @@ def forward(
         "num_stages": stages,
     }
     split_kernel[programs, splits](
-        (query, key_cache, value_cache),
-        (block_table, seq_lengths, kv_indices, kv_num_blocks),
+        (query, given.key_cache, given.value_cache),
+        (block_table, given.seq_lengths, kv_indices, given.kv_num_blocks),
         parts,
         part_lse,
         (
@@ -280,23 +271,23 @@ def forward(
             num_values,
             page_size,
             0 if kv_indices is None else kv_indices.shape[2],
-            block_size,
+            given.block_size,
         ),
-        (query.stride(), key_cache.stride(), value_cache.stride()),
+        (query.stride(), given.key_cache.stride(), given.value_cache.stride()),
         (
             _strides(block_table, 2),
-            _strides(seq_lengths, 1),
+            _strides(given.seq_lengths, 1),
             _strides(kv_indices, 3),
-            _strides(kv_num_blocks, 2),
+            _strides(given.kv_num_blocks, 2),
         ),
-        scale,
+        given.scale,
         **constants,
     )
     if splits > 1:
         merge_kernel[(lse.numel(),)](
             parts, part_lse, output, lse, splits, num_values, VALUES=values, num_warps=1
         )
-    return output, lse
+    return results
 
 
 def count_splits(programs: int, tiles: int, device: torch.device) -> int:
