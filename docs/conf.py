@@ -11,8 +11,8 @@ from sphinx.application import Sphinx
 from sphinx.util.rst import escape
 
 import tilework
-from tilework import _operators, catalog
-from tilework._operators import Implementation
+from tilework import _implementations, catalog
+from tilework._implementations import Implementation, Table
 
 project = "Tilework"
 version = release = tilework.__version__
@@ -62,10 +62,11 @@ def write_api_pages(app: Sphinx) -> None:
             (folder / f"{family}.md").write_text(page)
 
 
-def rows(table: tuple[Implementation, ...]) -> list[list[str]]:
+def rows(table: Table) -> list[list[str]]:
     """What the implementations of a primitive support, with a column for each of them."""
     describe: dict[str, Callable[[Implementation], str]] = {
         "": lambda one: f"``{one.name}``",
+        "For": lambda one: escape(one.when or "everything"),
         "Devices": lambda one: ", ".join(one.devices) or "any",
         "Dtypes": lambda one: ", ".join(str(dtype).split(".")[1] for dtype in one.dtypes),
         "Memory": lambda one: escape(one.memory),
@@ -87,7 +88,7 @@ def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
             family: list(members)
             for family, members in itertools.groupby(catalog.entries(), lambda one: one.family)
         },
-        "tables": {name: rows(table) for name, table in _operators.TABLES.items()},
+        "tables": [(names, rows(table)) for names, table in _implementations.shared()],
         "escape": escape,
     }
     source[0] = app.builder.templates.render_string(source[0], context)

@@ -7,17 +7,14 @@ node.
 
 import functools
 import importlib
-import importlib.util
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
-from tilework import _checks, _torch
+from tilework import _torch
 
 _library: Any = torch.library.Library("tilework", "DEF")  # type: ignore[no-untyped-call]
 
@@ -35,88 +32,6 @@ HALF = (torch.float16, torch.bfloat16)
 def computation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and accumulators: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """What one implementation of a primitive supports. ``tilework doctor`` prints the table."""
-
-    name: str
-    devices: tuple[str, ...]  # () stands for every device
-    dtypes: tuple[torch.dtype, ...]
-    memory: str
-    backward: str
-    deterministic: bool
-    needs: str | None = None  # a package
-    checked_on: str = ""  # where its numbers were compared with float64
-    installed: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Once, as a look for a package takes longer than a call of a small operator.
-        found = self.needs is None or importlib.util.find_spec(self.needs) is not None
-        object.__setattr__(self, "installed", found)
-
-
-TABLES: dict[str, tuple[Implementation, ...]] = {}
-"""The implementations of each accelerated primitive, the preferred one first."""
-
-
-def check_name(function: str, table: Sequence[Implementation], name: str | None) -> None:
-    """Refuse the name of an implementation that does not exist."""
-    if name is not None:
-        _checks.one_of(function, "implementation", name, [entry.name for entry in table])
-
-
-def missing(entry: Implementation) -> str | None:
-    """Why an implementation cannot run here at all, if it cannot."""
-    return None if entry.installed else f"the package {entry.needs} is not installed"
-
-
-def refusal(entry: Implementation, tensor: Tensor) -> str | None:
-    """Why an implementation does not take tensors like this one, if it does not."""
-    device = tensor.device.type
-    if tensor.dtype not in entry.dtypes:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in entry.dtypes)
-        return f"it takes {accepted}, not {_checks.describe(tensor)}"
-    if entry.devices and device not in entry.devices and not _interpreted(entry):
-        return f"it runs on {', '.join(entry.devices)}, not on {device}"
-    return missing(entry)
-
-
-def _interpreted(entry: Implementation) -> bool:
-    return entry.needs == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def choose(
-    function: str,
-    table: Sequence[Implementation],
-    name: str | None,
-    tensor: Tensor,
-    limits: Mapping[str, Callable[[], str | None]] | None = None,
-) -> str:
-    """The named implementation, which must take the tensor; or the first that is made for it.
-
-    ``limits`` says of some implementations why they do not take the other arguments, if so.
-    """
-
-    def reason(entry: Implementation) -> str | None:
-        found = refusal(entry, tensor)
-        if found is None and limits is not None and entry.name in limits:
-            return limits[entry.name]()
-        return found
-
-    check_name(function, table, name)
-    if name is None:
-        device = tensor.device.type
-        for entry in table:
-            if device in (entry.devices or (device,)) and not reason(entry):
-                return entry.name
-        reasons = "; ".join(f"{entry.name}: {reason(entry)}" for entry in table)
-        raise TypeError(f"{function}: no implementation takes these tensors ({reasons})")
-    why = reason(next(entry for entry in table if entry.name == name))
-    if why is not None:
-        raise ValueError(f"{function}: implementation={name!r} cannot be used: {why}")
-    return name
 
 
 def only_reference() -> bool:

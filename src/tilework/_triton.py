@@ -1,8 +1,10 @@
 """Small helpers shared by kernels: block sizes by architecture, and exact elementary functions."""
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -12,9 +14,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter on the CPU."""
 
 
-@dataclass(frozen=True)
-class Config:
-    """Block sizes of a kernel, and the warps and pipeline stages of a program."""
+class Config(NamedTuple):
+    """Block sizes of a product's kernel, and the warps and pipeline stages of a program."""
 
     block_rows: int
     block_columns: int
@@ -31,6 +32,90 @@ class Config:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
+
+
+class Place(NamedTuple):
+    """What an entry is for; ``size`` is one of the kernel's own, such as its features."""
+
+    arch: str
+    dtype: torch.dtype | None = None
+    size: int = 0
+
+
+E = TypeVar("E", bound=tuple[int, ...])
+_ANY_SIZE = sys.maxsize
+
+
+class Tuned(Generic[E]):
+    """The block sizes of a kernel by architecture, which ``tilework tune`` measures.
+
+    An entry is a named tuple, whose fields are the axes of the search.
+
+    Args:
+        table: An entry for each architecture, such as ``"sm_90"``, or entries by the largest size
+            that they are for, in ascending order. Numbers of 32 bits, which take more registers,
+            have theirs under ``"sm_90 float32"`` or, for all other architectures, ``"float32"``.
+            That of ``"interpreter"`` is for every dtype.
+        otherwise: The key of what architectures have that are not in the table.
+    """
+
+    def __init__(self, table: Mapping[str, E | Mapping[int, E]], *, otherwise: str) -> None:
+        self.otherwise = otherwise
+        self.table: dict[str, Mapping[int, E]] = {
+            key: {_ANY_SIZE: entries} if isinstance(entries, tuple) else entries
+            for key, entries in table.items()
+        }
+        self._override: E | None = None
+        self._asked: list[Place] | None = None
+
+    def __or__(self, others: Mapping[str, E | Mapping[int, E]]) -> "Tuned[E]":
+        """This table with other entries for some architectures."""
+        return Tuned({**self.table, **others}, otherwise=self.otherwise)
+
+    def choose(self, arch: str, dtype: torch.dtype | None = None, size: int = 0) -> E:
+        """The entry for an architecture, a dtype and a size."""
+        if self._asked is not None:
+            self._asked.append(Place(arch, dtype, size))
+        if self._override is not None:
+            return self._override
+        return next(entry for most, entry in self._entries(arch, dtype).items() if size <= most)
+
+    @contextmanager
+    def override(self, entry: E) -> Iterator[None]:
+        """Use an entry in place of all that stand in the table."""
+        before, self._override = self._override, entry
+        try:
+            yield
+        finally:
+            self._override = before
+
+    @contextmanager
+    def asked(self) -> Iterator[list[Place]]:
+        """Note what entries are asked for."""
+        before, self._asked = self._asked, []
+        try:
+            yield self._asked
+        finally:
+            self._asked = before
+
+    def line(self, place: Place, entry: E) -> str:
+        """The line of the table that has an entry for a place; other sizes keep theirs."""
+        key, _ = self._keys(place.arch, place.dtype)
+        entries = self._entries(place.arch, place.dtype)
+        if _ANY_SIZE in entries:
+            return f'"{key}": {entry!r},'
+        by_size = sorted({**entries, place.size: entry}.items())
+        return f'"{key}": {{{", ".join(f"{most}: {one!r}" for most, one in by_size)}}},'
+
+    def _entries(self, arch: str, dtype: torch.dtype | None) -> Mapping[int, E]:
+        own, shared = self._keys(arch, dtype)
+        return self.table[own if own in self.table else shared]
+
+    def _keys(self, arch: str, dtype: torch.dtype | None) -> tuple[str, str]:
+        """Where the entry of an architecture stands, and where that of those without one."""
+        if dtype is None or dtype.itemsize < 4:
+            return arch, self.otherwise
+        return arch if arch == "interpreter" else f"{arch} float32", "float32"
 
 
 @functools.cache

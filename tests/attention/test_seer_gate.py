@@ -391,7 +391,7 @@ def test_module() -> None:
     ("error", "match", "options"),
     [
         (TypeError, "head_dim must be an int, got 2.5", {"head_dim": 2.5}),
-        (ValueError, "num_heads must be a finite number of at least 1", {"num_heads": 0}),
+        (ValueError, "num_heads must be an int of at least 1", {"num_heads": 0}),
         (ValueError, "num_kv_heads must be a divisor of num_heads=4, got 3", {"num_kv_heads": 3}),
         (TypeError, "num_kv_heads must be an int", {"num_kv_heads": 2.0}),
         (ValueError, "block_size must be", {"block_size": 0}),

@@ -310,7 +310,7 @@ def test_tune_prints_the_entry_for_the_table(monkeypatch: pytest.MonkeyPatch) ->
     arguments = ("tune", "linear_cross_entropy.backward", "--size", "N=64", "--size", "D=32")
     result = run(*arguments)
     assert result.exit_code == 0
-    assert 'BACKWARD: "sm_90": Config(1, 2, 3, num_warps=4, num_stages=5),' in result.stdout
+    assert 'BACKWARD: "sm_90": Config(block_rows=1, block_columns=2, ' in result.stdout
     assert "9 entries tried, 1 skipped: the time is over." in result.stdout
     assert "1 ms; the entry in the table 2 ms" in result.stdout
     (place,) = problems

@@ -192,13 +192,15 @@ def test_two_entries_are_compared_in_turn(monkeypatch: pytest.MonkeyPatch) -> No
             "linear_cross_entropy.forward",
             torch.bfloat16,
             "sm_90",
-            'FORWARD: "sm_90": Config(1, 2, 3, num_warps=4, num_stages=5),',
+            'FORWARD: "sm_90": Config(block_rows=1, block_columns=2, block_inner=3, '
+            "num_warps=4, num_stages=5),",
         ),
         (
             "linear_cross_entropy.backward",
             torch.float32,
             "sm_90",
-            'BACKWARD: "float32": Config(1, 2, 3, num_warps=4, num_stages=5),',
+            'BACKWARD: "sm_90 float32": Config(block_rows=1, block_columns=2, block_inner=3, '
+            "num_warps=4, num_stages=5),",
         ),
         (
             "block_sparse_attention.key",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tilework import _operators
+from tilework import _implementations
 from tilework.norms import PartialRMSNorm, partial_rms_norm, rms_norm
 
 from helpers import FLOATING, assert_exact, clones
@@ -16,7 +16,7 @@ CASES += [("triton", dtype) for dtype in FLOATING if dtype != torch.float64]
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """The implementation that the function takes, which has no argument for it."""
-    monkeypatch.setattr(_operators, "choose", lambda *_: request.param)
+    monkeypatch.setattr(_implementations, "choose", lambda *_, **__: request.param)
     return str(request.param)
 
 
@@ -29,17 +29,17 @@ def by_rows(
     outputs, grads, columns = [], [], [[] for _ in gain]
     rows, upper = (t.detach().double().reshape(-1, features).tolist() for t in (input, upstream))
     for row, up in zip(rows, upper, strict=True):
-        rate = (math.fsum(s * s for s in row[:measured]) / measured + eps) ** -0.5
-        outputs.append([s * rate * g for s, g in zip(row, gain, strict=True)])
-        slope = math.fsum(s * u * g for s, u, g in zip(row, up, gain, strict=True))
+        rstd = (math.fsum(s * s for s in row[:measured]) / measured + eps) ** -0.5
+        outputs.append([s * rstd * g for s, g in zip(row, gain, strict=True)])
+        c1 = math.fsum(s * u * g for s, u, g in zip(row, up, gain, strict=True))
         grads.append(
             [
-                rate * up[i] * gain[i] - (row[i] * rate**3 * slope / measured) * (i < measured)
+                rstd * up[i] * gain[i] - (row[i] * rstd**3 * c1 / measured) * (i < measured)
                 for i in range(features)
             ]
         )
         for column, s, u in zip(columns, row, up, strict=True):
-            column.append(u * s * rate)
+            column.append(u * s * rstd)
     sums = [math.fsum(column) for column in columns]
     shaped = [torch.tensor(t, dtype=torch.float64) for t in (outputs, grads, sums)]
     return shaped[0].reshape(input.shape), shaped[1].reshape(input.shape), shaped[2]
@@ -47,8 +47,8 @@ def by_rows(
 
 def composed(input: Tensor, weight: Tensor, eps: float, measured: int) -> Tensor:
     total = input.float()
-    rate = (total[..., :measured].pow(2).mean(-1, keepdim=True) + eps).rsqrt()
-    return (total * rate * weight.float()).to(input.dtype)
+    rstd = (total[..., :measured].pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+    return (total * rstd * weight.float()).to(input.dtype)
 
 
 @pytest.mark.parametrize(("chosen", "dtype"), CASES, indirect=["chosen"])
@@ -168,8 +168,18 @@ INPUT = torch.randn(3, 4)
         (ValueError, "normalized_shape must be the trailing", (INPUT, 3), {}),
         (ValueError, r"weight must be of shape \(4,\)", (INPUT, 4, torch.ones(3, 4)), {}),
         (ValueError, "eps must be .* at least 0", (INPUT, 4, None, -1e-6), {}),
-        (ValueError, "fraction must be above 0", (INPUT, 4), {"fraction": 0.0}),
-        (ValueError, "fraction must be above 0", (INPUT, 4), {"fraction": 1.01}),
+        (
+            ValueError,
+            "fraction must be a number above 0 and at most 1",
+            (INPUT, 4),
+            {"fraction": 0.0},
+        ),
+        (
+            ValueError,
+            "fraction must be a number above 0 and at most 1",
+            (INPUT, 4),
+            {"fraction": 1.01},
+        ),
         (TypeError, "fraction must be a number", (INPUT, 4), {"fraction": "half"}),
     ],
 )

@@ -3,7 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from tilework import _checks, _operators
+from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.attention import _attention_map
 from tilework.attention._attention_map import operators
 from tilework.attention._attention_map.common import Columns
@@ -12,7 +13,7 @@ from tilework.catalog import implements
 __all__ = ["attention_column_mass"]
 
 _NAME = "attention_column_mass"
-_TABLE = _operators.TABLES["attention.attention_column_mass"] = _attention_map.CONSTANT
+_TABLE = TABLES["attention.attention_column_mass"] = _attention_map.CONSTANT
 
 
 @implements(
@@ -80,8 +81,7 @@ def attention_column_mass(
         Attention in Your LLMs. 2024. arXiv:2410.13276.
     """
     if query_window is not None:
-        _checks.integer(_NAME, "query_window", query_window)
-        _checks.at_least(_NAME, "query_window", query_window, 1)
+        _checks.count(_NAME, "query_window", query_window)
     query, key, scale, chosen = _attention_map.prepare(
         _NAME, _TABLE, query, key, lse, scale, enable_gqa, implementation
     )

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from tilework import _operators
+from tilework._implementations import TABLES
 from tilework.attention import _attention_map
 from tilework.attention._attention_map import operators
 from tilework.attention._attention_map.common import Queries
@@ -12,7 +12,7 @@ from tilework.catalog import implements
 __all__ = ["attention_lse"]
 
 _NAME = "attention_lse"
-_TABLE = _operators.TABLES["attention.attention_lse"] = _attention_map.IMPLEMENTATIONS
+_TABLE = TABLES["attention.attention_lse"] = _attention_map.IMPLEMENTATIONS
 
 
 @implements(

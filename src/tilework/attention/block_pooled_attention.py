@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tilework import _checks, _operators
+from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.attention import _attention_map
 from tilework.attention._attention_map import operators
 from tilework.attention._attention_map.common import Blocks
@@ -14,7 +15,7 @@ from tilework.catalog import implements
 __all__ = ["block_pooled_attention"]
 
 _NAME = "block_pooled_attention"
-_TABLE = _operators.TABLES["attention.block_pooled_attention"] = _attention_map.CONSTANT
+_TABLE = TABLES["attention.block_pooled_attention"] = _attention_map.CONSTANT
 
 
 @implements(

@@ -158,11 +158,9 @@ class QKNormAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _checks.integer(_NAME, "seq_length", seq_length)
-        _checks.at_least(_NAME, "seq_length", seq_length, 2)
+        _checks.count(_NAME, "seq_length", seq_length, 2)
         if num_heads is not None:
-            _checks.integer(_NAME, "num_heads", num_heads)
-            _checks.at_least(_NAME, "num_heads", num_heads, 1)
+            _checks.count(_NAME, "num_heads", num_heads)
         _checks.at_least(_NAME, "eps", eps, 0)
         self.seq_length = seq_length
         self.num_heads = num_heads

@@ -5,7 +5,6 @@ smaller one, as long as that helps beyond the measured spread. What does not com
 something wrong is passed over.
 """
 
-import dataclasses
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -57,25 +56,28 @@ class Kernel:
     line: Callable[[Place, Entry], str]
 
 
-def _linear_cross_entropy(table: str, kind: str) -> Kernel:
-    def module() -> Any:
-        return importlib.import_module("tilework.losses._classes.linear.triton")
-
-    def key(place: Place) -> str:
-        single = place.dtype == torch.float32 and place.arch != "interpreter"
-        return "float32" if single else place.arch
+def _linear_cross_entropy(name: str, kind: str) -> Kernel:
+    def table() -> Any:
+        return getattr(importlib.import_module("tilework.losses._classes.linear.triton"), name)
 
     def current(place: Place) -> Entry:
-        config = module().choose_config(getattr(module(), table), place.arch, place.dtype)
-        return dataclasses.asdict(config)
+        entry: Entry = table().choose(place.arch, place.dtype)._asdict()
+        return entry
 
     def use(place: Place, entry: Entry) -> AbstractContextManager[Any]:
-        return mock.patch.dict(getattr(module(), table), {key(place): module().Config(**entry)})
+        override: AbstractContextManager[Any] = table().override(_config(entry))
+        return override
 
     def line(place: Place, entry: Entry) -> str:
-        *blocks, warps, stages = entry.values()
-        sizes = ", ".join(map(str, blocks))
-        return f'{table}: "{key(place)}": Config({sizes}, num_warps={warps}, num_stages={stages}),'
+        from tilework import _triton
+
+        where = _triton.Place(place.arch, place.dtype)
+        return f"{name}: {table().line(where, _config(entry))}"
+
+    def _config(entry: Entry) -> Any:
+        from tilework._triton import Config
+
+        return Config(**entry)
 
     choices = {
         "block_rows": (16, 32, 64, 128, 256),

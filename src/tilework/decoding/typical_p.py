@@ -76,8 +76,7 @@ def typical_p(
     total = weight.sum(1, keepdim=True)
     mean = (weight * shifted).where(weight > 0, 0).sum(1, keepdim=True) / total
     order = (shifted - mean).abs().sort(dim=1, stable=True).indices
-    if isinstance(mass, Tensor):
-        mass = mass[:, None]
+    mass = mass[:, None] if isinstance(mass, Tensor) else float(mass)
     # Negated so that nan, which compares with nothing, excludes nothing.
     missing = ~(weight.gather(1, order).cumsum(1) >= mass * total.double())
     last = (missing | (mass >= 1)).sum(1, keepdim=True).clamp_min(min_tokens_to_keep - 1)
@@ -130,12 +129,9 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _check_options(mass: float | Tensor, min_tokens_to_keep: int, batch: int | None) -> None:
-    _checks.integer(_NAME, "min_tokens_to_keep", min_tokens_to_keep)
-    _checks.at_least(_NAME, "min_tokens_to_keep", min_tokens_to_keep, 1)
-    accepted = "a number above 0 and at most 1"
+    _checks.count(_NAME, "min_tokens_to_keep", min_tokens_to_keep)
     if not isinstance(mass, Tensor):
-        if not 0 < _checks.number(_NAME, "mass", mass) <= 1:
-            raise _checks.bad_value(_NAME, "mass", accepted, mass)
+        _checks.positive_fraction(_NAME, "mass", mass)
         return
     _checks.floating(_NAME, "mass", mass)
     if mass.dim() != 1 or batch not in (None, len(mass)):
@@ -143,4 +139,4 @@ def _check_options(mass: float | Tensor, min_tokens_to_keep: int, batch: int | N
     if _checks.holds_values(mass):
         outside = mass[~((mass > 0) & (mass <= 1))]
         if len(outside):
-            raise _checks.bad_value(_NAME, "mass", accepted, float(outside[0]))
+            raise _checks.bad_value(_NAME, "mass", _checks.POSITIVE_FRACTION, float(outside[0]))

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tilework import _checks, _operators
+from tilework import _checks, _implementations
+from tilework._implementations import TABLES
 from tilework.catalog import implements
 from tilework.losses._classes import class_index, head, sharding
 from tilework.losses._classes.sharding import VocabShard
@@ -15,7 +16,7 @@ __all__ = ["LinearLogProbs", "linear_log_probs"]
 
 _NAME = "linear_log_probs"
 _NEVER = -1  # every target is a class by then
-_operators.TABLES["losses.linear_log_probs"] = head.IMPLEMENTATIONS
+TABLES["losses.linear_log_probs"] = head.IMPLEMENTATIONS
 _PAPER = implements(
     "Cut Your Losses in Large-Vocabulary Language Models", year=2024, arxiv="2411.09009"
 )
@@ -146,7 +147,7 @@ def linear_log_probs(
     _checks.same_device(
         _NAME, input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias
     )
-    chosen = _operators.choose(_NAME, head.IMPLEMENTATIONS, implementation, input)
+    chosen = _implementations.choose(_NAME, head.IMPLEMENTATIONS, implementation, input)
 
     inside = class_index.inside(_NAME, target, ignore_index, layout.classes(linear_weight))
     shift, total, target_gap, _, moment, _, argmax = (

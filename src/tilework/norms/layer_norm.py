@@ -6,14 +6,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tilework import _checks, _operators
+from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.catalog import implements
 from tilework.norms import _row_norm
 
 __all__ = ["LayerNorm", "layer_norm"]
 
 _NAME = "layer_norm"
-_TABLE = _operators.TABLES["norms.layer_norm"] = _row_norm.IMPLEMENTATIONS
+_TABLE = TABLES["norms.layer_norm"] = _row_norm.IMPLEMENTATIONS
 _PAPER = implements("Layer Normalization", year=2016, arxiv="1607.06450")
 
 

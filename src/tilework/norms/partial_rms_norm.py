@@ -7,14 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tilework import _checks, _operators
+from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.catalog import implements
 from tilework.norms import _row_norm
 
 __all__ = ["PartialRMSNorm", "partial_rms_norm"]
 
 _NAME = "partial_rms_norm"
-_TABLE = _operators.TABLES["norms.partial_rms_norm"] = tuple(
+_TABLE = TABLES["norms.partial_rms_norm"] = tuple(
     entry for entry in _row_norm.IMPLEMENTATIONS if entry.name in ("triton", "reference")
 )
 _PAPER = implements("Root Mean Square Layer Normalization", year=2019, arxiv="1910.07467")
@@ -165,6 +166,5 @@ def _check_options(
         raise _checks.bad_value(_NAME, "normalized_shape", accepted, normalized_shape)
     if eps is not None:
         _checks.at_least(_NAME, "eps", eps, 0)
-    if not 0 < _checks.number(_NAME, "fraction", fraction) <= 1:
-        raise _checks.bad_value(_NAME, "fraction", "above 0 and at most 1", fraction)
+    _checks.positive_fraction(_NAME, "fraction", fraction)
     return shape

@@ -6,14 +6,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tilework import _checks, _operators
+from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.catalog import implements
 from tilework.norms import _row_norm
 
 __all__ = ["RMSNorm", "rms_norm"]
 
 _NAME = "rms_norm"
-_TABLE = _operators.TABLES["norms.rms_norm"] = _row_norm.IMPLEMENTATIONS
+_TABLE = TABLES["norms.rms_norm"] = _row_norm.IMPLEMENTATIONS
 _PAPER = implements("Root Mean Square Layer Normalization", year=2019, arxiv="1910.07467")
 
 

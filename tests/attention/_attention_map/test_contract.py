@@ -224,7 +224,7 @@ BAD_OPTIONS: list[tuple[str, str, type[Exception], dict[str, Any]]] = [
     ("attention_column_mass", "query_window must be an int", TypeError, {"query_window": 2.5}),
     (
         "attention_column_mass",
-        "query_window must be a finite number of at least 1",
+        "query_window must be an int of at least 1",
         ValueError,
         {"query_window": 0},
     ),

@@ -229,7 +229,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("seq_lengths must lie on", ValueError, {"seq_lengths": LENGTHS.to("meta")}),
     ("seq_lengths must be from 0 to 2", ValueError, {"seq_lengths": LENGTHS - 14}),
     ("block_size must be an int", TypeError, {"block_size": 4.0}),
-    ("block_size must be a finite number of at least 1", ValueError, {"block_size": 0}),
+    ("block_size must be an int of at least 1", ValueError, {"block_size": 0}),
     ("scale must be a number", TypeError, {"scale": "large"}),
     ("implementation must be one of 'triton', 'tiled', 'ref", ValueError, {"implementation": "x"}),
 ]

@@ -111,8 +111,10 @@ def test_the_default_is_what_runs(
     problem = Case(kind, {"M": rows, "N": 1024})
     inputs = suite.inputs(problem, dtype, CPU)
     ran = []
-    for module, name in ((_row_norm.native, "torch"), (_row_norm, "tiled")):
-        attribute = "forward" if name == "torch" else "_operator"
+    for module, attribute, name in (
+        (_row_norm.torch, "forward", "torch"),
+        (_row_norm.operators, "row_norm", "tiled"),
+    ):
         original = getattr(module, attribute)
 
         def spy(*arguments, name=name, original=original):

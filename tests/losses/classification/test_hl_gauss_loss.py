@@ -224,7 +224,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("sigma must be a number", TypeError, {"sigma": "1"}),
 ]
 BAD_BINS: list[tuple[str, type[Exception], dict[str, Any]]] = [
-    ("num_bins must be at least 2, got 1", ValueError, {"num_bins": 1}),
+    ("num_bins must be an int of at least 2, got 1", ValueError, {"num_bins": 1}),
     ("num_bins must be an int", TypeError, {"num_bins": 5.0}),
 ]
 

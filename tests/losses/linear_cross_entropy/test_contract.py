@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from tilework import _implementations
+from tilework._implementations import TABLES
 from tilework.losses import LinearCrossEntropy, LinearCrossEntropyLoss, linear_cross_entropy
 
 from helpers import clones, dtype_name
@@ -56,7 +58,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("softcap must be a finite number above 0", ValueError, {"softcap": float("inf")}),
     ("z_loss must be a finite number of at least 0", ValueError, {"z_loss": -1e-4}),
     ("z_loss must be a finite number of at least 0", ValueError, {"z_loss": float("nan")}),
-    ("shift must be a finite number of at least 0", ValueError, {"shift": -1}),
+    ("shift must be an int of at least 0", ValueError, {"shift": -1}),
     ("shift must be an int", TypeError, {"shift": 1.0}),
     ("shift above 0 must come with input of shape (B, T, D)", ValueError, {"shift": 1}),
     (
@@ -65,7 +67,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
         {"input": BATCH, "target": torch.zeros(2, 3, dtype=torch.int64), "shift": 3},
     ),
     (
-        "implementation must be one of 'triton', 'tiled', 'chunked', 'reference', got 'cuda'",
+        "implementation must be one of 'triton', 'chunked', 'tiled', 'reference', got 'cuda'",
         ValueError,
         {"implementation": "cuda"},
     ),
@@ -182,22 +184,38 @@ def test_costs_of_the_schedules() -> None:
     from tilework.losses.linear_cross_entropy import schedule
 
     def shapes(tokens: int, features: int, classes: int, dtype: torch.dtype) -> Any:
-        one = torch.empty((), dtype=dtype)
+        one = torch.empty((), dtype=dtype, requires_grad=True)
         return one.expand(tokens, features), one.expand(classes, features)
+
+    def default(input: torch.Tensor, linear_weight: torch.Tensor, is_sum: bool = True) -> str:
+        given = {"linear_weight": linear_weight, "is_sum": is_sum}
+        return _implementations.choose(
+            "", TABLES["losses.linear_cross_entropy"], None, input, **given
+        )
 
     again, chunks = schedule.costs(*shapes(2048, 768, 50304, torch.float32))
     assert again.operations == 8 * 2048 * 768 * 50304
     assert chunks.operations == 6 * 2048 * 768 * 50304
     assert chunks.extra_bytes == 512 * 50304 * 4
     assert again.extra_bytes < chunks.extra_bytes
-    assert schedule.prefers_chunks(*shapes(2048, 768, 50304, torch.float32))
+    head = shapes(2048, 768, 50304, torch.float32)
+    assert default(*head) == "chunked"
+    # Positions of two dimensions are the same tokens.
+    assert default(head[0].unflatten(0, (4, 512)), head[1]) == "chunked"
     # 512 tokens of float32 logits are small beside a head of 256000 classes and 2304 features.
     large = shapes(1024, 2304, 256000, torch.float32)
     assert schedule.costs(*large)[1].extra_bytes == 512 * 256000 * 4
-    assert schedule.prefers_chunks(*large)
+    assert default(*large) == "chunked"
     narrow = shapes(1024, 64, 500000, torch.float32)
     assert schedule.costs(*narrow)[1].extra_bytes == 256 * 500000 * 4
-    assert not schedule.prefers_chunks(*shapes(4096, 64, 1000000, torch.float32))
+    assert default(*shapes(4096, 64, 1000000, torch.float32)) == "tiled"
+    batched = shapes(4096, 64, 1000000, torch.float32)
+    assert default(batched[0].unflatten(0, (64, 64)), batched[1]) == "tiled"
+    # Without gradients, of single losses and in float16 there is nothing to take early.
+    assert default(*head, is_sum=False) == "tiled"
+    assert default(*shapes(2048, 768, 50304, torch.float16)) == "tiled"
+    with torch.no_grad():
+        assert default(*head) == "tiled"
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -430,7 +430,7 @@ def test_targets_outside_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bad", [0.0, 1.0, -0.5, float("nan")])
 def test_bad_fractions(bad: float) -> None:
     hidden, head = torch.zeros(2, 3), torch.zeros(4, 3)
-    message = "gradient_filter must be None or a number above 0"
+    message = "gradient_filter must be a number above 0"
     for function in (linear_cross_entropy, linear_log_probs):
         with pytest.raises(ValueError, match=message):
             function(hidden, head, torch.tensor([0, 1]), gradient_filter=bad)

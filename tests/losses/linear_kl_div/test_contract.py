@@ -4,12 +4,13 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tilework import _operators
+from tilework._implementations import TABLES
 from tilework.losses import LinearKLDivLoss, linear_kl_div
 
 from losses.linear_kl_div.problem import IMPLEMENTATIONS
@@ -158,7 +159,7 @@ def test_misspelt_and_positional_options() -> None:
 def test_default_on_the_cpu_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from tilework.losses.linear_kl_div import reference
 
-    table = _operators.TABLES["losses.linear_kl_div"]
+    table = TABLES["losses.linear_kl_div"]
     assert [entry.name for entry in table] == ["triton", "tiled", "reference"]
     monkeypatch.setattr(reference, "linear_divergences", None)
     linear_kl_div(**ARGUMENTS)
@@ -169,20 +170,19 @@ def test_default_on_the_cpu_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.untyped
 @pytest.mark.parametrize("double", ["student", "teacher", None])
 def test_default_where_there_is_a_gpu(double: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tilework.losses.linear_kl_div import parallel
+    from tilework.losses.linear_kl_div import sharding
 
     # Kernels serve where they take both heads.
-    def where(function: Any, table: Any, name: Any, tensor: torch.Tensor) -> str:
-        return "tiled" if tensor.dtype == torch.float64 else "triton"
-
+    kernels, *others = TABLES["losses.linear_kl_div"]
+    table = (replace(kernels, devices=("cpu",)), *others)
     chosen = []
 
     def record(shard: Any, *args: Any) -> torch.Tensor:
         chosen.append(args[-1])
         return torch.zeros(4)
 
-    monkeypatch.setattr(_operators, "choose", where)
-    monkeypatch.setattr(parallel, "divergences", record)
+    monkeypatch.setattr(sys.modules[linear_kl_div.__module__], "IMPLEMENTATIONS", table)
+    monkeypatch.setattr(sharding, "divergences", record)
     linear_kl_div(
         **{
             name: tensor.double() if double and name.startswith(double) else tensor

@@ -417,7 +417,7 @@ def test_a_group_under_vmap(group: Any) -> None:
     [
         *BAD_TOKENS,
         ("num_experts must be an int", TypeError, {"num_experts": 3.0}),
-        ("num_experts must be at least 1", ValueError, {"num_experts": 0}),
+        ("num_experts must be an int of at least 1", ValueError, {"num_experts": 0}),
     ],
 )
 def test_bad_counts(message: str, error: type[Exception], change: dict[str, Any]) -> None:
@@ -439,7 +439,7 @@ def test_bad_balancer(message: str, error: type[Exception], change: dict[str, An
     assert not balancer.counts.any()
     options: dict[str, Any]
     for options, kind, name in (
-        ({"num_experts": 0}, ValueError, "num_experts must be at least 1"),
+        ({"num_experts": 0}, ValueError, "num_experts must be an int of at least 1"),
         ({"num_experts": 3, "normalize": None}, TypeError, "normalize must be a bool"),
         ({"num_experts": 3, "group": "gloo"}, TypeError, "group must be a process group"),
         ({"num_experts": 3, "groups": None}, TypeError, "unexpected keyword"),

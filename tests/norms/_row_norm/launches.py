@@ -25,9 +25,9 @@ def _strided() -> None:
     weight = torch.empty(5, 128)
     options = (1, 128, 1e-5, 0.0, False)
     triton.forward(query, query, weight, None, *options)
-    rate = torch.empty(2, 3, 5)
+    rstd = torch.empty(2, 3, 5)
     triton.backward(
-        query, query, query, weight, None, rate, rate, *options, query.dtype, [True, True, False]
+        query, query, query, weight, None, rstd, rstd, *options, query.dtype, [True, True, False]
     )
 
 

@@ -137,15 +137,13 @@ class Problem:
             gain, shift = gains[number % len(gains)], shifts[number % len(shifts)]
             mean = math.fsum(row) / features if self.centered else 0.0
             variance = math.fsum((s - mean) ** 2 for s in row) / features
-            rate = 1 / math.sqrt(variance + self.eps)
-            normal = [(s - mean) * rate for s in row]
+            rstd = 1 / math.sqrt(variance + self.eps)
+            normal = [(s - mean) * rstd for s in row]
             outputs.append([s * g + b for s, g, b in zip(normal, gain, shift, strict=True)])
             scaled = [u * g for u, g in zip(upper, gain, strict=True)]
-            level = math.fsum(scaled) / features if self.centered else 0.0
-            slope = math.fsum(u * s for u, s in zip(scaled, normal, strict=True)) / features
-            grads.append(
-                [rate * (u - level - s * slope) for u, s in zip(scaled, normal, strict=True)]
-            )
+            c2 = math.fsum(scaled) / features if self.centered else 0.0
+            c1 = math.fsum(u * s for u, s in zip(scaled, normal, strict=True)) / features
+            grads.append([rstd * (u - c2 - s * c1) for u, s in zip(scaled, normal, strict=True)])
             for column, u, s in zip(range(features), upper, normal, strict=True):
                 weight_terms[number % len(gains)][column].append(u * s)
                 bias_terms[number % len(shifts)][column].append(u)

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tilework.norms import LayerNorm, RMSNorm, layer_norm, rms_norm
-from tilework.norms._row_norm import native, reference
+from tilework.norms._row_norm import reference
+from tilework.norms._row_norm import torch as fused
 
 from helpers import DEVICES, FLOATING, clones
 from norms._row_norm.problem import EXACT, IMPLEMENTATIONS, Problem
@@ -131,7 +132,7 @@ def test_second_derivative_of_kernels(norm: Norm, fused: bool) -> None:
 def test_forward_mode_is_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not every kernel has a forward derivative."""
     calls = []
-    for name, module in (("torch", native), ("reference", reference)):
+    for name, module in (("torch", fused), ("reference", reference)):
         kernel = module.forward
         monkeypatch.setattr(
             module,

@@ -32,6 +32,7 @@ from tilework.attention.block_layout.common import (
     Grid,
     Lengths,
     Lists,
+    TopK,
     ceil_div,
     count_up_to,
     forced_and_live,
@@ -79,8 +80,7 @@ def causal_topk(num_blocks: int, density: float) -> int:
     Reference:
         As :class:`BlockLayout`.
     """
-    _checks.integer("causal_topk", "num_blocks", num_blocks)
-    _checks.at_least("causal_topk", "num_blocks", num_blocks, 0)
+    _checks.count("causal_topk", "num_blocks", num_blocks, 0)
     _checks.fraction("causal_topk", "density", density)
     return max(1, int((1 - math.sqrt(1 - density)) * num_blocks))
 
@@ -226,15 +226,22 @@ class BlockLayout:
             places = check_places(name, k, scores).expand(scores.shape[:3])
             most = min(max(longest(places), 0), columns)
         else:
-            _checks.integer(name, "k", k)
-            _checks.at_least(name, "k", k, 0)
+            _checks.count(name, "k", k, 0)
             most = min(k, columns)
         kept = num_sink_blocks + (grid.most_diagonal if force_diagonal else 0)
         width = max(most, min(kept, columns))
-        lists = operators.topk(
-            scores, places, most, width, grid, num_sink_blocks, is_causal, force_diagonal
+        given = TopK(
+            scores,
+            places,
+            most,
+            width,
+            *grid.block_size,
+            grid.lengths[0],
+            min(num_sink_blocks, columns),
+            is_causal,
+            force_diagonal,
         )
-        return cls._on(grid, *lists)
+        return cls._on(grid, *operators.topk(given))
 
     @classmethod
     def from_scores_threshold(
@@ -403,7 +410,7 @@ class BlockLayout:
         return self._transposed[1]
 
     @cached_property
-    def _transposed(self) -> tuple[Tensor, Tensor]:
+    def _transposed(self) -> Lists:
         return operators.transposed(*self._lists, self.num_kv_blocks)
 
     def to_dense(self) -> Bool[Tensor, "batch heads rows columns"]:
@@ -494,7 +501,7 @@ class BlockLayout:
             kv_indices=self.kv_indices.to(device),
         )
         if "_transposed" in self.__dict__:
-            moved.__dict__["_transposed"] = tuple(t.to(device) for t in self._transposed)
+            moved.__dict__["_transposed"] = Lists(*(t.to(device) for t in self._transposed))
         return moved
 
     def plot(self, batch: int = 0, head: int = 0, *, ax: Any = None) -> Any:
@@ -554,7 +561,7 @@ class BlockLayout:
 
     @property
     def _lists(self) -> Lists:
-        return self.kv_num_blocks, self.kv_indices
+        return Lists(self.kv_num_blocks, self.kv_indices)
 
     @property
     def _grid(self) -> Grid:

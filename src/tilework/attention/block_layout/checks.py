@@ -63,8 +63,7 @@ def check_scores(
     """The grid, and scores that can be compared; with the checks that both selections share."""
     _checks.floating(function, "scores", scores)
     grid = grid_of(function, "scores", scores, block_size, seq_lengths)
-    _checks.integer(function, "num_sink_blocks", num_sink_blocks)
-    _checks.at_least(function, "num_sink_blocks", num_sink_blocks, 0)
+    _checks.count(function, "num_sink_blocks", num_sink_blocks, 0)
     scores = scores.detach()
     return grid, scores.float() if scores.dtype.itemsize == 1 else scores
 
@@ -102,8 +101,7 @@ def per_head(function: str, **options: int | Sequence[int | None] | None) -> lis
         lists.append([])
         for number in value if isinstance(value, Sequence) else [value] * heads:
             number = unbounded if number is None else number
-            _checks.integer(function, name, number)
-            _checks.at_least(function, name, number, 0)
+            _checks.count(function, name, number, 0)
             lists[-1].append(number)
     return lists
 
@@ -130,8 +128,7 @@ def check_lists(
     """The grid of lists of distinct blocks, and the lists in order; values checked on the CPU."""
     for argument, tensor in {"kv_indices": kv_indices, "kv_num_blocks": kv_num_blocks}.items():
         check_integers(function, argument, tensor)
-    _checks.integer(function, "num_kv_blocks", num_kv_blocks)
-    _checks.at_least(function, "num_kv_blocks", num_kv_blocks, 0)
+    _checks.count(function, "num_kv_blocks", num_kv_blocks, 0)
     if kv_indices.dim() != 4:
         raise _checks.bad_value(function, "kv_indices", "of shape (B, H, nq, W)", kv_indices)
     _checks.shape(function, "kv_num_blocks", kv_num_blocks, kv_indices.shape[:3])
@@ -159,4 +156,4 @@ def check_lists(
             f"{function}: kv_indices must be distinct within a row, got "
             f"{indices[..., 1:][repeated][0]} more than once"
         )
-    return grid, (counts, indices)
+    return grid, Lists(counts, indices)

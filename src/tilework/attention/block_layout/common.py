@@ -2,13 +2,61 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Lengths = tuple[int, int] | None
-Lists = tuple[Tensor, Tensor]
-"""How many blocks each row has, and which, in order; after these may stand anything."""
+
+
+class Lists(NamedTuple):
+    """How many blocks each row has, and which, in order; after these may stand anything."""
+
+    counts: Tensor
+    indices: Tensor
+
+
+class TopK(NamedTuple):
+    """The arguments of a selection of the highest scores ``(B, H, nq, nk)``.
+
+    Each row has ``places`` of shape ``(B, H, nq)``, at most ``most``, or ``most`` without; a list
+    has room for ``width`` blocks. The first ``num_sinks`` are kept, and with ``force_diagonal``
+    the diagonal ones.
+    """
+
+    scores: Tensor
+    places: Tensor | None
+    most: int
+    width: int
+    query_block: int
+    key_block: int
+    queries: int
+    num_sinks: int
+    is_causal: bool
+    force_diagonal: bool
+
+
+class Positions(NamedTuple):
+    """The arguments of the positions of the first ``width`` True of each row of a mask."""
+
+    mask: Tensor
+    width: int
+
+
+class Dense(NamedTuple):
+    """The arguments of the mask of lists, or of its transpose."""
+
+    counts: Tensor
+    indices: Tensor
+    columns: int
+    is_transposed: bool
+
+
+class Mask(NamedTuple):
+    """A mask of blocks."""
+
+    mask: Tensor
 
 
 @dataclass(frozen=True)

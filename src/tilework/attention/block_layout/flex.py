@@ -23,7 +23,7 @@ def parts(function: str, block_mask: BlockMask, partial: str) -> list[Lists]:
     if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         found.append((block_mask.full_kv_num_blocks, block_mask.full_kv_indices))
     missing = (None,) * (4 - block_mask.kv_indices.dim())
-    return [(counts[missing], indices[missing]) for counts, indices in found]
+    return [Lists(counts[missing], indices[missing]) for counts, indices in found]
 
 
 def block_mask(
@@ -52,7 +52,8 @@ def block_mask(
     def part(start: Tensor, stop: Tensor) -> Lists:
         shifted = start[..., None] + place
         listed = padded.gather(-1, shifted.where(shifted < stop[..., None], width))
-        return (stop - start).repeat_interleave(group, 1), listed.repeat_interleave(group, 1)
+        counts = (stop - start).repeat_interleave(group, 1)
+        return Lists(counts, listed.repeat_interleave(group, 1))
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         b = b if batch > 1 else torch.zeros_like(b)

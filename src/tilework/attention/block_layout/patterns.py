@@ -35,7 +35,8 @@ def window(
     held = [block for block in marked if block < columns]
     if held:
         indices = torch.tensor(held, device=device).expand(1, 1, rows, -1)
-        lists = sets.union(lists, (torch.full_like(indices[..., 0], len(held)), indices), columns)
+        counts = torch.full_like(indices[..., 0], len(held))
+        lists = sets.union(lists, Lists(counts, indices), columns)
     return lists
 
 
@@ -61,4 +62,4 @@ def _column(values: Sequence[int], device: torch.device | str | None) -> Tensor:
 def _intervals(first: Tensor, stop: Tensor, width: int) -> Lists:
     """Rows of consecutive blocks, shape ``(H, nq)``, at most ``width`` of them."""
     indices = first[..., None] + torch.arange(width, device=first.device)
-    return (stop - first).clamp_min(0)[None], indices[None]
+    return Lists((stop - first).clamp_min(0)[None], indices[None])

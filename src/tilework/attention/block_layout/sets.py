@@ -19,12 +19,12 @@ def intersection(left: Lists, right: Lists, columns: int) -> Lists:
     """The blocks of both; sizes of 1 of batch and heads broadcast."""
     merged = _merged(left, right, columns)
     keep = (merged[..., 1:] < columns) & (merged.diff(dim=-1) == 0)
-    return _kept(merged[..., 1:], keep, min(left[1].shape[-1], right[1].shape[-1]))
+    return _kept(merged[..., 1:], keep, min(left.indices.shape[-1], right.indices.shape[-1]))
 
 
 def _merged(left: Lists, right: Lists, columns: int) -> Tensor:
     """The blocks of both in order, and then the number of columns."""
-    sizes = zip(left[0].shape[:2], right[0].shape[:2], strict=True)
+    sizes = zip(left.counts.shape[:2], right.counts.shape[:2], strict=True)
     batch, heads = (b if a == 1 else a for a, b in sizes)
     both = [or_sentinel(*lists, columns).expand(batch, heads, -1, -1) for lists in (left, right)]
     return torch.cat(both, -1).sort(dim=-1).values
@@ -35,4 +35,4 @@ def _kept(values: Tensor, keep: Tensor, width: int) -> Lists:
     counts, places = operators.positions(keep, width)
     # What stands after the counts may be anything.
     places = places.clamp(0, max(values.shape[-1] - 1, 0)).long()
-    return counts, values.gather(-1, places)
+    return Lists(counts, values.gather(-1, places))

@@ -10,6 +10,8 @@ from tilework import _checks
 from tilework.attention.block_layout.common import (
     Grid,
     Lists,
+    Positions,
+    TopK,
     forced_and_live,
     longest,
     or_sentinel,
@@ -18,24 +20,20 @@ from tilework.attention.block_layout.common import (
 AT_ONCE = 2**21  # blocks on a CPU: the memory for what is made of them is used again
 
 
-def topk(
-    scores: Tensor,
-    places: Tensor | None,
-    most: int,
-    width: int,
-    grid: Grid,
-    num_sinks: int,
-    is_causal: bool,
-    force_diagonal: bool,
-) -> Lists:
+def topk(given: TopK) -> Lists:
     """The lists of the forced blocks and of the highest scores among the live ones.
 
-    Both have ``places`` of shape ``(B, H, nq)``, at most ``most`` and otherwise that, in a row; of
-    equal scores the first are taken.
+    Of equal scores the first are taken.
     """
+    scores, places, most = given.scores, given.places, given.most
     if places is None:
         places = scores.new_full((1, 1, 1), most, dtype=torch.int32).expand(scores.shape[:3])
-    forced, live = forced_and_live(grid, scores.device, num_sinks, is_causal, force_diagonal)
+    rows, columns = scores.shape[2:]
+    lengths = given.queries, columns * given.key_block
+    grid = Grid(rows, columns, (given.query_block, given.key_block), lengths)
+    forced, live = forced_and_live(
+        grid, scores.device, given.num_sinks, given.is_causal, given.force_diagonal
+    )
     taken = forced.sum(-1)
     live = live & ~forced
 
@@ -46,7 +44,7 @@ def topk(
             rest = (places - taken).clamp(0, most)[..., None]
             ranked = scores.where(eligible, -torch.inf)
             chosen = forced | _highest(ranked, eligible, rest, most)
-        return _positions(chosen.expand(scores.shape), width)
+        return _positions(Positions(chosen.expand(scores.shape), given.width))
 
     return _by_heads(lists, scores, places)
 
@@ -64,19 +62,20 @@ def _highest(scores: Tensor, eligible: Tensor, places: Tensor, most: int) -> Ten
     return eligible & (higher | equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
 
 
-def positions(keep: Tensor, width: int) -> Lists:
-    """The number of True in each row, and the positions of the first ``width``."""
-    return _by_heads(lambda keep: _positions(keep, width), keep)
+def positions(given: Positions) -> Lists:
+    """The number of True in each row, and the positions of the first ones."""
+    return _by_heads(lambda mask: _positions(Positions(mask, given.width)), given.mask)
 
 
-def _positions(keep: Tensor, width: int) -> Lists:
+def _positions(given: Positions) -> Lists:
     """:func:`positions`, in one go."""
+    mask, width = given
     # The t-th True stands where their running number reaches t.
-    running = keep.cumsum(-1, dtype=torch.int32)
+    running = mask.cumsum(-1, dtype=torch.int32)
     counts = running[..., -1:].sum(-1, dtype=torch.int32)  # without columns, 0
-    wanted = torch.arange(1, width + 1, dtype=torch.int32, device=keep.device)
-    wanted = wanted.expand(*keep.shape[:-1], -1).contiguous()
-    return counts, torch.searchsorted(running, wanted, out_int32=True)
+    wanted = torch.arange(1, width + 1, dtype=torch.int32, device=mask.device)
+    wanted = wanted.expand(*mask.shape[:-1], -1).contiguous()
+    return Lists(counts, torch.searchsorted(running, wanted, out_int32=True))
 
 
 def _by_heads(lists: Callable[..., Lists], *tensors: Tensor) -> Lists:
@@ -88,7 +87,7 @@ def _by_heads(lists: Callable[..., Lists], *tensors: Tensor) -> Lists:
     parts = zip(*(torch.split(x.flatten(0, 1), step) for x in tensors), strict=True)
     joined = map(torch.cat, zip(*(lists(*part) for part in parts), strict=True))
     counts, indices = (x.reshape(*first.shape[:2], *x.shape[1:]) for x in joined)
-    return counts, indices
+    return Lists(counts, indices)
 
 
 def dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
@@ -111,4 +110,4 @@ def transposed(counts: Tensor, indices: Tensor, columns: int) -> Lists:
     counts = starts.diff(dim=-1)
     place = starts[..., :-1, None] + torch.arange(longest(counts), device=column.device)
     entry = F.pad(entry, (0, 1)).gather(-1, place.flatten(2).clamp_max(column.shape[-1]))
-    return counts, (entry // max(width, 1)).reshape(place.shape).int()
+    return Lists(counts, (entry // max(width, 1)).reshape(place.shape).int())

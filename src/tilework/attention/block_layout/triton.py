@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tilework.attention.block_layout.common import Dense, Lists, Mask, Positions, TopK
+
 ROW_TILE = 512  # columns of a row at a time, 16 of a thread
 ENTRY_TILE = (8, 64)  # rows, and entries of them at a time
 
@@ -202,65 +204,53 @@ def mark_kernel(
         )
 
 
-def topk(
-    scores: Tensor,
-    places: Tensor | None,
-    most: int,
-    width: int,
-    query_block: int,
-    key_block: int,
-    queries: int,
-    num_sinks: int,
-    is_causal: bool,
-    force_diagonal: bool,
-) -> tuple[Tensor, Tensor]:
-    """See ``tiled.topk``."""
-    batch, heads, rows, columns = scores.shape
-    counts = scores.new_empty(batch, heads, rows, dtype=torch.int32)
-    indices = scores.new_empty(batch, heads, rows, width, dtype=torch.int32)
-    if counts.numel() == 0:
-        return counts, indices
+def topk(given: TopK) -> Lists:
+    """See ``tiled``."""
+    scores, places = given.scores, given.places
+    _, heads, rows, columns = scores.shape
+    lists = _empty_lists(scores, given.width)
+    if lists.counts.numel() == 0:
+        return lists
     dtype, infinity, signless = _BITS[scores.dtype]
     padded = max(32, triton.next_power_of_2(columns))
-    topk_kernel[(counts.numel(),)](
+    topk_kernel[(lists.counts.numel(),)](
         scores.view(dtype),
         places,
-        counts,
-        indices,
-        (heads, rows, columns, width),
-        (most, query_block, key_block, queries, num_sinks),
+        *lists,
+        (heads, rows, columns, given.width),
+        (given.most, given.query_block, given.key_block, given.queries, given.num_sinks),
         scores.stride(),
         (0, 0, 0) if places is None else places.stride(),
-        IS_CAUSAL=is_causal,
-        FORCE_DIAGONAL=force_diagonal,
+        IS_CAUSAL=given.is_causal,
+        FORCE_DIAGONAL=given.force_diagonal,
         INFINITY=infinity,
         SIGNLESS=signless,
         COLUMNS=padded,
         num_warps=max(1, padded // ROW_TILE),
     )
-    return counts, indices
+    return lists
 
 
-def positions(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """See ``tiled.positions``."""
-    batch, heads, rows, columns = mask.shape
-    counts = mask.new_empty(batch, heads, rows, dtype=torch.int32)
-    indices = mask.new_empty(batch, heads, rows, width, dtype=torch.int32)
-    if counts.numel():
-        positions_kernel[(counts.numel(),)](
+def positions(given: Positions) -> Lists:
+    """See ``tiled``."""
+    mask, width = given
+    _, heads, rows, columns = mask.shape
+    lists = _empty_lists(mask, width)
+    if lists.counts.numel():
+        positions_kernel[(lists.counts.numel(),)](
             mask.view(torch.int8),
-            counts,
-            indices,
+            *lists,
             (heads, rows, columns, width),
             mask.stride(),
             COLUMNS=min(ROW_TILE, max(32, triton.next_power_of_2(columns))),
             num_warps=1,
         )
-    return counts, indices
+    return lists
 
 
-def dense(counts: Tensor, indices: Tensor, columns: int, is_transposed: bool) -> Tensor:
-    """See ``tiled.dense``."""
+def dense(given: Dense) -> Mask:
+    """See ``tiled``."""
+    counts, indices, columns, is_transposed = given
     batch, heads, rows, width = indices.shape
     shape = (columns, rows) if is_transposed else (rows, columns)
     mask = torch.zeros(batch, heads, *shape, dtype=torch.bool, device=counts.device)
@@ -275,4 +265,12 @@ def dense(counts: Tensor, indices: Tensor, columns: int, is_transposed: bool) ->
             LINES=lines,
             ENTRIES=entries,
         )
-    return mask
+    return Mask(mask)
+
+
+def _empty_lists(tensor: Tensor, width: int) -> Lists:
+    shape = tensor.shape[:3]
+    return Lists(
+        tensor.new_empty(shape, dtype=torch.int32),
+        tensor.new_empty(*shape, width, dtype=torch.int32),
+    )

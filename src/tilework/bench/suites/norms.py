@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilework import _operators
 from tilework.bench.suites import (
     Candidate,
     Case,
@@ -25,7 +24,6 @@ from tilework.bench.suites import (
     implementations,
 )
 from tilework.norms import layer_norm, rms_norm
-from tilework.norms._row_norm import tiled
 
 EPS = 1e-5
 ROWS = 32768
@@ -100,15 +98,15 @@ def truth(case: Case, inputs: Inputs) -> Results:
         }
         total = some["input"] + some.get("residual", 0.0)
         mean = total.mean(1, keepdim=True) if centered else 0.0
-        rate = ((total - mean).square().mean(1, keepdim=True) + EPS).rsqrt()
-        normal = (total - mean) * rate
+        rstd = ((total - mean).square().mean(1, keepdim=True) + EPS).rsqrt()
+        normal = (total - mean) * rstd
         found = {}
         if "grad output" in some:
             grad = some["grad output"]
             scaled = grad * weight
-            level = scaled.mean(1, keepdim=True) if centered else 0.0
-            slope = (scaled * normal).mean(1, keepdim=True)
-            found["grad input"] = rate * (scaled - level - normal * slope) + some.get("grad sum", 0)
+            c2 = scaled.mean(1, keepdim=True) if centered else 0.0
+            c1 = (scaled * normal).mean(1, keepdim=True)
+            found["grad input"] = rstd * (scaled - c2 - normal * c1) + some.get("grad sum", 0)
             sums["weight"] += (grad * normal).sum(0)
             if centered:
                 sums["bias"] += grad.sum(0)
@@ -190,15 +188,9 @@ def _ours(case: Case, inputs: Inputs, implementation: str) -> Callable[[], Resul
     return _step(norm, case, inputs, "").run
 
 
-def _default(case: Case, inputs: Inputs) -> str:
-    input, operator = inputs["input"], "norms.rms_norm"
-    chosen = _operators.choose(operator, _operators.TABLES[operator], None, input)
-    parameters = (inputs["weight"], inputs.get("bias"))
-    with torch.set_grad_enabled("backward" in case.kind):
-        better = tiled.preferred(
-            input, inputs.get("residual"), *parameters, centered="layer" in case.kind
-        )
-    return "tiled" if chosen == "torch" and better else chosen
+def _given(case: Case, inputs: Inputs) -> dict[str, Any]:
+    tensors = {name: inputs.get(name) for name in ("residual", "weight", "bias")}
+    return {**tensors, "centered": "layer" in case.kind}
 
 
 def _eager(case: Case, inputs: Inputs) -> Step:
@@ -285,7 +277,7 @@ SUITE = Suite(
     cases=cases,
     inputs=inputs,
     candidates=(
-        *implementations("norms.rms_norm", _ours, _default),
+        *implementations("norms.rms_norm", _ours, _given),
         Candidate("torch eager", _eager),
         Candidate("torch compile", _compiled),
         _peer("liger-kernel", _liger, "liger_kernel"),

@@ -1,6 +1,7 @@
 """What the kernels of linear heads have in common: tiles of outputs, and panels of gradients."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -8,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
-from tilework._triton import Config
 from tilework.losses._classes.tiles import accumulate, slices
 
 # Classes per share at least, and shares at most: statistics of a share are 12 bytes per token.
@@ -19,34 +19,42 @@ PANEL_TOKENS = 8192
 PANEL_CLASSES = 4096
 
 
-def choose_config(table: dict[str, Config], arch: str, dtype: torch.dtype) -> Config:
-    """The entry of an architecture; small blocks for float32 and where there is no entry."""
-    if dtype == torch.float32 and arch != "interpreter":
-        arch = f"{arch} float32"
-    return table.get(arch, table["float32"])
+class Head(NamedTuple):
+    """A linear head as kernels take it: inputs, weight and bias with their strides, and options."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    features: int
+    input_strides: tuple[int, ...]
+    weight_strides: tuple[int, ...]
+    bias_stride: int
+    softcap: float | None
+
+    @classmethod
+    def of(
+        cls, input: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+    ) -> "Head":
+        """Copy what the kernels could not address."""
+        input, weight = short_strides(input), short_strides(weight)
+        strides = input.stride(), weight.stride(), 0 if bias is None else bias.stride(0)
+        return cls(input, weight, bias, input.shape[1], *strides, softcap)
 
 
 @triton.jit
 def outputs(
-    input_ptr,
-    weight_ptr,
-    bias_ptr,
+    head,
+    first_row,
+    first_column,
     num_rows,
     num_columns,
-    num_features,
-    input_stride_row,
-    input_stride_feature,
-    weight_stride_row,
-    weight_stride_feature,
-    bias_stride,
-    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """The tile of outputs, in float32, whose first row and column the pointers are at.
+    """A tile of a head's outputs, in float32, from a row and a column, of so many at most.
 
     Rows and columns past the end repeat the last ones. Offsets within a tile fit 32 bits, which
     the launcher sees to; the pointers move in 64 bits.
@@ -56,37 +64,52 @@ def outputs(
     rows = tl.minimum(tl.arange(0, BLOCK_ROWS), last_row)
     columns = tl.minimum(tl.arange(0, BLOCK_COLUMNS), last_column)
     inner = tl.arange(0, BLOCK_INNER)
-    input_offsets = rows[:, None] * input_stride_row + inner[None, :] * input_stride_feature
-    weight_offsets = columns[None, :] * weight_stride_row + inner[:, None] * weight_stride_feature
+    input_ptr = head.input + first_row * head.input_strides[0]
+    weight_ptr = head.weight + first_column * head.weight_strides[0]
+    input_offsets = rows[:, None] * head.input_strides[0] + inner[None, :] * head.input_strides[1]
+    weight_offsets = (
+        columns[None, :] * head.weight_strides[0] + inner[:, None] * head.weight_strides[1]
+    )
     outputs = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-    for start in range(0, num_features, BLOCK_INNER):
-        left = inner < num_features - start
+    for start in range(0, head.features, BLOCK_INNER):
+        left = inner < head.features - start
         hidden = tl.load(input_ptr + input_offsets, mask=left[None, :], other=0.0)
         weight = tl.load(weight_ptr + weight_offsets, mask=left[:, None], other=0.0)
         outputs = _triton.dot(hidden, weight, outputs, PRECISION, INTERPRETED)
-        input_ptr += BLOCK_INNER * input_stride_feature
-        weight_ptr += BLOCK_INNER * weight_stride_feature
-    if HAS_BIAS:
-        outputs += tl.load(bias_ptr + columns * bias_stride).to(tl.float32)[None, :]
+        input_ptr += BLOCK_INNER * head.input_strides[1]
+        weight_ptr += BLOCK_INNER * head.weight_strides[1]
+    if head.bias is not None:
+        bias_ptr = head.bias + first_column * head.bias_stride
+        outputs += tl.load(bias_ptr + columns * head.bias_stride).to(tl.float32)[None, :]
     return outputs
+
+
+class Panel(NamedTuple):
+    """A panel of gradients of outputs, the sums of its columns over blocks of rows, and its size.
+
+    The sums are None where nobody needs them.
+    """
+
+    gradient: Tensor
+    column_sums: Tensor | None
+    sizes: tuple[int, int]
 
 
 @triton.jit
 def grouped_tile(
-    num_rows,
-    num_columns,
+    sizes,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """The row and column of blocks that is this program's tile.
+    """The row and column of blocks of a matrix that is this program's tile.
 
     Programs walk in groups of ``GROUP`` blocks of rows, so that they share blocks of the weight in
     the cache.
     """
     program = tl.program_id(0)
-    row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
-    column_blocks = tl.cdiv(num_columns, BLOCK_COLUMNS)
+    row_blocks = tl.cdiv(sizes[0], BLOCK_ROWS)
+    column_blocks = tl.cdiv(sizes[1], BLOCK_COLUMNS)
     group = program // (GROUP * column_blocks)
     group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
     place = program % (GROUP * column_blocks)
@@ -96,25 +119,22 @@ def grouped_tile(
 
 @triton.jit
 def store_panel(
-    panel_ptr,
-    column_sum_ptr,
+    panel,
     grad,
     row_block,
     column_block,
-    num_rows,
-    num_columns,
-    NEED_COLUMN_SUM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Write a tile of a panel of gradients, and the sums of its columns."""
+    """Write a tile of a panel of gradients, and the sums of its columns where there is a place."""
+    num_rows, num_columns = panel.sizes
     first_row, first_column = row_block * BLOCK_ROWS, column_block * BLOCK_COLUMNS
     row, column = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS)
     row_mask, column_mask = row < num_rows - first_row, column < num_columns - first_column
-    if NEED_COLUMN_SUM:
-        offset = row_block * num_columns + first_column
-        tl.store(column_sum_ptr + offset + column, tl.sum(grad, 0), mask=column_mask)
-    panel_ptr += first_row * num_columns + first_column
+    if panel.column_sums is not None:
+        sums_ptr = panel.column_sums + row_block * num_columns + first_column
+        tl.store(sums_ptr + column, tl.sum(grad, 0), mask=column_mask)
+    panel_ptr = panel.gradient + first_row * num_columns + first_column
     tl.store(
         panel_ptr + row[:, None] * num_columns + column[None, :],
         grad.to(panel_ptr.dtype.element_ty),
@@ -127,12 +147,12 @@ def panel_gradients(
     linear_weight: Tensor,
     needed: Sequence[bool],
     block_rows: int,
-    launch: Callable[[slice, slice, Tensor, Tensor], None],
+    launch: Callable[[slice, slice, Panel], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias; an empty tensor for each that is not needed.
 
     ``launch`` writes the gradient of the outputs of some tokens and classes to a panel, and for the
-    bias its sum over each block of rows, shape (blocks, classes), in float32.
+    bias its sums over blocks of rows, shape (blocks, classes), in float32.
     """
     num_tokens, num_features = hidden.shape
     num_classes = len(linear_weight)
@@ -152,14 +172,14 @@ def panel_gradients(
             height = of_tokens.stop - of_tokens.start
             panel = buffer[: height * width].view(height, width)
             row_blocks = triton.cdiv(height, block_rows)
-            partials = column_sums[: row_blocks * width if needed[2] else 0]
-            launch(of_tokens, of_classes, panel, partials)
+            partials = column_sums[: row_blocks * width].view(-1, width) if needed[2] else None
+            launch(of_tokens, of_classes, Panel(panel, partials, (height, width)))
             if needed[0]:
                 accumulate(grad_hidden[of_tokens], panel, linear_weight[of_classes])
             if needed[1]:
                 accumulate(weight_tile, panel.T, hidden[of_tokens])
-            if needed[2]:
-                grad_bias[of_classes] += partials.view(row_blocks, width).sum(0)
+            if partials is not None:
+                grad_bias[of_classes] += partials.sum(0)
         if needed[1]:
             grad_weight[of_classes] = weight_tile
     return grad_hidden.to(hidden.dtype), grad_weight, grad_bias.to(hidden.dtype)

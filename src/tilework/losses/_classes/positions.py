@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tilework import _checks, _operators
+from tilework import _checks, _implementations
 from tilework._operators import computation_dtype
 from tilework.losses._classes import class_index, head
 from tilework.losses._classes.linear import operators
@@ -108,7 +108,7 @@ def linear_positions(
         linear_bias=linear_bias,
         weight=weight,
     )
-    chosen = _operators.choose(function, head.IMPLEMENTATIONS, implementation, input)
+    chosen = _implementations.choose(function, head.IMPLEMENTATIONS, implementation, input)
 
     input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     inside = class_index.inside(function, target, ignore_index, classes)

@@ -79,7 +79,7 @@ class VocabShard:
             )
         gathered: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(gathered, (self.start, self.stop), self.group)
-        self._set_ranges(gathered)
+        object.__setattr__(self, "ranges", tuple(gathered))
         end = 0
         for start, stop in sorted(gathered):
             if start != end:
@@ -89,8 +89,14 @@ class VocabShard:
                 )
             end = stop
 
-    def _set_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
-        object.__setattr__(self, "ranges", tuple(ranges))
+    @classmethod
+    def _of_ranges(
+        cls, start: int, stop: int, group: Any, ranges: Sequence[tuple[int, int]]
+    ) -> "VocabShard":
+        """One whose group's ranges are known, so that nothing is gathered."""
+        shard = cls.__new__(cls)
+        vars(shard).update(start=start, stop=stop, group=group, ranges=tuple(ranges))
+        return shard
 
     @property
     def classes(self) -> int:
@@ -252,11 +258,7 @@ def _shard_of(function: str, name: str, linear_weight: Any, mesh: Any, dim: int)
             f"{function}: {name} must give each process the classes of torch.chunk, at "
             f"least one, got {tuple(linear_weight.shape)} over {processes}"
         )
-    shard: VocabShard = object.__new__(VocabShard)
-    for name, value in (("start", start), ("stop", stop), ("group", mesh.get_group(dim))):
-        object.__setattr__(shard, name, value)
-    shard._set_ranges(ranges)
-    return shard
+    return VocabShard._of_ranges(start, stop, mesh.get_group(dim), ranges)
 
 
 def logit_stats(

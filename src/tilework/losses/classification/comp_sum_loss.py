@@ -5,8 +5,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.catalog import implements
-from tilework.losses._classes import class_index
+from tilework.losses._classes import class_index, head
 from tilework.losses._classes.positions import linear_positions
 from tilework.losses._criterion import Criterion
 
@@ -20,6 +21,7 @@ __all__ = [
 _NAME = "comp_sum_loss"
 _ADVERSARIAL = "smooth_adversarial_comp_sum_loss"
 _LINEAR = "linear_comp_sum_loss"
+TABLES[f"losses.{_LINEAR}"] = head.IMPLEMENTATIONS
 _PAPER = implements(
     "Cross-Entropy Loss Functions: Theoretical Analysis and Applications",
     year=2023,

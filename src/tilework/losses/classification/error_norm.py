@@ -6,8 +6,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.catalog import implements
-from tilework.losses._classes import class_index
+from tilework.losses._classes import class_index, head
 from tilework.losses._classes.class_index import Positions
 from tilework.losses._classes.positions import LinearPositions, linear_positions
 from tilework.losses._criterion import Criterion
@@ -23,6 +24,7 @@ __all__ = [
 _NORM = "error_norm"
 _NAME = "error_norm_truncation_loss"
 _LINEAR = "linear_error_norm_truncation_loss"
+TABLES[f"losses.{_LINEAR}"] = head.IMPLEMENTATIONS
 _PAPER = implements(
     "Error Norm Truncation: Robust Training in the Presence of Data Noise for Text Generation "
     "Models",

@@ -77,7 +77,7 @@ def hl_gauss_targets(
     name = "hl_gauss_targets"
     _checks.floating(name, "target", target)
     _check_options(name, min_value, max_value, sigma)
-    _value_bins.check_num_bins(name, num_bins)
+    _checks.count(name, "num_bins", num_bins, 2)
     return _targets(target, min_value, max_value, num_bins, sigma).to(target.dtype)
 
 
@@ -187,7 +187,7 @@ class HLGaussLoss(Criterion):
     ) -> None:
         super().__init__()
         _check_options(_NAME, min_value, max_value, sigma)
-        _value_bins.check_num_bins(_NAME, num_bins)
+        _checks.count(_NAME, "num_bins", num_bins, 2)
         _checks.one_of(_NAME, "reduction", reduction, _checks.REDUCTIONS)
         self.min_value = min_value
         self.max_value = max_value

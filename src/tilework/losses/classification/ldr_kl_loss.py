@@ -7,8 +7,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.catalog import implements
-from tilework.losses._classes import class_index
+from tilework.losses._classes import class_index, head
 from tilework.losses._classes.class_index import Positions
 from tilework.losses._classes.positions import linear_positions
 from tilework.losses._criterion import Criterion
@@ -18,6 +19,7 @@ __all__ = ["ALDRKLLoss", "LDRKLLoss", "aldr_kl_loss", "ldr_kl_loss", "linear_ldr
 _NAME = "ldr_kl_loss"
 _ADAPTIVE = "aldr_kl_loss"
 _LINEAR = "linear_ldr_kl_loss"
+TABLES[f"losses.{_LINEAR}"] = head.IMPLEMENTATIONS
 _LIMITS = 1e-30, 1e30  # temperatures that are 0 and infinite to rounding, but divide
 _PAPER = implements(
     "Label Distributionally Robust Losses for Multi-class Classification: Consistency, Robustness "
@@ -404,6 +406,5 @@ def _check_adaptive_options(
     if not 1 < _checks.number(_ADAPTIVE, "alpha", alpha) < math.inf:
         raise _checks.bad_value(_ADAPTIVE, "alpha", "a finite number above 1", alpha)
     _checks.at_least(_ADAPTIVE, "margin", margin, 0)
-    _checks.integer(_ADAPTIVE, "num_steps", num_steps)
-    _checks.at_least(_ADAPTIVE, "num_steps", num_steps, 0)
+    _checks.count(_ADAPTIVE, "num_steps", num_steps, 0)
     class_index.check_options(_ADAPTIVE, ignore_index, reduction)

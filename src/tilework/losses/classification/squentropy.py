@@ -3,8 +3,9 @@
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from tilework._implementations import TABLES
 from tilework.catalog import implements
-from tilework.losses._classes import class_index, linear_squares
+from tilework.losses._classes import class_index, head, linear_squares
 from tilework.losses._classes.positions import linear_positions
 from tilework.losses._criterion import Criterion
 
@@ -12,6 +13,7 @@ __all__ = ["SquentropyLoss", "linear_squentropy", "squentropy"]
 
 _NAME = "squentropy"
 _LINEAR = "linear_squentropy"
+TABLES[f"losses.{_LINEAR}"] = head.IMPLEMENTATIONS
 _PAPER = implements("Cut your Losses with Squentropy", year=2023, arxiv="2302.03952")
 
 

@@ -5,8 +5,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.catalog import implements
-from tilework.losses._classes import class_index
+from tilework.losses._classes import class_index, head
 from tilework.losses._classes.positions import linear_positions
 from tilework.losses._criterion import Criterion
 
@@ -14,6 +15,7 @@ __all__ = ["ZLoss", "linear_z_loss", "z_loss"]
 
 _NAME = "z_loss"
 _LINEAR = "linear_z_loss"
+TABLES[f"losses.{_LINEAR}"] = head.IMPLEMENTATIONS
 _PAPER = implements(
     "Small-scale proxies for large-scale Transformer training instabilities",
     year=2023,

@@ -1,22 +1,36 @@
 """Cross-entropy of a linear layer's output without the logits in memory."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from tilework import _checks, _operators
+from tilework import _checks, _implementations
+from tilework._implementations import TABLES
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
 from tilework.losses._classes import class_index, head, sharding
-from tilework.losses._classes.head import IMPLEMENTATIONS
 from tilework.losses._classes.sharding import VocabShard
 from tilework.losses.linear_cross_entropy import operators, schedule
 
 __all__ = ["LinearCrossEntropy", "LinearCrossEntropyLoss", "VocabShard", "linear_cross_entropy"]
 
 _NAME = "linear_cross_entropy"
-
+_triton, _tiled, _chunked, _reference = head.IMPLEMENTATIONS
+IMPLEMENTATIONS = TABLES["losses.linear_cross_entropy"] = (
+    _triton,
+    replace(
+        _chunked,
+        memory="gradients and the logits of 512 tokens (CPU) or 4096 (CUDA)",
+        backward="of sums and means, in the forward pass; others, and float16, as tiled or triton",
+        prefers=schedule.prefers_chunks,
+        when=schedule.PREFERRED,
+    ),
+    _tiled,
+    _reference,
+)
 _PAPER = implements(
     "Cut Your Losses in Large-Vocabulary Language Models", year=2024, arxiv="2411.09009"
 )
@@ -160,7 +174,16 @@ def linear_cross_entropy(
         weight=weight,
         token_weight=token_weight,
     )
-    chosen = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, input)
+    is_sum = reduction != "none" and gradient_filter is None and layout == sharding.Layout()
+    chosen = _implementations.choose(
+        _NAME,
+        IMPLEMENTATIONS,
+        implementation,
+        input,
+        linear_weight=linear_weight,
+        linear_bias=linear_bias,
+        is_sum=is_sum,
+    )
 
     shape = (*target.shape[:-1], target.shape[-1] - shift)
     if shift:
@@ -201,15 +224,8 @@ def linear_cross_entropy(
         spread_weight,
     )
 
-    early = (
-        reduction != "none"
-        and gradient_filter is None
-        and layout == sharding.Layout()
-        and operators.takes_gradients_early(input, linear_weight, linear_bias)
-    )
-    if implementation is None and early and schedule.prefers_chunks(input, linear_weight):
-        chosen = "chunked"
-    if chosen == "chunked" and early:
+    heads = input, linear_weight, linear_bias
+    if chosen == "chunked" and is_sum and operators.takes_gradients_early(*heads):
         if reduction == "sum":
             return operators.summed_loss(*tensors, *scales, softcap, ignore_index)
         total_weight = target_weight.sum()
@@ -282,7 +298,7 @@ class LinearCrossEntropy(nn.Module):
         _check_options(
             reduction, ignore_index, label_smoothing, softcap, z_loss, shift, gradient_filter
         )
-        _operators.check_name(_NAME, IMPLEMENTATIONS, implementation)
+        _implementations.check_name(_NAME, IMPLEMENTATIONS, implementation)
         self.register_buffer("weight", weight)
         self.reduction = reduction
         self.ignore_index = ignore_index
@@ -452,8 +468,7 @@ def _check_options(
     if softcap is not None:
         _checks.positive(_NAME, "softcap", softcap)
     _checks.at_least(_NAME, "z_loss", z_loss, 0)
-    _checks.integer(_NAME, "shift", shift)
-    _checks.at_least(_NAME, "shift", shift, 0)
+    _checks.count(_NAME, "shift", shift, 0)
 
 
 def _check_constants(

@@ -28,7 +28,7 @@ BLOCK = 2048 * 1024  # logits at a time, which stay in a CPU's last cache
 
 def chunk_tokens(input: Tensor, linear_weight: Tensor) -> int:
     """The tokens of a chunk: all where that takes less than adding up the weight's gradient."""
-    (tokens, features), classes = input.shape, linear_weight.shape[0]
+    tokens, (classes, features) = input.shape[:-1].numel(), linear_weight.shape
     dtype = product_dtype(input)
     size = GPU_TOKENS
     if input.device.type == "cpu":
@@ -43,7 +43,7 @@ def extra_bytes(input: Tensor, linear_weight: Tensor) -> int:
     """The memory beyond the gradients: a chunk, a float32 gradient, a weight cast for products."""
     tokens, dtype = chunk_tokens(input, linear_weight), product_dtype(input)
     size = tokens * linear_weight.shape[0] * dtype.itemsize
-    if tokens < input.shape[0] and input.dtype in HALF:
+    if tokens < input.shape[:-1].numel() and input.dtype in HALF:
         size += 4 * linear_weight.numel()
     if dtype != input.dtype:
         size += dtype.itemsize * linear_weight.numel()

@@ -4,50 +4,24 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tilework import _checks, _operators
-from tilework._operators import Implementation, computation_dtype
+from tilework import _checks, _implementations
+from tilework._implementations import TABLES, Implementation
+from tilework._operators import computation_dtype
 from tilework.catalog import implements
 from tilework.losses._classes import head
 from tilework.losses._classes.sharding import VocabShard
-from tilework.losses.linear_kl_div import parallel
+from tilework.losses.linear_kl_div import sharding
 
 __all__ = ["LinearKLDivLoss", "linear_kl_div"]
 
 _NAME = "linear_kl_div"
 _DIVERGENCES = ("forward", "reverse", "jsd")
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-IMPLEMENTATIONS = (
-    Implementation(
-        "triton",
-        devices=("cuda",),
-        dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        memory="gradients and 64 MiB of logit gradients",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        needs="triton",
-        checked_on="Triton's interpreter",
-    ),
-    Implementation(
-        "tiled",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="gradients and up to nine tiles of 2048 x 1024 logits",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        checked_on="CPU",
-    ),
-    Implementation(
-        "reference",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="the logits of both heads, several times in training",
-        backward="every order and mode",
-        deterministic=True,
-        checked_on="CPU",
-    ),
+IMPLEMENTATIONS = TABLES["losses.linear_kl_div"] = (
+    Implementation.triton("gradients and 64 MiB of logit gradients"),
+    Implementation("tiled", "gradients and up to nine tiles of 2048 x 1024 logits"),
+    Implementation.reference("the logits of both heads, several times in training"),
 )
-_operators.TABLES["losses.linear_kl_div"] = IMPLEMENTATIONS
 
 _PAPER = implements(
     "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
@@ -174,7 +148,7 @@ def linear_kl_div(
     """
     _check_options(temperature, divergence, beta, student_softcap, teacher_softcap, reduction)
     head.check_filter(_NAME, gradient_filter)
-    layout, student, teacher, mask, token_weight = parallel.localize(
+    layout, student, teacher, mask, token_weight = sharding.localize(
         _NAME,
         vocab_parallel,
         (student_input, student_weight, student_bias),
@@ -186,10 +160,10 @@ def linear_kl_div(
     _check_tensors(student, teacher, mask, token_weight)
     student_input, student_weight, student_bias = student
     teacher_input, teacher_weight, teacher_bias = teacher
-    for_teacher = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, teacher_input)
-    chosen = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, student_input)
-    if chosen == "triton":
-        chosen = for_teacher  # which may be of float64
+    # The dtypes of the two may differ.
+    chosen = _implementations.choose(
+        _NAME, IMPLEMENTATIONS, implementation, teacher_input, student_input
+    )
     if chosen == "reference" and layout.shard is not None:
         raise ValueError(
             f"{_NAME}: implementation='reference' cannot be used: it takes whole heads, not "
@@ -211,7 +185,7 @@ def linear_kl_div(
         counted = counted & (token_weight != 0)
         position_weight = token_weight.where(counted, 0).to(dtype)
 
-    losses = position_weight * parallel.divergences(
+    losses = position_weight * sharding.divergences(
         layout.shard,
         student_input,
         student_weight,
@@ -282,7 +256,7 @@ class LinearKLDivLoss(nn.Module):
         super().__init__()
         _check_options(temperature, divergence, beta, student_softcap, teacher_softcap, reduction)
         head.check_filter(_NAME, gradient_filter)
-        _operators.check_name(_NAME, IMPLEMENTATIONS, implementation)
+        _implementations.check_name(_NAME, IMPLEMENTATIONS, implementation)
         self.temperature = temperature
         self.divergence = divergence
         self.beta = beta

@@ -8,7 +8,7 @@ from torch import Tensor
 from tilework import _operators
 from tilework._operators import computation_dtype
 from tilework.losses._classes.linear.operators import empty_gradients
-from tilework.losses.linear_kl_div import reference, shared, tiled
+from tilework.losses.linear_kl_div import common, reference, tiled
 
 
 def divergences(*args: Any) -> Tensor:
@@ -20,11 +20,15 @@ def divergences(*args: Any) -> Tensor:
     return result
 
 
-def solve(*args: Any, gather: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """See ``shared.solve``; the arguments are those of :func:`divergences`."""
+def divergence_and_statistics(
+    *args: Any, gather: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """See ``common.divergence_and_statistics``; the arguments are those of :func:`divergences`."""
     *tensors, counted, student_softcap, teacher_softcap, temperature, divergence, beta, name = args
     options = student_softcap, teacher_softcap, temperature
-    return shared.solve(kernels(name), tuple(tensors), counted, options, divergence, beta, gather)
+    return common.divergence_and_statistics(
+        kernels(name), tuple(tensors), counted, options, divergence, beta, gather
+    )
 
 
 def kernels(implementation: str) -> Any:
@@ -103,7 +107,7 @@ _divergences = _operators.define_by_position(
     "Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, Tensor counted, "
     "float? student_softcap, float? teacher_softcap, float temperature, str divergence, "
     "float beta, str implementation) -> (Tensor, Tensor)",
-    solve,
+    divergence_and_statistics,
     _forward_fake,
     setup_context=_save,
     backward=_differentiate,

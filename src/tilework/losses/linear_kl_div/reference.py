@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tilework._operators import computation_dtype, without_autocast
 from tilework.losses._classes.tiles import NEGLIGIBLE
-from tilework.losses.linear_kl_div.shared import NEGLIGIBLE_PART
+from tilework.losses.linear_kl_div.common import NEGLIGIBLE_PART
 
 
 @without_autocast

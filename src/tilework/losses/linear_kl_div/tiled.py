@@ -14,7 +14,7 @@ from tilework.losses._classes.tiles import (
     spread,
     tile_width,
 )
-from tilework.losses.linear_kl_div.shared import SUMS, likeliest_excess, log_mixture
+from tilework.losses.linear_kl_div.common import SUMS, likeliest_excess, log_mixture
 
 
 def sums(
@@ -30,7 +30,7 @@ def sums(
     temperature: float,
     divergence: str,
 ) -> Tensor:
-    """The sums of ``shared.SUMS`` over all classes, shape (6, N)."""
+    """The sums of ``common.SUMS`` over all classes, shape (6, N)."""
     rows, (student_hidden, teacher_hidden) = kept_rows(~counted, student_input, teacher_input)
     student, teacher = _heads(
         (student_hidden, student_weight, student_bias, student_softcap),

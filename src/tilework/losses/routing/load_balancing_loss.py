@@ -155,7 +155,7 @@ def expert_counts(
         As :func:`load_balancing_loss`.
     """
     name = "expert_counts"
-    _check_num_experts(name, num_experts)
+    _checks.count(name, "num_experts", num_experts)
     _check_tokens(name, expert_index, mask, None)
     _checks.same_device(name, expert_index=expert_index, mask=mask)
     return _count(name, expert_index, num_experts, mask)
@@ -202,7 +202,7 @@ class GlobalLoadBalancer(Criterion):
     def __init__(self, num_experts: int, *, normalize: bool = True, group: Any = None) -> None:
         super().__init__()
         name = type(self).__name__
-        _check_num_experts(name, num_experts)
+        _checks.count(name, "num_experts", num_experts)
         if not isinstance(normalize, bool):
             raise _checks.bad_type(name, "normalize", "a bool", normalize)
         _check_group(name, group)
@@ -240,12 +240,6 @@ class GlobalLoadBalancer(Criterion):
     def reset(self) -> None:
         """Forget all counts."""
         self.counts.zero_()
-
-
-def _check_num_experts(function: str, num_experts: int) -> None:
-    _checks.integer(function, "num_experts", num_experts)
-    if num_experts < 1:
-        raise _checks.bad_value(function, "num_experts", "at least 1", num_experts)
 
 
 def _check_tokens(

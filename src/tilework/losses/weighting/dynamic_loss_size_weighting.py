@@ -66,8 +66,7 @@ class DynamicLossSizeWeighting(Criterion):
     def __init__(self, num_classes: int, *, smoothing: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
         _checks.count(_NAME, "num_classes", num_classes)
-        _checks.positive(_NAME, "smoothing", smoothing)
-        _checks.fraction(_NAME, "smoothing", smoothing)
+        _checks.positive_fraction(_NAME, "smoothing", smoothing)
         _checks.positive(_NAME, "eps", eps)
         self.num_classes = num_classes
         self.smoothing = smoothing

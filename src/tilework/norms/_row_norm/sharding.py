@@ -11,7 +11,7 @@ _Rule = list[tuple[list[Any], list[Any]]]
 
 
 def forward(input: Any, residual: Any, weight: Any, bias: Any, dims: int, *options: Any) -> _Rule:
-    """Of output, sum, mean and rate."""
+    """Of output, sum, mean and rstd."""
     *_, centered, _implementation = options
     return [
         (
@@ -40,7 +40,7 @@ def backward(
     weight: Any,
     bias: Any,
     mean: Any,
-    rate: Any,
+    rstd: Any,
     dims: int,
     *options: Any,
 ) -> _Rule:

@@ -11,6 +11,11 @@ from tilework._operators import HALF, computation_dtype
 
 TILE = 2**17  # elements for each thread: 512 KiB in float32
 SMALLEST = 2**21  # elements of an input that is worth the overhead
+PREFERRED = (
+    f"on a CPU, RMS normalization from {SMALLEST} elements; layer normalization from there with a "
+    "residual, in half precision or for gradients, and without one for gradients of weight or bias "
+    "in half precision"
+)
 
 
 def preferred(
@@ -50,42 +55,42 @@ def forward(
     weight_offset: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return output, sum, mean and rate; the second only with residual, the third if centered."""
+    """Return output, sum, mean and rstd; the second only with residual, the third if centered."""
     dtype = computation_dtype(input.dtype)
     output = input.new_empty(input.shape)
     total = input.new_empty(0 if residual is None else input.shape)
     mean = input.new_zeros(input.shape[:-dims] if centered else 0, dtype=dtype)
-    rate = input.new_zeros(input.shape[:-dims], dtype=dtype)
+    rstd = input.new_zeros(input.shape[:-dims], dtype=dtype)
     gain, shift = _parameters(weight, bias, dims, weight_offset, dtype)
-    ones = rate.new_ones(input.shape[-dims:].numel())
+    ones = rstd.new_ones(input.shape[-dims:].numel())
     others = (residual, output, None if residual is None else total)
-    statistics = (mean if centered else None, rate)
-    for some, branch, result, kept, means, rates in _tiles(weight, dims, input, others, statistics):
+    statistics = (mean if centered else None, rstd)
+    for some, branch, result, kept, means, rstds in _tiles(weight, dims, input, others, statistics):
         rows = some if branch is None else torch.add(some.to(dtype), branch)
         rows = rows.to(dtype)
         if kept is not None:
             kept.copy_(rows)
             rows = kept if kept.dtype == dtype else rows
         if centered:
-            normal, tile_mean, tile_rate = torch.native_layer_norm(
+            normal, tile_mean, tile_rstd = torch.native_layer_norm(
                 rows, rows.shape[-1:], None if gain is None else gain[0], shift, eps
             )
             if kept is not None and kept.dtype != dtype:
                 # The backward starts from the rounded sum, and so do its statistics, which have the
                 # dtype of the gain.
-                _, tile_mean, tile_rate = torch.native_layer_norm(
+                _, tile_mean, tile_rstd = torch.native_layer_norm(
                     kept, kept.shape[-1:], ones, None, eps
                 )
             means.copy_(tile_mean[..., 0])
         else:
-            tile_rate = rows.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-            normal = torch.mul(rows, tile_rate, out=result if result.dtype == dtype else None)
+            tile_rstd = rows.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+            normal = torch.mul(rows, tile_rstd, out=result if result.dtype == dtype else None)
             if gain is not None:
                 normal.mul_(gain)
-        rates.copy_(tile_rate[..., 0])
+        rstds.copy_(tile_rstd[..., 0])
         if normal is not result:
             result.copy_(normal)
-    return output, total, mean, rate
+    return output, total, mean, rstd
 
 
 def backward(
@@ -95,7 +100,7 @@ def backward(
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
-    rate: Tensor,
+    rstd: Tensor,
     dims: int,
     num_measured: int,
     eps: float,
@@ -115,13 +120,13 @@ def backward(
         for parameter, need in zip((weight, bias), needed[1:], strict=True)
     ]
     others = (grad_output, grad_total, grad_input if needed[0] else None)
-    statistics = (mean if centered else None, rate)
-    for some, upper, direct, result, means, rates in _tiles(
+    statistics = (mean if centered else None, rstd)
+    for some, upper, direct, result, means, rstds in _tiles(
         weight, dims, total, others, statistics
     ):
         rows, grad = some.to(compute), upper.to(compute)
-        tile_rate = rates[..., None]
-        normal = torch.sub(rows, means[..., None]).mul_(tile_rate) if centered else rows * tile_rate
+        tile_rstd = rstds[..., None]
+        normal = torch.sub(rows, means[..., None]).mul_(tile_rstd) if centered else rows * tile_rstd
         if sums[0] is not None:
             sums[0] += (grad * normal).sum(0)
         if sums[1] is not None:
@@ -129,10 +134,10 @@ def backward(
         if result is None:
             continue
         scaled = grad if gain is None else grad * gain
-        slope = (scaled * normal).mean(-1, keepdim=True)
+        c1 = (scaled * normal).mean(-1, keepdim=True)
         if centered:
             scaled = scaled - scaled.mean(-1, keepdim=True)
-        grad_rows = normal.mul_(slope).neg_().add_(scaled).mul_(tile_rate)
+        grad_rows = normal.mul_(c1).neg_().add_(scaled).mul_(tile_rstd)
         result.copy_(grad_rows if direct is None else grad_rows.add_(direct))
     grad_weight, grad_bias = (
         total.new_empty(0)

@@ -6,7 +6,7 @@ float32, and torch adds the sums of the programs. There are no locks and no atom
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,34 +15,58 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._operators import HALF
+from tilework._triton import Tuned
 
-# The longest row that a forward holds in registers, and the most sums of columns in a backward.
-HELD = {"interpreter": (64, 64), "sm_100": (16384, 8192)}
-USUAL_HELD = (16384, 16384)
-# Elements of a tile of short rows, and of a part of a long one.
-TILE = {"interpreter": (64, 64)}
-USUAL_TILE = (4096, 4096)
+
+class Limits(NamedTuple):
+    """What the constants of a launch follow from.
+
+    Attributes:
+        held: The longest row that a forward holds in registers; the most sums of columns that a
+            backward does.
+        short: Elements of a tile of short rows.
+        long: Elements of a part of a long row.
+    """
+
+    held: int
+    short: int
+    long: int
+
+
+FORWARD = Tuned(
+    {"sm_80": Limits(16384, 4096, 4096), "interpreter": Limits(64, 64, 64)}, otherwise="sm_80"
+)
+BACKWARD = FORWARD | {"sm_100": Limits(8192, 4096, 4096)}
 # Threads of a warp; a multiprocessor takes this many threads of a backward.
 LANES = {"gfx942": 64, "interpreter": 1024}
 USUAL_LANES = 32
 THREADS = 1024
 
 
-@triton.jit
-def _starts(rows, size_1, size_2, stride_0, stride_1, stride_2):
-    """Where rows begin in a tensor whose leading dimensions count as three."""
-    outer = rows // size_2
-    return (outer // size_1) * stride_0 + (outer % size_1) * stride_1 + (rows % size_2) * stride_2
+class Rows(NamedTuple):
+    """A tensor whose leading dimensions count as three, with their strides; rows are dense."""
+
+    pointer: Tensor
+    strides: tuple[int, int, int]
 
 
 @triton.jit
-def _sums(input_ptr, residual_ptr, input_starts, residual_starts, columns, mask):
+def _starts(tensor, rows, sizes):
+    """Where rows begin in a tensor."""
+    middle, last = sizes
+    outer = rows // last
+    places = (outer // middle) * tensor.strides[0] + (outer % middle) * tensor.strides[1]
+    return places + (rows % last) * tensor.strides[2]
+
+
+@triton.jit
+def _sums(input, residual, starts, columns, mask):
     """A tile of the rows to normalize."""
-    total = tl.load(input_ptr + input_starts[:, None] + columns[None, :], mask=mask, other=0.0)
+    total = tl.load(input.pointer + starts[0][:, None] + columns[None, :], mask=mask, other=0.0)
     total = total.to(tl.float32)
-    if residual_ptr is not None:
-        offsets = residual_starts[:, None] + columns[None, :]
-        total += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        offsets = starts[1][:, None] + columns[None, :]
+        total += tl.load(residual.pointer + offsets, mask=mask, other=0.0).to(tl.float32)
     return total
 
 
@@ -74,13 +98,10 @@ def _gain(weight_ptr, columns, mask, WEIGHT_OFFSET: tl.constexpr):
 
 @triton.jit
 def _store_output(
-    output_ptr,
-    total_ptr,
-    weight_ptr,
-    bias_ptr,
+    outputs,
+    parameters,
     total,
-    mean,
-    rate,
+    statistics,
     offsets,
     columns,
     mask,
@@ -88,9 +109,12 @@ def _store_output(
     WEIGHT_OFFSET: tl.constexpr,
     CENTERED: tl.constexpr,
 ):
+    output_ptr, total_ptr = outputs
+    weight_ptr, bias_ptr = parameters
+    mean, rstd = statistics
     if total_ptr is not None:
         tl.store(total_ptr + offsets, total.to(total_ptr.dtype.element_ty), mask=mask)
-    output = (total - mean[:, None] if CENTERED else total) * rate[:, None]
+    output = (total - mean[:, None] if CENTERED else total) * rstd[:, None]
     if weight_ptr is not None:
         output *= _gain(weight_ptr, columns, column_mask, WEIGHT_OFFSET)
     if bias_ptr is not None:
@@ -100,25 +124,16 @@ def _store_output(
 
 @triton.jit
 def forward_kernel(
-    input_ptr,
-    residual_ptr,
+    input,
+    residual,
     weight_ptr,
     bias_ptr,
     output_ptr,
     total_ptr,
     mean_ptr,
-    rate_ptr,
-    num_rows,
-    num_features,
-    num_measured,
-    size_1,
-    size_2,
-    input_stride_0,
-    input_stride_1,
-    input_stride_2,
-    residual_stride_0,
-    residual_stride_1,
-    residual_stride_2,
+    rstd_ptr,
+    sizes,
+    leading,
     EPS: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
     CENTERED: tl.constexpr,
@@ -129,21 +144,27 @@ def forward_kernel(
 ):
     """A block of rows of one head: every ``num_programs(1)``-th of all rows.
 
+    ``sizes`` are rows, features and measured features, ``leading`` the sizes of the second and the
+    third leading dimension. A held row is one tile. Of a longer one the tiles are read twice: first
+    they are merged to a mean and squared deviations, or their squares are added; then each gives
+    ``output = (total - mean) * rstd * gain + bias``.
+
     ``ROUNDED`` saves the statistics of the rounded sum, from which the backward starts.
     """
+    num_rows, num_features, num_measured = sizes
     head = tl.program_id(1).to(tl.int64)
     places = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = places < num_rows
     rows = places * tl.num_programs(1) + head
-    input_starts = _starts(rows, size_1, size_2, input_stride_0, input_stride_1, input_stride_2)
+    input_starts = _starts(input, rows, leading)
     residual_starts = input_starts
-    if residual_ptr is not None:
-        residual_starts = _starts(
-            rows, size_1, size_2, residual_stride_0, residual_stride_1, residual_stride_2
-        )
+    if residual is not None:
+        residual_starts = _starts(residual, rows, leading)
+    starts = input_starts, residual_starts
     output_starts = rows * num_features
     if weight_ptr is not None:
         weight_ptr += head * num_features
+    outputs, parameters = (output_ptr, total_ptr), (weight_ptr, bias_ptr)
 
     block = tl.arange(0, BLOCK_COLUMNS)
     mean = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -153,7 +174,7 @@ def forward_kernel(
     if HELD:
         column_mask = block < num_features
         mask = row_mask[:, None] & column_mask[None, :]
-        total = _sums(input_ptr, residual_ptr, input_starts, residual_starts, block, mask)
+        total = _sums(input, residual, starts, block, mask)
         if CENTERED:
             mean, squares = _merge(mean, squares, total, mask, 0, num_features)
             if ROUNDED:
@@ -164,15 +185,12 @@ def forward_kernel(
         else:
             measured = tl.where((block < num_measured)[None, :], total, 0.0)
             squares = tl.sum(measured * measured, 1)
-        rate = tl.rsqrt(squares / num_measured + EPS)
+        rstd = tl.rsqrt(squares / num_measured + EPS)
         _store_output(
-            output_ptr,
-            total_ptr,
-            weight_ptr,
-            bias_ptr,
+            outputs,
+            parameters,
             total,
-            mean,
-            rate,
+            (mean, rstd),
             output_starts[:, None] + block[None, :],
             block,
             mask,
@@ -185,7 +203,7 @@ def forward_kernel(
             for start in range(0, num_features, BLOCK_COLUMNS):
                 columns = start + block
                 mask = row_mask[:, None] & (columns < num_features)[None, :]
-                total = _sums(input_ptr, residual_ptr, input_starts, residual_starts, columns, mask)
+                total = _sums(input, residual, starts, columns, mask)
                 count = tl.minimum(num_features - start, BLOCK_COLUMNS)
                 mean, squares = _merge(mean, squares, total, mask, start, count)
                 if ROUNDED:
@@ -198,24 +216,21 @@ def forward_kernel(
             for start in range(0, num_measured, BLOCK_COLUMNS):
                 columns = start + block
                 mask = row_mask[:, None] & (columns < num_measured)[None, :]
-                total = _sums(input_ptr, residual_ptr, input_starts, residual_starts, columns, mask)
+                total = _sums(input, residual, starts, columns, mask)
                 products += total * total
             squares = tl.sum(products, 1)
-        rate = tl.rsqrt(squares / num_measured + EPS)
+        rstd = tl.rsqrt(squares / num_measured + EPS)
         num_blocks = tl.cdiv(num_features, BLOCK_COLUMNS)
         for index in range(0, num_blocks):
             columns = (num_blocks - 1 - index) * BLOCK_COLUMNS + block
             column_mask = columns < num_features
             mask = row_mask[:, None] & column_mask[None, :]
-            total = _sums(input_ptr, residual_ptr, input_starts, residual_starts, columns, mask)
+            total = _sums(input, residual, starts, columns, mask)
             _store_output(
-                output_ptr,
-                total_ptr,
-                weight_ptr,
-                bias_ptr,
+                outputs,
+                parameters,
                 total,
-                mean,
-                rate,
+                (mean, rstd),
                 output_starts[:, None] + columns[None, :],
                 columns,
                 mask,
@@ -225,21 +240,19 @@ def forward_kernel(
             )
     if ROUNDED:
         mean = saved_mean
-        rate = tl.rsqrt(saved_squares / num_measured + EPS)
+        rstd = tl.rsqrt(saved_squares / num_measured + EPS)
     if CENTERED:
         tl.store(mean_ptr + rows, mean, mask=row_mask)
-    tl.store(rate_ptr + rows, rate, mask=row_mask)
+    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
 
 
 @triton.jit
-def _normalized_and_upstream(
-    total_ptr,
-    grad_ptr,
+def _x_hat_and_wdy(
+    total,
+    grad_output,
     weight_ptr,
-    total_starts,
-    grad_starts,
-    mean,
-    rate,
+    starts,
+    statistics,
     columns,
     mask,
     column_mask,
@@ -248,26 +261,26 @@ def _normalized_and_upstream(
     EVICT: tl.constexpr,
 ):
     """Tiles of the normalized rows, of the gradient after the weight, and of that before it."""
-    total_ptrs = total_ptr + total_starts[:, None] + columns[None, :]
-    total = tl.load(total_ptrs, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
-    grad_ptrs = grad_ptr + grad_starts[:, None] + columns[None, :]
+    mean, rstd = statistics
+    total_ptrs = total.pointer + starts[0][:, None] + columns[None, :]
+    rows = tl.load(total_ptrs, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    grad_ptrs = grad_output.pointer + starts[1][:, None] + columns[None, :]
     grad = tl.load(grad_ptrs, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
-    normalized = (total - mean[:, None] if CENTERED else total) * rate[:, None]
-    upstream = grad
+    x_hat = (rows - mean[:, None] if CENTERED else rows) * rstd[:, None]
+    wdy = grad
     if weight_ptr is not None:
-        upstream = grad * _gain(weight_ptr, columns, column_mask, WEIGHT_OFFSET)
-    return normalized, grad, upstream
+        wdy = grad * _gain(weight_ptr, columns, column_mask, WEIGHT_OFFSET)
+    return x_hat, grad, wdy
 
 
 @triton.jit
 def _store_grad(
     grad_input_ptr,
-    grad_total_ptr,
-    normalized,
-    upstream,
-    slope,
-    level,
-    rate,
+    grad_total,
+    x_hat,
+    wdy,
+    means,
+    rstd,
     output_offsets,
     grad_total_starts,
     columns,
@@ -275,42 +288,30 @@ def _store_grad(
     mask,
     CENTERED: tl.constexpr,
 ):
-    slopes = tl.where((columns < num_measured)[None, :], normalized * slope[:, None], 0.0)
-    result = upstream - slopes
+    c1, c2 = means
+    result = wdy - tl.where((columns < num_measured)[None, :], x_hat * c1[:, None], 0.0)
     if CENTERED:
-        result -= level[:, None]
-    result *= rate[:, None]
-    if grad_total_ptr is not None:
+        result -= c2[:, None]
+    result *= rstd[:, None]
+    if grad_total is not None:
         offsets = grad_total_starts[:, None] + columns[None, :]
-        result += tl.load(grad_total_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        result += tl.load(grad_total.pointer + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(grad_input_ptr + output_offsets, result.to(grad_input_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def backward_kernel(
-    grad_output_ptr,
-    grad_total_ptr,
-    total_ptr,
+    grad_output,
+    grad_total,
+    total,
     weight_ptr,
     mean_ptr,
-    rate_ptr,
+    rstd_ptr,
     grad_input_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
-    num_rows,
-    num_features,
-    num_measured,
-    size_1,
-    size_2,
-    grad_output_stride_0,
-    grad_output_stride_1,
-    grad_output_stride_2,
-    grad_total_stride_0,
-    grad_total_stride_1,
-    grad_total_stride_2,
-    total_stride_0,
-    total_stride_1,
-    total_stride_2,
+    sizes,
+    leading,
     WEIGHT_OFFSET: tl.constexpr,
     CENTERED: tl.constexpr,
     HELD: tl.constexpr,
@@ -318,10 +319,20 @@ def backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Every ``num_programs(0)``-th block of the rows of one head.
+    """Every ``num_programs(0)``-th block of the rows of one head; sizes as in the forward.
 
-    The gradients of weight and bias have a row for each program.
+    With ``x_hat = (total - mean) * rstd`` and ``wdy = grad_output * gain``, each row has::
+
+        c1 = sum(wdy * x_hat) / num_measured
+        c2 = sum(wdy) / num_features
+        grad_input = rstd * (wdy - c1 * x_hat - c2) + grad_total
+
+    without ``c1`` for features that are not measured, and without ``c2`` if no mean is subtracted.
+    The tiles of a row that is not held are read twice, for these sums first. Over all of its rows,
+    a program adds up ``grad_output * x_hat`` for the weight and ``grad_output`` for the bias, whose
+    gradients have a row for each program: in registers if rows are held, otherwise in memory.
     """
+    num_rows, num_features, num_measured = sizes
     program = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     num_heads = tl.num_programs(1)
@@ -340,32 +351,25 @@ def backward_kernel(
         places = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         row_mask = places < num_rows
         rows = places * num_heads + head
-        grad_starts = _starts(
-            rows, size_1, size_2, grad_output_stride_0, grad_output_stride_1, grad_output_stride_2
-        )
-        total_starts = _starts(rows, size_1, size_2, total_stride_0, total_stride_1, total_stride_2)
-        grad_total_starts = grad_starts
-        if grad_total_ptr is not None:
-            grad_total_starts = _starts(
-                rows, size_1, size_2, grad_total_stride_0, grad_total_stride_1, grad_total_stride_2
-            )
+        starts = _starts(total, rows, leading), _starts(grad_output, rows, leading)
+        grad_total_starts = rows
+        if grad_total is not None:
+            grad_total_starts = _starts(grad_total, rows, leading)
         output_starts = rows * num_features
-        rate = tl.load(rate_ptr + rows, mask=row_mask, other=0.0)
-        mean = rate
+        rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
+        mean = rstd
         if CENTERED:
             mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
-        level = rate
+        c2 = rstd
         if HELD:
             column_mask = block < num_features
             mask = row_mask[:, None] & column_mask[None, :]
-            normalized, grad, upstream = _normalized_and_upstream(
-                total_ptr,
-                grad_output_ptr,
+            x_hat, grad, wdy = _x_hat_and_wdy(
+                total,
+                grad_output,
                 weight_ptr,
-                total_starts,
-                grad_starts,
-                mean,
-                rate,
+                starts,
+                (mean, rstd),
                 block,
                 mask,
                 column_mask,
@@ -373,18 +377,16 @@ def backward_kernel(
                 CENTERED,
                 "evict_last" if REREAD else "evict_first",
             )
-            slope = tl.sum(upstream * normalized, 1) / num_measured
+            c1 = tl.sum(wdy * x_hat, 1) / num_measured
             if CENTERED:
-                level = tl.sum(upstream, 1) / num_features
+                c2 = tl.sum(wdy, 1) / num_features
             if REREAD:
-                normalized, grad, upstream = _normalized_and_upstream(
-                    total_ptr,
-                    grad_output_ptr,
+                x_hat, grad, wdy = _x_hat_and_wdy(
+                    total,
+                    grad_output,
                     weight_ptr,
-                    total_starts,
-                    grad_starts,
-                    mean,
-                    rate,
+                    starts,
+                    (mean, rstd),
                     block,
                     mask,
                     column_mask,
@@ -393,18 +395,17 @@ def backward_kernel(
                     "evict_first",
                 )
             if grad_weight_ptr is not None:
-                weight_sum += grad * normalized
+                weight_sum += grad * x_hat
             if grad_bias_ptr is not None:
                 bias_sum += grad
             if grad_input_ptr is not None:
                 _store_grad(
                     grad_input_ptr,
-                    grad_total_ptr,
-                    normalized,
-                    upstream,
-                    slope,
-                    level,
-                    rate,
+                    grad_total,
+                    x_hat,
+                    wdy,
+                    (c1, c2),
+                    rstd,
                     output_starts[:, None] + block[None, :],
                     grad_total_starts,
                     block,
@@ -413,22 +414,20 @@ def backward_kernel(
                     CENTERED,
                 )
         else:
-            slope = rate
+            c1 = rstd
             if grad_input_ptr is not None:
-                products = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-                levels = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+                c1_sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+                c2_sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
                 for start in range(0, num_features, BLOCK_COLUMNS):
                     columns = start + block
                     column_mask = columns < num_features
                     mask = row_mask[:, None] & column_mask[None, :]
-                    normalized, grad, upstream = _normalized_and_upstream(
-                        total_ptr,
-                        grad_output_ptr,
+                    x_hat, grad, wdy = _x_hat_and_wdy(
+                        total,
+                        grad_output,
                         weight_ptr,
-                        total_starts,
-                        grad_starts,
-                        mean,
-                        rate,
+                        starts,
+                        (mean, rstd),
                         columns,
                         mask,
                         column_mask,
@@ -436,25 +435,23 @@ def backward_kernel(
                         CENTERED,
                         "evict_last",
                     )
-                    products += upstream * normalized
+                    c1_sums += wdy * x_hat
                     if CENTERED:
-                        levels += upstream
-                slope = tl.sum(products, 1) / num_measured
+                        c2_sums += wdy
+                c1 = tl.sum(c1_sums, 1) / num_measured
                 if CENTERED:
-                    level = tl.sum(levels, 1) / num_features
+                    c2 = tl.sum(c2_sums, 1) / num_features
             num_blocks = tl.cdiv(num_features, BLOCK_COLUMNS)
             for index in range(0, num_blocks):
                 columns = (num_blocks - 1 - index) * BLOCK_COLUMNS + block
                 column_mask = columns < num_features
                 mask = row_mask[:, None] & column_mask[None, :]
-                normalized, grad, upstream = _normalized_and_upstream(
-                    total_ptr,
-                    grad_output_ptr,
+                x_hat, grad, wdy = _x_hat_and_wdy(
+                    total,
+                    grad_output,
                     weight_ptr,
-                    total_starts,
-                    grad_starts,
-                    mean,
-                    rate,
+                    starts,
+                    (mean, rstd),
                     columns,
                     mask,
                     column_mask,
@@ -466,7 +463,7 @@ def backward_kernel(
                 seen = column_mask & (tile != program)
                 if grad_weight_ptr is not None:
                     earlier = tl.load(grad_weight_ptr + columns, mask=seen, other=0.0)
-                    summed = earlier + tl.sum(grad * normalized, 0)
+                    summed = earlier + tl.sum(grad * x_hat, 0)
                     tl.store(grad_weight_ptr + columns, summed, mask=column_mask)
                 if grad_bias_ptr is not None:
                     earlier = tl.load(grad_bias_ptr + columns, mask=seen, other=0.0)
@@ -475,12 +472,11 @@ def backward_kernel(
                 if grad_input_ptr is not None:
                     _store_grad(
                         grad_input_ptr,
-                        grad_total_ptr,
-                        normalized,
-                        upstream,
-                        slope,
-                        level,
-                        rate,
+                        grad_total,
+                        x_hat,
+                        wdy,
+                        (c1, c2),
+                        rstd,
                         output_starts[:, None] + columns[None, :],
                         grad_total_starts,
                         columns,
@@ -498,27 +494,33 @@ def backward_kernel(
             tl.store(grad_bias_ptr + block, tl.sum(bias_sum, 0), mask=column_mask)
 
 
-@functools.cache
 def choose_config(
     arch: str, dtype: torch.dtype, num_features: int, num_sums: int | None = None
 ) -> dict[str, Any]:
     """The constants of a launch; ``num_sums`` are the columns' sums of a backward."""
+    table = FORWARD if num_sums is None else BACKWARD
+    return _constants(table.choose(arch), arch, dtype, num_features, num_sums)
+
+
+@functools.cache
+def _constants(
+    limits: Limits, arch: str, dtype: torch.dtype, num_features: int, num_sums: int | None
+) -> dict[str, Any]:
     backward = num_sums is not None
     # Wide numbers take more registers on their way to and from memory.
     size = dtype.itemsize // 2 if backward else 1
-    short, long = TILE.get(arch, USUAL_TILE)
     columns = triton.next_power_of_2(num_features)
-    held = columns * (num_sums or 1) * size <= HELD.get(arch, USUAL_HELD)[backward]
+    held = columns * (num_sums or 1) * size <= limits.held
     rows = 1
     if held:
-        rows = max(1, min(64, short // size // columns))
+        rows = max(1, min(64, limits.short // size // columns))
     else:
         if backward:
             # Some rows at a time make fewer additions to the sums in memory.
             rows = max(1, min(4, 65536 // columns))
-        columns = (long // 2 if backward else long) // rows // size
+        columns = (limits.long // 2 if backward else limits.long) // rows // size
     # A wide row is read again, from the cache, rather than held beside the sums.
-    reread = backward and held and columns * size > short // 2
+    reread = backward and held and columns * size > limits.short // 2
     thread = 8 if backward and not reread else 32 if held and not backward else 16  # elements
     lanes = LANES.get(arch, USUAL_LANES)
     constants = {
@@ -543,31 +545,28 @@ def forward(
     weight_offset: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return output, sum, mean and rate; the second only with residual, the third if centered."""
-    leading = input.shape[:-dims]
+    """Return output, sum, mean and rstd; the second only with residual, the third if centered."""
+    shape = input.shape[:-dims]
     num_features = input.shape[-dims:].numel()
     output = input.new_empty(input.shape)
     total = input.new_empty(0 if residual is None else input.shape)
-    mean = input.new_empty(leading if centered else 0, dtype=torch.float32)
-    rate = input.new_empty(leading, dtype=torch.float32)
+    mean = input.new_empty(shape if centered else 0, dtype=torch.float32)
+    rstd = input.new_empty(shape, dtype=torch.float32)
     if input.numel() == 0:
-        return output, total, mean.zero_(), rate.zero_()
-    tensors, sizes, strides = _rows(dims, input, residual)
-    num_heads, num_rows = _heads(rate.numel(), weight, dims)
+        return output, total, mean.zero_(), rstd.zero_()
+    rows, leading = _rows(dims, input, residual)
+    num_heads, num_rows = _heads(rstd.numel(), weight, dims)
     config = choose_config(_triton.architecture(input.device), input.dtype, num_features)
     forward_kernel[(triton.cdiv(num_rows, config["BLOCK_ROWS"]), num_heads)](
-        *tensors,
+        *rows,
         None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(),
         output,
         None if residual is None else total,
         mean if centered else None,
-        rate,
-        num_rows,
-        num_features,
-        num_measured,
-        *sizes,
-        *strides,
+        rstd,
+        (num_rows, num_features, num_measured),
+        leading,
         EPS=eps,
         WEIGHT_OFFSET=weight_offset,
         CENTERED=centered,
@@ -575,7 +574,7 @@ def forward(
         ROUNDED=centered and residual is not None and input.dtype in HALF,
         **config,
     )
-    return output, total, mean, rate
+    return output, total, mean, rstd
 
 
 def backward(
@@ -585,7 +584,7 @@ def backward(
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
-    rate: Tensor,
+    rstd: Tensor,
     dims: int,
     num_measured: int,
     eps: float,
@@ -603,8 +602,8 @@ def backward(
         )
         return grad_input, grad_weight, grad_bias
     num_features = total.shape[-dims:].numel()
-    tensors, sizes, strides = _rows(dims, grad_output, grad_total, total)
-    num_heads, num_rows = _heads(rate.numel(), weight, dims)
+    rows, leading = _rows(dims, grad_output, grad_total, total)
+    num_heads, num_rows = _heads(rstd.numel(), weight, dims)
     arch = _triton.architecture(total.device)
     config = choose_config(arch, total.dtype, num_features, sum(needed[1:]))
     num_programs = triton.cdiv(num_rows, config["BLOCK_ROWS"])
@@ -613,21 +612,18 @@ def backward(
         most = THREADS // threads * _triton.multiprocessors(total.device)
         num_programs = min(num_programs, max(1, most // num_heads))
     partials = [
-        total.new_empty(num_heads, num_programs, num_features, dtype=rate.dtype) if need else None
+        total.new_empty(num_heads, num_programs, num_features, dtype=rstd.dtype) if need else None
         for need in needed[1:]
     ]
     backward_kernel[(num_programs, num_heads)](
-        *tensors,
+        *rows,
         None if weight is None else weight.contiguous(),
         mean.contiguous() if centered else None,
-        rate.contiguous(),
+        rstd.contiguous(),
         grad_input if needed[0] else None,
         *partials,
-        num_rows,
-        num_features,
-        num_measured,
-        *sizes,
-        *strides,
+        (num_rows, num_features, num_measured),
+        leading,
         WEIGHT_OFFSET=weight_offset,
         CENTERED=centered,
         **config,
@@ -647,18 +643,16 @@ def _heads(num_rows: int, weight: Tensor | None, dims: int) -> tuple[int, int]:
     return num_heads, num_rows // max(1, num_heads)
 
 
-def _rows(
-    dims: int, *tensors: Tensor | None
-) -> tuple[tuple[Tensor | None, ...], tuple[int, int], list[int]]:
+def _rows(dims: int, *tensors: Tensor | None) -> tuple[tuple[Rows | None, ...], tuple[int, int]]:
     """Count the leading dimensions of tensors of one shape as three, so that rows can be found.
 
-    Returns the tensors, copied where that cannot be done or their rows are not dense; the sizes of
-    the second and the third dimension; and three strides for each tensor.
+    Returns the tensors, copied where that cannot be done or their rows are not dense, and the sizes
+    of the second and the third dimension.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     if all(tensor.is_contiguous() for tensor in given):
         step = given[0].shape[-dims:].numel()
-        return tensors, (1, 1), [step, 0, 0] * len(tensors)
+        return tuple(None if t is None else Rows(t, (step, 0, 0)) for t in tensors), (1, 1)
     leading = given[0].dim() - dims
     merged: list[tuple[int, tuple[int, ...]]] = []
     for size, *strides in zip(
@@ -675,5 +669,5 @@ def _rows(
         return _rows(dims, *(None if t is None else t.contiguous() for t in tensors))
     merged += [(1, (0,) * len(given))] * (3 - len(merged))
     by_tensor = iter(zip(*(strides for _, strides in merged), strict=True))
-    flat = [s for t in tensors for s in ((0, 0, 0) if t is None else next(by_tensor))]
-    return tensors, (merged[1][0], merged[2][0]), flat
+    rows = tuple(None if t is None else Rows(t, next(by_tensor)) for t in tensors)
+    return rows, (merged[1][0], merged[2][0])

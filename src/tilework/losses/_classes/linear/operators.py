@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilework import _operators
+from tilework import _implementations, _operators
 from tilework._operators import computation_dtype
 from tilework.losses._classes.head import IMPLEMENTATIONS
 from tilework.losses._classes.linear import reference, tiled
@@ -23,13 +23,15 @@ def logit_stats(*args: Any) -> Statistics:
 
 def _recomputing(implementation: str, input: Tensor) -> str:
     """The implementation that computes statistics; chunks are of use for summed losses only."""
-    if implementation != "chunked":
-        return implementation
-    return "triton" if has_kernels(input) else "tiled"
+    return _preferred(input) if implementation == "chunked" else implementation
 
 
 def has_kernels(input: Tensor) -> bool:
-    return _operators.choose("", IMPLEMENTATIONS, None, input) == "triton"
+    return _preferred(input) == "triton"
+
+
+def _preferred(input: Tensor) -> str:
+    return _implementations.choose("linear_logit_stats", IMPLEMENTATIONS, None, input)
 
 
 def kernels(implementation: str) -> Any:

@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
-from tilework._triton import Config
+from tilework._triton import Config, Tuned
 from tilework.losses._classes.kernels import (
     MAX_SHARES,
     PANEL_CLASSES,
     PANEL_TOKENS,
     SHARE,
-    choose_config,
+    Head,
+    Panel,
     contiguous,
     grouped_tile,
     outputs,
@@ -35,21 +36,24 @@ _IGNORED = -1  # the target of ignored rows where classes are in an order of the
 # The exponential of its negative is 0, and so is its product with that.
 NEGLIGIBLE_GAP = tl.constexpr(1000.0)
 
-FORWARD = {
-    "sm_80": Config(128, 128, 32, num_warps=8, num_stages=3),
-    "sm_90": Config(128, 128, 64, num_warps=8, num_stages=3),
-    "sm_100": Config(128, 128, 64, num_warps=8, num_stages=3),
-    "gfx942": Config(128, 128, 32, num_warps=8, num_stages=2),
-    "float32": Config(64, 64, 32, num_warps=8, num_stages=2),
-    "interpreter": Config(16, 32, 16, num_warps=1, num_stages=1),
-}
+FORWARD = Tuned(
+    {
+        "sm_80": Config(128, 128, 32, num_warps=8, num_stages=3),
+        "sm_90": Config(128, 128, 64, num_warps=8, num_stages=3),
+        "sm_100": Config(128, 128, 64, num_warps=8, num_stages=3),
+        "gfx942": Config(128, 128, 32, num_warps=8, num_stages=2),
+        "float32": Config(64, 64, 32, num_warps=8, num_stages=2),
+        "interpreter": Config(16, 32, 16, num_warps=1, num_stages=1),
+    },
+    otherwise="float32",
+)
 # Narrower where the registers of the moments would spill.
 FORWARD_MOMENTS = FORWARD | {
     "sm_80": Config(128, 64, 32, num_warps=8, num_stages=3),
     "sm_100": Config(128, 64, 64, num_warps=8, num_stages=3),
     "float32": Config(64, 32, 32, num_warps=8, num_stages=2),
 }
-BACKWARD = dict(FORWARD)
+BACKWARD = FORWARD | {}
 
 
 @triton.jit
@@ -78,7 +82,6 @@ def forward_kernel(
     inverse_temperature,
     ignore_index,
     share,
-    HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr,
     NEED_MOMENTS: tl.constexpr,
@@ -106,6 +109,16 @@ def forward_kernel(
     top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     argmax = tl.zeros((BLOCK_ROWS,), tl.int32)
     weight_seen = 0.0
+    head = Head(
+        input_ptr,
+        weight_ptr,
+        bias_ptr,
+        num_features,
+        (input_stride_row, input_stride_feature),
+        (weight_stride_row, weight_stride_feature),
+        bias_stride,
+        None,
+    )
     first_column = share_index * share
     end = tl.minimum(first_column + share, num_classes)
     while first_column < end:
@@ -113,18 +126,11 @@ def forward_kernel(
         columns = first_column + tl.arange(0, BLOCK_COLUMNS)
         column_mask = columns < end
         logits = outputs(
-            input_ptr + first_row * input_stride_row,
-            weight_ptr + first_column * weight_stride_row,
-            bias_ptr + first_column * bias_stride if HAS_BIAS else bias_ptr,
+            head,
+            first_row,
+            first_column,
             num_tokens - first_row,
             end - first_column,
-            num_features,
-            input_stride_row,
-            input_stride_feature,
-            weight_stride_row,
-            weight_stride_feature,
-            bias_stride,
-            HAS_BIAS,
             PRECISION,
             INTERPRETED,
             BLOCK_ROWS,
@@ -278,11 +284,9 @@ def backward_kernel(
     softcap,
     inverse_temperature,
     ignore_index,
-    HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr,
     HAS_MOMENT: tl.constexpr,
-    NEED_COLUMN_SUM: tl.constexpr,
     NEED_MASS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -296,7 +300,7 @@ def backward_kernel(
     All but targets start at the panel's first token or class.
     """
     row_block, column_block = grouped_tile(
-        num_tokens, num_classes, BLOCK_ROWS, BLOCK_COLUMNS, GROUP
+        (num_tokens, num_classes), BLOCK_ROWS, BLOCK_COLUMNS, GROUP
     )
     first_row, first_column = row_block * BLOCK_ROWS, column_block * BLOCK_COLUMNS
     rows = first_row + tl.arange(0, BLOCK_ROWS)
@@ -305,19 +309,22 @@ def backward_kernel(
     column_mask = panel_columns < num_classes
     target = tl.load(target_ptr + rows, mask=row_mask, other=ignore_index)
     kept = row_mask & (target != ignore_index)
+    head = Head(
+        input_ptr,
+        weight_ptr,
+        bias_ptr,
+        num_features,
+        (input_stride_row, input_stride_feature),
+        (weight_stride_row, weight_stride_feature),
+        bias_stride,
+        None,
+    )
     logits = outputs(
-        input_ptr + first_row * input_stride_row,
-        weight_ptr + first_column * weight_stride_row,
-        bias_ptr + first_column * bias_stride if HAS_BIAS else bias_ptr,
+        head,
+        first_row,
+        first_column,
         num_tokens - first_row,
         num_classes - first_column,
-        num_features,
-        input_stride_row,
-        input_stride_feature,
-        weight_stride_row,
-        weight_stride_feature,
-        bias_stride,
-        HAS_BIAS,
         PRECISION,
         INTERPRETED,
         BLOCK_ROWS,
@@ -355,18 +362,8 @@ def backward_kernel(
         tl.store(mass_ptr + offsets, tl.where(kept, mass, 0.0), mask=row_mask)
     grad *= slope * inverse_temperature
     grad = tl.where(kept[:, None] & column_mask[None, :], grad, 0.0)
-    store_panel(
-        panel_ptr,
-        column_sum_ptr,
-        grad,
-        row_block,
-        column_block,
-        num_tokens,
-        num_classes,
-        NEED_COLUMN_SUM,
-        BLOCK_ROWS,
-        BLOCK_COLUMNS,
-    )
+    panel = Panel(panel_ptr, column_sum_ptr, (num_tokens, num_classes))
+    store_panel(panel, grad, row_block, column_block, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit
@@ -594,7 +591,7 @@ def forward(
     share = max(SHARE, triton.cdiv(num_classes, MAX_SHARES))
     num_shares = triton.cdiv(num_classes, share)
     table = FORWARD_MOMENTS if moments else FORWARD
-    config = choose_config(table, _triton.architecture(input.device), input.dtype)
+    config = table.choose(_triton.architecture(input.device), input.dtype)
     target = target.contiguous()
     shares = input.new_empty(5 if moments else 3, num_shares, num_tokens, dtype=torch.float32)
     peak, share_total, gap, *share_moments = shares
@@ -629,7 +626,6 @@ def forward(
         1 / temperature,
         ignore_index,
         share,
-        HAS_BIAS=linear_bias is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_CLASS_WEIGHT=class_weight is not None,
         NEED_MOMENTS=moments,
@@ -689,7 +685,7 @@ def backward(
     input, linear_weight = short_strides(input), short_strides(linear_weight)
     num_tokens, num_features = input.shape
     num_classes = len(linear_weight)
-    config = choose_config(BACKWARD, _triton.architecture(input.device), input.dtype)
+    config = BACKWARD.choose(_triton.architecture(input.device), input.dtype)
     if not (needed[0] or needed[1]):
         gradient_filter = None  # the bias is no product
     filters = gradient_filter is not None
@@ -745,7 +741,7 @@ def backward(
                 shift[panel_tokens],
                 *(None if grad is None else grad[panel_tokens] for grad in upstream),
                 panel,
-                column_sums,
+                column_sums if needed[2] else None,
                 masses,
                 height,
                 first_class,
@@ -757,11 +753,9 @@ def backward(
                 softcap or 0.0,
                 1 / temperature,
                 ignore_index,
-                HAS_BIAS=bias is not None,
                 HAS_SOFTCAP=softcap is not None,
                 HAS_CLASS_WEIGHT=class_weight is not None,
                 HAS_MOMENT=grad_moment is not None,
-                NEED_COLUMN_SUM=needed[2],
                 NEED_MASS=filters,
                 PRECISION=precision(),
                 INTERPRETED=_triton.INTERPRETED,

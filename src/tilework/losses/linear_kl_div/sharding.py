@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tilework._operators import without_autocast
-from tilework.losses._classes import sharding
+from tilework.losses._classes import sharding as of_classes
 from tilework.losses._classes.sharding import Layout, VocabShard
 from tilework.losses.linear_kl_div import operators
 
@@ -27,7 +27,7 @@ def localize(
     token_weight: Tensor | None,
 ) -> tuple[Layout, _HeadTensors, _HeadTensors, Tensor | None, Tensor | None]:
     """The layout of the arguments, and what this process has of each."""
-    layout, tensors = sharding.localize(
+    layout, tensors = of_classes.localize(
         function,
         vocab_parallel,
         *student,
@@ -35,7 +35,7 @@ def localize(
         mask=mask,
         token_weight=token_weight,
     )
-    theirs, teacher_tensors = sharding.localize(
+    theirs, teacher_tensors = of_classes.localize(
         function, vocab_parallel, *teacher, prefix="teacher_"
     )
     if theirs.shard != layout.shard:
@@ -65,7 +65,7 @@ def divergences(shard: VocabShard | None, student_input: Tensor, *args: Any) -> 
     """``operators.divergences`` over the classes of all processes."""
     if shard is None:
         return operators.divergences(student_input, *args)
-    student_input = sharding.sum_gradient(student_input, shard.group)
+    student_input = of_classes.sum_gradient(student_input, shard.group)
     result: Tensor = _Divergences.apply(student_input, shard, *args)  # type: ignore[no-untyped-call]
     return result
 
@@ -76,10 +76,12 @@ class _Divergences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student_input: Tensor, shard: VocabShard, *args: Any) -> Tensor:
         def gather(sums: Tensor) -> Tensor:
-            return sharding.gather(sums, shard)
+            return of_classes.gather(sums, shard)
 
         arguments = (student_input, *args)
-        result, statistics = without_autocast(operators.solve)(*arguments, gather=gather)
+        result, statistics = without_autocast(operators.divergence_and_statistics)(
+            *arguments, gather=gather
+        )
         ctx.save_for_backward(*arguments[:7], statistics)
         ctx.options, ctx.implementation = arguments[7:-1], arguments[-1]
         return result

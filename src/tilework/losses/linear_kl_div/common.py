@@ -23,7 +23,7 @@ NEGLIGIBLE_PART = 80.0
 SUMS = 6
 
 
-def solve(
+def divergence_and_statistics(
     kernels: Any,
     tensors: tuple[Any, ...],
     counted: Tensor,

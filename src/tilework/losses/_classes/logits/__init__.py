@@ -1,0 +1,1 @@
+"""The statistics of logits that exist, and sums of losses with their gradients."""
