@@ -1,6 +1,7 @@
 """What attention's kernels share: tiles of rows, and scores. Only ``triton.py`` files import it."""
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -9,6 +10,15 @@ from tilework import _triton
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 MAX_FEATURES = 256
+
+
+class Tile(NamedTuple):
+    """Queries (of all heads) and keys of a tile at most, and warps and stages of a program."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
 
 
 @triton.jit

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
-from tilework._operators import HALF, Needed
+from tilework._operators import Needed
+from tilework._triton import Tuned
 from tilework.attention import _kernels
 from tilework.attention._attention_map.common import (
     Blocks,
@@ -28,59 +29,67 @@ from tilework.attention._attention_map.common import (
     Rows,
     upstream_of_entropy,
 )
-from tilework.attention._kernels import MAX_FEATURES
+from tilework.attention._kernels import MAX_FEATURES, Tile
 
-# Queries and keys of a tile at most, warps and stages, for half precision and up to so many
-# features: the largest of those tried that do not spill registers.
-Tile = tuple[int, int, int, int]
-TILES: dict[str, dict[str, dict[int, Tile]]] = {
-    "rows": {
-        "sm_80": {256: (128, 64, 8, 3)},
-        "sm_100": {64: (128, 64, 8, 3), 128: (128, 64, 4, 3), 256: (128, 64, 8, 3)},
-        "gfx942": {128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
-    },
-    "columns": {
-        "sm_80": {256: (64, 128, 8, 3)},
-        "sm_100": {128: (128, 64, 8, 3), 256: (64, 128, 8, 3)},
-        "gfx942": {256: (32, 32, 4, 2)},
-    },
-    "pool": {
-        "sm_80": {256: (64, 64, 4, 3)},
-        "sm_100": {64: (64, 64, 4, 3), 256: (64, 64, 8, 3)},
-        "gfx942": {256: (16, 16, 4, 1)},
-    },
-    "query": {
-        "sm_80": {128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
-        "sm_90": {256: (128, 64, 8, 2)},
-        "sm_100": {256: (128, 64, 8, 2)},
-        "gfx942": {64: (128, 64, 8, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
-    },
-    "key": {
-        "sm_80": {64: (64, 64, 8, 2), 128: (32, 32, 4, 2), 256: (64, 64, 8, 2)},
-        "sm_90": {128: (64, 64, 8, 2), 256: (32, 64, 8, 2)},
-        "sm_100": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 2)},
-        "gfx942": {256: (16, 16, 4, 1)},
-    },
+_WIDE, _TALL, _DEEP = Tile(128, 64, 8, 2), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)
+_SQUARE, _LOW, _SMALL = Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(16, 16, 4, 1)
+_INTERPRETER = Tile(32, 32, 1, 1)
+# Up to so many features: the largest of those tried that do not spill registers. Products of
+# float32 take many: some spill.
+TILES = {
+    "rows": Tuned(
+        {
+            "interpreter": _INTERPRETER,
+            "sm_80": _DEEP,
+            "sm_100": {64: _DEEP, 128: Tile(128, 64, 4, 3), 256: _DEEP},
+            "gfx942": {128: _DEEP, 256: _WIDE},
+            "float32": Tile(32, 32, 8, 2),
+        },
+        otherwise="sm_80",
+    ),
+    "columns": Tuned(
+        {
+            "interpreter": _INTERPRETER,
+            "sm_80": _TALL,
+            "sm_100": {128: _DEEP, 256: _TALL},
+            "gfx942": Tile(32, 32, 4, 2),
+            "float32": Tile(32, 32, 4, 2),
+        },
+        otherwise="sm_80",
+    ),
+    "pool": Tuned(
+        {
+            "interpreter": _INTERPRETER,
+            "sm_80": Tile(64, 64, 4, 3),
+            "sm_100": {64: Tile(64, 64, 4, 3), 256: Tile(64, 64, 8, 3)},
+            "gfx942": _SMALL,
+            "float32": _SMALL,
+        },
+        otherwise="sm_80",
+    ),
+    "query": Tuned(
+        {
+            "interpreter": _INTERPRETER,
+            "sm_80": {128: _WIDE, 256: _SQUARE},
+            "sm_90": _WIDE,
+            "sm_100": _WIDE,
+            "gfx942": {64: _WIDE, 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2)},
+            "float32": _SMALL,
+        },
+        otherwise="sm_80",
+    ),
+    "key": Tuned(
+        {
+            "interpreter": _INTERPRETER,
+            "sm_80": {64: _SQUARE, 128: Tile(32, 32, 4, 2), 256: _SQUARE},
+            "sm_90": {128: _SQUARE, 256: _LOW},
+            "sm_100": {64: Tile(64, 64, 4, 2), 128: _SQUARE, 256: _LOW},
+            "gfx942": _SMALL,
+            "float32": _SMALL,
+        },
+        otherwise="sm_80",
+    ),
 }
-# Products of float32 take many registers: some spill.
-FLOAT32: dict[str, Tile] = {
-    "rows": (32, 32, 8, 2),
-    "columns": (32, 32, 4, 2),
-    "pool": (16, 16, 4, 1),
-    "query": (16, 16, 4, 1),
-    "key": (16, 16, 4, 1),
-}
-INTERPRETER: Tile = (32, 32, 1, 1)
-
-
-def choose_tile(kernel: str, arch: str, dtype: torch.dtype, features: int) -> Tile:
-    """The tile of an architecture, or that of the oldest where there is no entry."""
-    if arch == "interpreter":
-        return INTERPRETER
-    if dtype not in HALF:
-        return FLOAT32[kernel]
-    by_features = TILES[kernel].get(arch, TILES[kernel]["sm_80"])
-    return next(tile for most, tile in by_features.items() if features <= most)
 
 
 def refusal(features: int) -> str | None:
@@ -557,7 +566,7 @@ def _arguments(
     sizes = heads, heads // key.shape[1], query.shape[2], key.shape[2], features
     padded = max(16, triton.next_power_of_2(features))
     arch = _triton.architecture(query.device)
-    queries, keys, warps, stages = choose_tile(kernel, arch, query.dtype, padded)
+    queries, keys, warps, stages = TILES[kernel].choose(arch, query.dtype, padded)
     constants = {
         "IS_CAUSAL": given.is_causal,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",

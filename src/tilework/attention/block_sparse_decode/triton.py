@@ -13,32 +13,23 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
-from tilework._operators import HALF
-from tilework.attention._kernels import LOG2_E, MAX_FEATURES
+from tilework._triton import Tuned
+from tilework.attention._kernels import LOG2_E, MAX_FEATURES, Tile
 from tilework.attention.block_sparse_decode.common import Decoded, Decoding, empty_results
 
-# Rows and keys of a tile at most, warps and stages, for half precision and up to so many features:
-# tiles that do not spill registers.
-Tile = tuple[int, int, int, int]
-TILES: dict[str, dict[int, Tile]] = {
-    "sm_80": {128: (32, 64, 4, 3), 256: (32, 32, 4, 2)},
-    "sm_90": {128: (32, 64, 4, 3), 256: (32, 64, 8, 2)},
-    "sm_100": {128: (32, 64, 4, 3), 256: (32, 64, 8, 2)},
-    "gfx942": {128: (32, 64, 4, 2), 256: (32, 32, 8, 2)},
-}
-FLOAT32: dict[int, Tile] = {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)}
-FLOAT32_SEVERAL: dict[int, Tile] = {64: (16, 16, 4, 1), 256: (16, 16, 8, 1)}
-
-
-def choose_tile(arch: str, dtype: torch.dtype, features: int, several: bool = False) -> Tile:
-    """The tile of an architecture, or that of the oldest where there is no entry.
-
-    ``several`` is whether sequences have more than one query token.
-    """
-    by_features = FLOAT32_SEVERAL if several else FLOAT32
-    if dtype in HALF:
-        by_features = TILES.get(arch, TILES["sm_80"])
-    return next(tile for most, tile in by_features.items() if features <= most)
+_WIDE, _SMALL = Tile(32, 64, 4, 3), Tile(16, 16, 4, 1)
+# Up to so many features, for one query token and for several: tiles that do not spill registers.
+ONE = Tuned(
+    {
+        "sm_80": {128: _WIDE, 256: Tile(32, 32, 4, 2)},
+        "sm_90": {128: _WIDE, 256: Tile(32, 64, 8, 2)},
+        "sm_100": {128: _WIDE, 256: Tile(32, 64, 8, 2)},
+        "gfx942": {128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 8, 2)},
+        "float32": {64: Tile(16, 32, 4, 2), 128: Tile(16, 16, 8, 1), 256: _SMALL},
+    },
+    otherwise="sm_80",
+)
+SEVERAL = ONE | {"float32": {64: _SMALL, 256: Tile(16, 16, 8, 1)}}
 
 
 def refusal(features: int, values: int) -> str | None:
@@ -234,8 +225,8 @@ def forward(given: Decoding) -> Decoded:
     features, values = (max(16, triton.next_power_of_2(n)) for n in (num_features, num_values))
     group = heads // kv_heads
     arch = _triton.architecture(query.device)
-    tile = choose_tile(arch, query.dtype, max(features, values), length > 1)
-    most_rows, tile_keys, warps, stages = tile
+    table = SEVERAL if length > 1 else ONE
+    most_rows, tile_keys, warps, stages = table.choose(arch, query.dtype, max(features, values))
     rows = min(most_rows, max(16, triton.next_power_of_2(group * length)))
 
     most = page_size * (1 if block_table is None else block_table.shape[1])
