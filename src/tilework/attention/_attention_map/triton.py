@@ -37,7 +37,7 @@ _INTERPRETER = Tile(32, 32, 1, 1)
 # Up to so many features: the largest of those tried that do not spill registers. Products of
 # float32 take many: some spill.
 TILES = {
-    "rows": Tuned(
+    "rows": Tuned[Tile](
         {
             "interpreter": _INTERPRETER,
             "sm_80": _DEEP,
@@ -47,7 +47,7 @@ TILES = {
         },
         otherwise="sm_80",
     ),
-    "columns": Tuned(
+    "columns": Tuned[Tile](
         {
             "interpreter": _INTERPRETER,
             "sm_80": _TALL,
@@ -57,7 +57,7 @@ TILES = {
         },
         otherwise="sm_80",
     ),
-    "pool": Tuned(
+    "pool": Tuned[Tile](
         {
             "interpreter": _INTERPRETER,
             "sm_80": Tile(64, 64, 4, 3),
@@ -67,7 +67,7 @@ TILES = {
         },
         otherwise="sm_80",
     ),
-    "query": Tuned(
+    "query": Tuned[Tile](
         {
             "interpreter": _INTERPRETER,
             "sm_80": {128: _WIDE, 256: _SQUARE},
@@ -78,7 +78,7 @@ TILES = {
         },
         otherwise="sm_80",
     ),
-    "key": Tuned(
+    "key": Tuned[Tile](
         {
             "interpreter": _INTERPRETER,
             "sm_80": {64: _SQUARE, 128: Tile(32, 32, 4, 2), 256: _SQUARE},
