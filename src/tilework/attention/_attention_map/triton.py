@@ -275,7 +275,15 @@ def pool_kernel(
     TILE_KEYS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Largest entries or sums of a row of blocks of ``height`` queries and ``width`` keys."""
+    """Largest entries or sums of a row of blocks of ``height`` queries and ``width`` keys.
+
+    One block of keys after another, up to the diagonal: over the tiles of its queries, and for each
+    over the tiles of its keys, row ``i`` of a tile of queries gathers
+
+        l_i += sum_j p_ij,  m_i = max(m_i, max_j p_ij),  p_ij = exp(s_ij - lse_i)
+
+    of all queries that stand there, and the sum or the maximum of these is the block's.
+    """
     heads, group, num_queries, num_keys, num_features = sizes
     row = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -407,7 +415,13 @@ def key_gradient_kernel(
     TILE_KEYS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Gradient of a tile of keys, from all heads of the group in turn."""
+    """Gradient of a tile of keys, from all heads of the group in turn.
+
+    For each over the tiles of queries, from the diagonal on, in their order, with ``p_ij =
+    exp(s_ij - lse_i)``,
+
+        grad_key_j = scale sum_i p_ij (offset_i + slope_i log p_ij) q_i
+    """
     heads, group, num_queries, num_keys, num_features = sizes
     first = tl.program_id(0) * TILE_KEYS
     kv_head = tl.program_id(1).to(tl.int64)
