@@ -29,12 +29,10 @@ ALIASES = {("losses.linear_log_probs", "chunked")}
 # What belongs to no implementation, and would make the contract or the operators too long.
 MORE = {
     "losses/linear_cross_entropy": {"schedule"},
-    "losses/linear_kl_div": {"sharding", "parallel", "shared"},
+    "losses/linear_kl_div": {"sharding"},
     "norms/_row_norm": {"sharding"},
-    "attention/block_layout": {"checks", "flex", "patterns", "plot", "sets", "grid", "tiled"},
-    "attention/block_sparse": {"results"},
+    "attention/block_layout": {"checks", "flex", "patterns", "plot", "sets"},
 }
-OTHER_FILES = {("norms/_row_norm", "torch"): "native", ("attention/block_layout", "torch"): "lists"}
 FOLDERS = sorted({folder for folders in HOMES.values() for folder in folders})
 
 
@@ -42,12 +40,6 @@ def rooms(folder: str) -> set[str]:
     """The names of the files and folders of code."""
     paths = (ROOT / folder).iterdir()
     return {path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").exists()}
-
-
-def file_of(folder: str, name: str) -> str:
-    """The file of an implementation."""
-    other = OTHER_FILES.get((folder, name), name)
-    return other if other in rooms(folder) else name
 
 
 def test_every_table_has_a_home() -> None:
@@ -65,14 +57,14 @@ def test_every_folder_with_a_reference_is_a_home() -> None:
 def test_an_implementation_lives_in_a_file_of_its_name(table: str) -> None:
     for entry in TABLES[table]:
         if (table, entry.name) not in ALIASES:
-            homes = [f for f in HOMES[table] if file_of(f, entry.name) in rooms(f)]
+            homes = [folder for folder in HOMES[table] if entry.name in rooms(folder)]
             assert len(homes) == 1, f"{entry.name}: {homes}"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_has_no_other_rooms(folder: str) -> None:
     names = {
-        file_of(folder, entry.name)
+        entry.name
         for table, folders in HOMES.items()
         if folder in folders
         for entry in TABLES[table]

@@ -139,45 +139,62 @@ def define_pair(
     differentiable: Sequence[str],
     saved: Sequence[str],
     constant: Sequence[str] = (),
+    forward: str = "forward",
+    backward: str = "backward",
+    empty_gradient: Callable[[Any, Tensor], Tensor] | None = None,
+    second_derivative: Callable[..., Gradients] | None = None,
 ) -> Callable[[Given], Results]:
     """Register an operator and that of its gradients, for a folder of implementations.
 
     The last argument is called ``implementation``: a module of the package ``rooms``, imported on
     its first use, which has ``forward(given) -> results`` and ``backward(given, results, grads,
-    needed) -> gradients`` as :func:`define` describes them. ``reference`` is plain PyTorch: that of
-    the name, what runs under transforms that have no other rule, and the second derivative of all.
-    ``differentiable`` names the arguments that have gradients; ``saved`` holds these and what else
-    ``backward`` and ``reference`` read.
+    needed) -> gradients`` as :func:`define` describes them, by these or other names. ``reference``
+    is plain PyTorch: that of the name, what runs under transforms that have no other rule, and the
+    second derivative of all, unless a ``second_derivative`` refuses it. ``differentiable`` names
+    the arguments that have gradients; ``saved`` holds these and what else ``backward`` and
+    ``reference`` read. ``empty_gradient`` makes one like those of ``backward``, from the arguments
+    of the gradients' operator and a leaf, where they are not contiguous.
     """
-
-    @functools.cache
-    def room(implementation: str) -> Any:
-        return importlib.import_module(f"{rooms}.{implementation}")
-
-    def kernel(given: Given) -> Results:
-        found: Results = room(given[-1]).forward(given)
-        return found
-
-    gradients = _Gradients(arguments, results, reference, differentiable, saved, constant)
-    backward = define(
+    gradients = _Gradients(
+        arguments, results, reference, differentiable, saved, constant, empty_gradient
+    )
+    of_implementation = of_rooms(rooms, backward)
+    derivative = define(
         f"{name}_backward",
         gradients.arguments,
         gradients.results,
-        lambda given: gradients.kernel(room(given.implementation).backward, given),
+        lambda given: gradients.kernel(of_implementation, given),
         gradients.fake,
-        derivative=gradients.second_derivative,
+        derivative=second_derivative or gradients.second_derivative,
         saved=gradients.saved,
     )
     operator = define(
         name,
         arguments,
         results,
-        kernel,
+        of_rooms(rooms, forward),
         fake,
-        derivative=lambda *args: gradients.derivative(backward, *args),
+        derivative=lambda *args: gradients.derivative(derivative, *args),
         saved=saved,
         constant=constant,
     )
+    return or_reference(operator, reference)
+
+
+def of_rooms(rooms: str, function: str) -> Callable[..., Any]:
+    """A function of the module that ``implementation`` names, imported on its first use."""
+
+    @functools.cache
+    def find(implementation: str) -> Any:
+        return getattr(importlib.import_module(f"{rooms}.{implementation}"), function)
+
+    return lambda given, *args: find(given.implementation)(given, *args)
+
+
+def or_reference(
+    operator: Callable[[Given], Results], reference: Callable[[Given], Results]
+) -> Callable[[Given], Results]:
+    """An operator, but the reference where it is named, or under transforms without a rule."""
     without_lowering = without_autocast(reference)
 
     def call(given: Given) -> Results:
@@ -199,7 +216,9 @@ class _Gradients(Generic[Given, Results]):
         differentiable: Sequence[str],
         saved: Sequence[str],
         constant: Sequence[str],
+        empty_gradient: Callable[[Any, Tensor], Tensor] | None,
     ) -> None:
+        self.empty_gradient = empty_gradient or (lambda _, leaf: leaf.new_empty(leaf.shape))
         self.of_arguments: Any = arguments
         self.of_results: Any = results
         self.reference = reference
@@ -253,7 +272,7 @@ class _Gradients(Generic[Given, Results]):
         first = getattr(given, self.differentiable[0])
         return self.results(
             *(
-                leaf.new_empty(leaf.shape) if need else first.new_empty(0)
+                self.empty_gradient(given, leaf) if need else first.new_empty(0)
                 for leaf, need in zip(leaves, given.needed, strict=True)
             )
         )

@@ -356,10 +356,9 @@ def test_operators() -> None:
     operators = torch.ops.tilework
     torch.library.opcheck(operators.block_sparse_attention, (*packed, *lists, *cuts, *options))
     output, lse = operators.block_sparse_attention(*packed, *lists, *cuts, *options)
-    saved = [t.detach() for t in (output, lse, *packed, output, lse)]
-    torch.library.opcheck(
-        operators.block_sparse_attention_backward, (*saved, *lists, *cuts, *options)
-    )
+    saved = [t.detach() for t in (*packed, output, lse)]
+    given = *saved, *lists, *cuts, *saved[3:], [True, True, True], *options
+    torch.library.opcheck(operators.block_sparse_attention_backward, given)
 
 
 def test_autocast() -> None:

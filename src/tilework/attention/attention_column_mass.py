@@ -7,6 +7,7 @@ from tilework import _checks
 from tilework._implementations import TABLES
 from tilework.attention import _attention_map
 from tilework.attention._attention_map import operators
+from tilework.attention._attention_map.common import Columns
 from tilework.catalog import implements
 
 __all__ = ["attention_column_mass"]
@@ -85,9 +86,8 @@ def attention_column_mass(
         _NAME, _TABLE, query, key, lse, scale, enable_gqa, implementation
     )
     first = 0 if query_window is None else max(0, query.shape[2] - query_window)
-    mass = operators.attention_column_mass(
-        query.detach(), key.detach(), lse.detach(), first, is_causal, scale, chosen
-    )
+    columns = Columns(query.detach(), key.detach(), lse.detach(), first, is_causal, scale, chosen)
+    mass = operators.attention_column_mass(columns).mass
     if not reduce_groups:
         return mass
     heads, kv_heads = query.shape[1], key.shape[1]

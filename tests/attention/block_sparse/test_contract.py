@@ -96,8 +96,10 @@ def test_operators() -> None:
     operators = torch.ops.tilework
     torch.library.opcheck(operators.block_sparse_attention, (query, key, value, *lists, *options))
     output, lse = operators.block_sparse_attention(query, key, value, *lists, *options)
-    tensors = [t.detach() for t in (output, lse, query, key, value, output, lse)]
-    torch.library.opcheck(operators.block_sparse_attention_backward, (*tensors, *lists, *options))
+    saved = [t.detach() for t in (query, key, value, output, lse)]
+    for grads in (saved[3:], (None, lse.detach())):
+        given = *saved, *lists, *grads, [True, False, True], *options
+        torch.library.opcheck(operators.block_sparse_attention_backward, given)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "tiled"])

@@ -11,6 +11,7 @@ from tilework._implementations import TABLES, Implementation
 from tilework.attention._tensors import cast_under_autocast, check_tensors
 from tilework.attention.block_layout import BlockLayout
 from tilework.attention.block_sparse import operators
+from tilework.attention.block_sparse.common import Attention
 from tilework.catalog import implements
 
 __all__ = ["block_sparse_attention"]
@@ -150,19 +151,21 @@ def attend(
     trains = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
     transposed = chosen == "triton" and trains
     return operators.attention(
-        query,
-        key,
-        value,
-        layout.kv_num_blocks,
-        layout.kv_indices,
-        layout.q_num_blocks if transposed else None,
-        layout.q_indices if transposed else None,
-        query_starts,
-        key_starts,
-        list(layout.block_size),
-        is_causal,
-        1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
-        chosen,
+        Attention(
+            query,
+            key,
+            value,
+            layout.kv_num_blocks,
+            layout.kv_indices,
+            layout.q_num_blocks if transposed else None,
+            layout.q_indices if transposed else None,
+            query_starts,
+            key_starts,
+            list(layout.block_size),
+            is_causal,
+            1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
+            chosen,
+        )
     )
 
 

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from tilework import _checks, _implementations
 from tilework._implementations import TABLES, Implementation
-from tilework.attention.block_layout.grid import ceil_div, check_integers
+from tilework.attention.block_layout.checks import check_integers
+from tilework.attention.block_layout.common import ceil_div
 from tilework.attention.block_sparse_decode import operators
+from tilework.attention.block_sparse_decode.common import Decoding
 from tilework.catalog import implements
 
 __all__ = ["block_sparse_decode", "paged_block_sparse_decode"]
@@ -317,16 +319,18 @@ def _decode(
         values=value_cache.shape[-1],
     )
     output, lse = operators.decode(
-        query,
-        key_cache,
-        value_cache,
-        block_table,
-        seq_lengths,
-        kv_indices,
-        kv_num_blocks,
-        block_size,
-        1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
-        chosen,
+        Decoding(
+            query,
+            key_cache,
+            value_cache,
+            block_table,
+            seq_lengths,
+            kv_indices,
+            kv_num_blocks,
+            block_size,
+            1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
+            chosen,
+        )
     )
     return (output, lse) if return_lse else output
 
