@@ -3,9 +3,11 @@
 import importlib
 import inspect
 import itertools
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.util.rst import escape
@@ -13,6 +15,7 @@ from sphinx.util.rst import escape
 import tilework
 from tilework import _implementations, catalog
 from tilework._implementations import Implementation, Table
+from tilework._options import Options
 
 project = "Tilework"
 version = release = tilework.__version__
@@ -94,6 +97,38 @@ def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = app.builder.templates.render_string(source[0], context)
 
 
+def describe_options(
+    app: Sphinx, what: str, name: str, object_: Any, options: Any, lines: list[str]
+) -> None:
+    """Give a twin the descriptions of its options, which stand in its function's docstring."""
+    function = catalog.function_of(object_)
+    if function is None or "Args:" in lines:
+        return
+    arguments = inspect.signature(object_).parameters
+    section = (inspect.getdoc(function) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    described = [
+        one for one in re.split(r"\n(?=    \w)", section) if one.strip().split(":")[0] in arguments
+    ]
+    place = lines.index("Example:")
+    lines[place:place] = ["Args:", *"\n".join(described).split("\n"), ""]
+
+
+def show_public_bases(
+    app: Sphinx, name: str, object_: type, options: Any, bases: list[type]
+) -> None:
+    """Show a private base as the first public one among its own."""
+    if not issubclass(object_, Options):
+        return
+    public = [
+        next(one for one in base.__mro__ if "._" not in f"{one.__module__}.{one.__name__}")
+        for base in bases
+    ]
+    bases[:] = [one for one in public if not any(one in other.__mro__[1:] for other in public)]
+
+
 def setup(app: Sphinx) -> None:
+    # Before napoleon, which reads the sections.
+    app.connect("autodoc-process-docstring", describe_options, priority=400)
+    app.connect("autodoc-process-bases", show_public_bases)
     app.connect("builder-inited", write_api_pages)
     app.connect("source-read", fill_in)

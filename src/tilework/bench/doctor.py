@@ -17,7 +17,7 @@ import tilework
 from tilework import _implementations, _torch, catalog
 from tilework._implementations import TABLES, Implementation
 from tilework.bench import results, suites
-from tilework.losses.linear_cross_entropy import schedule
+from tilework.losses._classes.linear import schedule
 
 # What the optional packages that no suite names are for.
 OPTIONAL = {

@@ -19,9 +19,16 @@ from tilework.attention import (
 from tilework.attention._attention_map import tiled
 from tilework.attention._attention_map.common import Blocks, Columns, Entropy, Queries, Rows
 
-QUERY, KEY = torch.randn(2, 4, 9, 5, dtype=torch.float64), torch.randn(2, 2, 11, 5).double()
-LSE = attention_lse(QUERY, KEY, is_causal=True, enable_gqa=True)
+QUERY, KEY = torch.zeros(2, 4, 9, 5).double(), torch.zeros(2, 2, 11, 5).double()
+LSE = torch.zeros(2, 4, 9).double()
 OPTIONS: dict[str, Any] = {"is_causal": True, "enable_gqa": True}
+
+
+@pytest.fixture(autouse=True)
+def drawn() -> None:
+    for tensor in (QUERY, KEY):
+        tensor.normal_()
+    LSE.copy_(attention_lse(QUERY, KEY, **OPTIONS))
 
 
 def lse(query: Tensor, key: Tensor, implementation: str) -> Tensor:

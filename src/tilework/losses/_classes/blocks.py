@@ -3,12 +3,13 @@
 A block stays in a CPU's last cache between the passes over it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tilework import _torch
 from tilework._operators import computation_dtype
 from tilework.losses._classes.statistics import Formula, Rows, Statistics
 from tilework.losses._classes.tiles import NEGLIGIBLE, slices
@@ -41,6 +42,31 @@ def places(input: Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]
         step = inner[0] if row <= ELEMENTS else max(1, ELEMENTS // classes)
         for s in slices(inner[0], step):
             yield (n, s), (n, slice(None), s)
+
+
+def by_blocks(
+    function: Callable[[Tensor, Tensor], Tensor], input: Tensor, target: Tensor
+) -> Tensor:
+    """A function of logits and targets, block by block where that takes fewer passes.
+
+    It has no gradient, and gives one number for each position.
+    """
+    if not is_eager(input):
+        return function(input, target)
+    result = input.new_empty(target.shape, dtype=computation_dtype(input.dtype))
+    for place, logits_place in places(input):
+        result[place] = function(input[logits_place], target[place])
+    return result
+
+
+def is_eager(input: Tensor) -> bool:
+    """Whether blocks can be taken one after another: plain tensors of a CPU, not traced."""
+    return (
+        input.device.type == "cpu"
+        and type(input) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not _torch.transforms_are_active()
+    )
 
 
 def scratch(input: Tensor) -> Tensor:

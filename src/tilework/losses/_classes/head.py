@@ -6,14 +6,6 @@ import torch
 from torch import Tensor
 
 from tilework import _checks, _operators
-from tilework._implementations import Implementation
-
-IMPLEMENTATIONS = (
-    Implementation.triton("gradients and 64 MiB of logit gradients"),
-    Implementation("tiled", "gradients and three tiles of 2048 x 1024 logits"),
-    Implementation("chunked", "as the first of these that takes the call"),
-    Implementation.reference("the logits, three times in training"),
-)
 
 
 def check(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tilework import _torch
+from tilework._operators import computation_dtype
 
 
 class Statistics(NamedTuple):
@@ -49,6 +50,32 @@ class Statistics(NamedTuple):
 
 
 CONSTANT = ("shift", "top", "argmax")
+_OPTIONAL = {"squares": "squares", "moment": "moments", "top": "moments", "argmax": "moments"}
+
+
+def empty(input: Tensor, target: Tensor, squares: bool, moments: bool) -> Statistics:
+    """Room for the statistics of logits made of such an input."""
+    wanted = {"squares": squares, "moments": moments, None: True}
+    dtype = computation_dtype(input.dtype)
+    return Statistics(
+        **{
+            name: (target if name == "argmax" else input).new_empty(
+                target.shape if wanted[_OPTIONAL.get(name)] else 0,
+                dtype=target.dtype if name == "argmax" else dtype,
+            )
+            for name in Statistics._fields
+        }
+    )
+
+
+def masked(statistics: Statistics, kept: Tensor) -> Statistics:
+    """A total of 1 and 0 elsewhere where positions are ignored; empty ones stay empty."""
+    return Statistics(
+        **{
+            name: values.where(kept, 1 if name == "total" else 0) if values.numel() else values
+            for name, values in statistics._asdict().items()
+        }
+    )
 
 
 class Rows(NamedTuple):
@@ -61,6 +88,14 @@ class Rows(NamedTuple):
     classes: int
     spread: Tensor | None
     """The sum of the weights of ``class_gap``, where there are such."""
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, target_weight: Tensor, classes: int, class_weight: Tensor | None
+    ) -> "Rows":
+        """With the sum of the weights of ``class_gap``."""
+        spread = None if class_weight is None else class_weight.sum()
+        return cls(weight, target_weight, classes, spread)
 
     def at(self, place: Any) -> "Rows":
         """Those of some positions."""

@@ -2,11 +2,12 @@
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tilework import _checks, _implementations
 from tilework._implementations import TABLES, Implementation
 from tilework._operators import computation_dtype
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import head
 from tilework.losses._classes.sharding import VocabShard
@@ -208,22 +209,8 @@ def linear_kl_div(
 
 
 @_PAPER
-class LinearKLDivLoss(nn.Module):
+class LinearKLDivLoss(OptionsModule):
     """:func:`linear_kl_div` as a module; the heads belong to the student and the teacher.
-
-    Args:
-        temperature: As in the function, like every option below.
-        divergence: ``"forward"``, ``"reverse"`` or ``"jsd"``.
-        beta: The teacher's share of the mixture.
-        student_softcap: Bound of the student's logits.
-        teacher_softcap: Bound of the teacher's logits.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        gradient_filter: What the backward pass may leave out.
-        implementation: ``"triton"``, ``"tiled"``, ``"reference"``, or None for the best one.
-        vocab_parallel: The classes that the weights given to ``forward`` hold.
-
-    Raises:
-        ValueError: An option is out of range.
 
     Example:
         >>> import torch
@@ -235,37 +222,29 @@ class LinearKLDivLoss(nn.Module):
         ...     hidden, student.weight, teacher_hidden, teacher.weight, student_bias=student.bias
         ... ).shape
         torch.Size([])
-
-    Reference:
-        As :func:`linear_kl_div`.
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        divergence: str = "forward",
-        beta: float = 0.5,
-        student_softcap: float | None = None,
-        teacher_softcap: float | None = None,
-        reduction: str = "mean",
-        gradient_filter: float | None = None,
-        implementation: str | None = None,
-        vocab_parallel: VocabShard | None = None,
-    ) -> None:
-        super().__init__()
-        _check_options(temperature, divergence, beta, student_softcap, teacher_softcap, reduction)
-        head.check_filter(_NAME, gradient_filter)
-        _implementations.check_name(_NAME, IMPLEMENTATIONS, implementation)
-        self.temperature = temperature
-        self.divergence = divergence
-        self.beta = beta
-        self.student_softcap = student_softcap
-        self.teacher_softcap = teacher_softcap
-        self.reduction = reduction
-        self.gradient_filter = gradient_filter
-        self.implementation = implementation
-        self.vocab_parallel = vocab_parallel
+    temperature: float = 1.0
+    divergence: str = "forward"
+    beta: float = 0.5
+    student_softcap: float | None = None
+    teacher_softcap: float | None = None
+    reduction: str = "mean"
+    gradient_filter: float | None = None
+    implementation: str | None = None
+    vocab_parallel: VocabShard | None = None
+
+    def _check(self) -> None:
+        _check_options(
+            self.temperature,
+            self.divergence,
+            self.beta,
+            self.student_softcap,
+            self.teacher_softcap,
+            self.reduction,
+        )
+        head.check_filter(_NAME, self.gradient_filter)
+        _implementations.check_name(_NAME, IMPLEMENTATIONS, self.implementation)
 
     def forward(
         self,
@@ -287,38 +266,10 @@ class LinearKLDivLoss(nn.Module):
             teacher_weight,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
-            temperature=self.temperature,
-            divergence=self.divergence,
-            beta=self.beta,
-            student_softcap=self.student_softcap,
-            teacher_softcap=self.teacher_softcap,
             mask=mask,
             token_weight=token_weight,
-            reduction=self.reduction,
-            gradient_filter=self.gradient_filter,
-            implementation=self.implementation,
-            vocab_parallel=self.vocab_parallel,
+            **self.options(),
         )
-
-    def extra_repr(self) -> str:
-        """Return the options that are not the defaults of the function."""
-        return ", ".join(
-            f"{name}={value!r}"
-            for name, default in _DEFAULTS.items()
-            if (value := getattr(self, name)) != default
-        )
-
-
-_DEFAULTS = {
-    "temperature": 1.0,
-    "divergence": "forward",
-    "beta": 0.5,
-    "student_softcap": None,
-    "teacher_softcap": None,
-    "reduction": "mean",
-    "gradient_filter": None,
-    "implementation": None,
-}
 
 
 def _check_options(

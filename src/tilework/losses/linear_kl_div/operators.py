@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tilework import _operators
 from tilework._operators import computation_dtype
-from tilework.losses._classes.linear.operators import empty_gradients
 from tilework.losses.linear_kl_div import common, reference, tiled
 
 
@@ -100,6 +99,17 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
         [grad for grad, need in zip(grads, ctx.needed, strict=True) if need],
     )
     return grad_upstream, grad_input, grad_weight, grad_bias[0] if grad_bias else None, *[None] * 12
+
+
+def empty_gradients(
+    input: Tensor, linear_weight: Tensor, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a head for fake kernels; an empty tensor for each that is not needed."""
+    sizes = input.shape, linear_weight.shape, linear_weight.shape[:1]
+    grad_input, grad_weight, grad_bias = (
+        input.new_empty(size if need else 0) for size, need in zip(sizes, needed, strict=True)
+    )
+    return grad_input, grad_weight, grad_bias
 
 
 _divergences = _operators.define_by_position(

@@ -1,41 +1,19 @@
 """The operators of logits and how they differentiate."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from tilework import _operators
-from tilework._operators import Gradients, Needed, computation_dtype
+from tilework._operators import Gradients, Needed
 from tilework.losses._classes import early
 from tilework.losses._classes.logits import reference, tiled
 from tilework.losses._classes.logits.common import LogitStats, Sum, SummedLoss
-from tilework.losses._classes.statistics import CONSTANT, FORMULAS, Rows, Statistics
-
-
-def _empty(given: LogitStats) -> Statistics:
-    dtype, shape = computation_dtype(given.input.dtype), given.target.shape
-    squares, moments = (shape if wanted else 0 for wanted in (given.squares, given.moments))
-
-    def empty(size: Sequence[int] | int = shape) -> Tensor:
-        return given.input.new_empty(size, dtype=dtype)
-
-    return Statistics(
-        empty(),
-        empty(),
-        empty(),
-        empty(),
-        empty(squares),
-        empty(moments),
-        empty(moments),
-        given.target.new_empty(moments),
-    )
-
+from tilework.losses._classes.statistics import CONSTANT, FORMULAS, Rows, Statistics, empty
 
 logit_stats = _operators.define_pair(
     "logit_stats",
     LogitStats,
     Statistics,
-    _empty,
+    lambda given: empty(given.input, given.target, given.squares, given.moments),
     reference=reference.forward,
     rooms=__package__,
     differentiable=("input",),
@@ -58,8 +36,7 @@ def loss(given: SummedLoss) -> Tensor:
             given.implementation,
         )
     )
-    spread = None if given.class_weight is None else given.class_weight.sum()
-    rows = Rows(given.weight, given.target_weight, given.input.shape[1], spread)
+    rows = Rows.of(given.weight, given.target_weight, given.input.shape[1], given.class_weight)
     losses = formula.function(statistics, rows, *given.numbers)
     return losses.where(given.target != given.ignore_index, 0).sum()
 

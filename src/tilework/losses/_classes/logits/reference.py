@@ -1,10 +1,11 @@
 """The statistics of logits by their definition."""
 
 import torch
+from torch import Tensor
 
 from tilework._operators import computation_dtype
 from tilework.losses._classes.logits.common import LogitStats
-from tilework.losses._classes.statistics import Statistics
+from tilework.losses._classes.statistics import Statistics, empty, masked
 
 
 def forward(given: LogitStats) -> Statistics:
@@ -19,29 +20,25 @@ def forward(given: LogitStats) -> Statistics:
     inside = (given.target >= 0) & (given.target < classes)
     column = given.target.where(inside, 0).unsqueeze(1)
     target_gap = (shift - logits.gather(1, column).squeeze(1)).where(inside, torch.nan)
-    none = shift.new_empty(0)
+    statistics = empty(given.input, given.target, given.squares, given.moments)
     class_gap = torch.zeros_like(shift)
     if given.class_weight is not None:
-        weights = given.class_weight.reshape(-1, *[1] * (logits.dim() - 2))
-        class_gap = (gap * weights).sum(1)
-    squares = none
+        class_gap = (gap * _of_classes(given.class_weight, logits)).sum(1)
+    statistics = statistics._replace(
+        shift=shift, total=total, target_gap=target_gap, class_gap=class_gap
+    )
     if given.squares:
-        order = torch.arange(classes, device=logits.device).reshape(-1, *[1] * (logits.dim() - 2))
-        others = order != given.target.unsqueeze(1)
-        squares = logits.where(others, 0).square().sum(1).where(kept, 0)
-    moment, top, argmax = none, none, given.target[:0].flatten()
+        order = _of_classes(torch.arange(classes, device=logits.device), logits)
+        others = logits.where(order != given.target.unsqueeze(1), 0)
+        statistics = statistics._replace(squares=others.square().sum(1))
     if given.moments:
         # Classes of a logit of -inf have no part in it.
-        finite = gap.where(gap != torch.inf, 0)
-        moment = (exponentials * finite).sum(1).where(kept, 0)
-        top, argmax = (values.where(kept, 0) for values in logits.detach().max(1))
-    return Statistics(
-        shift.where(kept, 0),
-        total.where(kept, 1),
-        target_gap.where(kept, 0),
-        class_gap.where(kept, 0),
-        squares,
-        moment,
-        top,
-        argmax,
-    )
+        moment = (exponentials * gap.where(gap != torch.inf, 0)).sum(1)
+        top, argmax = logits.detach().max(1)
+        statistics = statistics._replace(moment=moment, top=top, argmax=argmax)
+    return masked(statistics, kept)
+
+
+def _of_classes(values: Tensor, logits: Tensor) -> Tensor:
+    """A vector over classes in the dimension of the classes."""
+    return values.reshape(-1, *[1] * (logits.dim() - 2))

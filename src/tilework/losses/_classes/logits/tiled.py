@@ -9,12 +9,12 @@ from torch import Tensor
 from tilework._operators import computation_dtype
 from tilework.losses._classes import blocks
 from tilework.losses._classes.logits.common import LogitStats, Sum, SummedLoss
-from tilework.losses._classes.statistics import FORMULAS, Rows, Statistics
+from tilework.losses._classes.statistics import FORMULAS, Rows, Statistics, empty
 
 
 def forward(given: LogitStats) -> Statistics:
     """See :class:`Statistics`. The class weights are those of ``class_gap``."""
-    parts = []
+    results = empty(given.input, given.target, given.squares, given.moments)
     memory = blocks.scratch(given.input)
     for place, logits_place in blocks.places(given.input):
         logits = given.input[logits_place]
@@ -27,23 +27,10 @@ def forward(given: LogitStats) -> Statistics:
             given.squares,
             given.moments,
         )
-        parts.append((place, found))
-    return _joined(given, parts)
-
-
-def _joined(given: LogitStats, parts: list[tuple[tuple[slice, ...], Statistics]]) -> Statistics:
-    dtype = computation_dtype(given.input.dtype)
-    wanted = {"squares": given.squares}
-    wanted |= dict.fromkeys(("moment", "top", "argmax"), given.moments)
-    results = {}
-    for name in Statistics._fields:
-        shape = given.target.shape if wanted.get(name, True) else (0,)
-        kind = torch.int64 if name == "argmax" else dtype
-        results[name] = given.input.new_empty(shape, dtype=kind)
-        if wanted.get(name, True):
-            for place, part in parts:
-                results[name][place] = getattr(part, name)
-    return Statistics(**results)
+        for values, part in zip(results, found, strict=True):
+            if part.numel():
+                values[place] = part
+    return results
 
 
 def backward(
@@ -79,13 +66,7 @@ def loss_and_gradient(given: SummedLoss) -> Sum:
     gradient = torch.empty_like(given.input, memory_format=torch.contiguous_format)
     dtype = computation_dtype(given.input.dtype)
     memory = None if gradient.dtype == dtype else blocks.scratch(given.input)
-    weight = given.class_weight
-    rows = Rows(
-        given.weight,
-        given.target_weight,
-        given.input.shape[1],
-        None if weight is None else weight.sum(),
-    )
+    rows = Rows.of(given.weight, given.target_weight, given.input.shape[1], given.class_weight)
     losses = torch.empty_like(given.weight)
     for place, logits_place in blocks.places(given.input):
         logits, out = given.input[logits_place], gradient[logits_place]
@@ -95,7 +76,7 @@ def loss_and_gradient(given: SummedLoss) -> Sum:
             values,
             given.target[place],
             given.ignore_index,
-            weight,
+            given.class_weight,
             FORMULAS[given.formula],
             rows.at(place),
             given.numbers,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tilework.losses._classes.linear import tiled
-from tilework.losses.linear_cross_entropy import chunked, operators
+from tilework.losses._classes import early
+from tilework.losses._classes.linear import chunked, tiled
 
 SMALL = 256 * 2**20
 PREFERRED = (
@@ -52,6 +52,6 @@ def prefers_chunks(
     if input.device.type != "cpu" or not is_sum:
         return False
     gradients = (input.numel() + linear_weight.numel()) * input.dtype.itemsize
-    return operators.takes_gradients_early(input, linear_weight, linear_bias) and (
+    return early.is_possible(input, linear_weight, linear_bias) and (
         chunked.extra_bytes(input, linear_weight) <= max(SMALL, gradients // 2)
     )
