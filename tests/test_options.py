@@ -170,6 +170,11 @@ def test_subclass_with_a_constructor_of_its_own() -> None:
             super().__init__(power=2)
             self.layer = nn.Linear(features, features)
 
+    class Named(Doubled):
+        name: str = "doubled"
+
+    assert signature(Named) == [("features", Parameter.POSITIONAL_OR_KEYWORD, Parameter.empty, int)]
+    assert Named(3).name == "doubled"
     module = Doubled(3)
     assert module.options() == {"power": 2, "kind": "mean"}
     assert module.state_dict().keys() == {"layer.weight", "layer.bias"}
@@ -183,7 +188,7 @@ def test_repr() -> None:
     lines = repr(Headed(3, power=2, gate=nn.ReLU())).split("\n")
     assert lines[1:3] == ["  power=2", "  (gate): ReLU()"]
     assert repr(Power(exponent=2, scales=[1.0])) == "Power(exponent=2, scales=[1.0])"
-    assert repr(Power(torch.tensor(3.0))) == "Power(base=tensor(3.), scales=[])"
+    assert repr(Power(torch.ones(2))) == "Power(base=tensor([1., 1.]), scales=[])"
 
 
 def test_mutable_defaults() -> None:

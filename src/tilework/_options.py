@@ -40,11 +40,13 @@ class Options:
 
     _shown: ClassVar[tuple[dataclasses.Field[Any], ...]] = ()
     _passed: ClassVar[tuple[str, ...]] = ()
+    _by_hand: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, kw_only: bool = True) -> None:
-        """Make the constructor; a class with a constructor of its own keeps that, and no fields."""
+        """Make the constructor; one that is written by hand is kept, and inherited."""
         super().__init_subclass__()
-        if "__init__" in vars(cls):
+        cls._by_hand = cls._by_hand or "__init__" in vars(cls)
+        if cls._by_hand:
             return
         dataclasses.dataclass(eq=False, repr=False, match_args=False, kw_only=kw_only)(cls)
         arguments = cls.__init__.__annotations__
@@ -96,9 +98,8 @@ class OptionsModule(Options, nn.Module):
 
     def __init_subclass__(cls, *, kw_only: bool = True) -> None:
         """Let the module exist before its fields are set."""
-        own = "__init__" in vars(cls)
         super().__init_subclass__(kw_only=kw_only)
-        if own:
+        if cls._by_hand:
             return
         set_fields = cls.__init__
 

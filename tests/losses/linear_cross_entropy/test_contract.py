@@ -157,8 +157,7 @@ def test_triton_where_it_cannot_run() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_name)
 def test_default_on_the_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tilework.losses._classes.linear import tiled
-    from tilework.losses.linear_cross_entropy import chunked, schedule
+    from tilework.losses._classes.linear import chunked, schedule, tiled
 
     calls = []
     for module, name in ((tiled, "forward"), (chunked, "loss_and_gradients")):
@@ -181,7 +180,7 @@ def test_default_on_the_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_costs_of_the_schedules() -> None:
-    from tilework.losses.linear_cross_entropy import schedule
+    from tilework.losses._classes.linear import schedule
 
     def shapes(tokens: int, features: int, classes: int, dtype: torch.dtype) -> Any:
         one = torch.empty((), dtype=dtype, requires_grad=True)

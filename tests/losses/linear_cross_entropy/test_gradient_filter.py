@@ -144,10 +144,10 @@ def kept_fraction(
     monkeypatch: pytest.MonkeyPatch,
     upstream: Tensor | None = None,
 ) -> float:
-    from tilework.losses._classes.linear import triton
+    from tilework.losses._classes.linear.triton import filter
 
     counts = []
-    large_classes, kept_tiles = tiled.large_classes, triton.kept_tiles
+    large_classes, kept_tiles = tiled.large_classes, filter.kept_tiles
 
     def record_classes(sizes: Tensor, budget: float) -> tuple[Tensor, float]:
         kept, spent = large_classes(sizes, budget)
@@ -161,7 +161,7 @@ def kept_fraction(
 
     with monkeypatch.context() as patch:
         patch.setattr(tiled, "large_classes", record_classes)
-        patch.setattr(triton, "kept_tiles", record_tiles)
+        patch.setattr(filter, "kept_tiles", record_tiles)
         function = partial(
             linear_cross_entropy, implementation=implementation, gradient_filter=fraction
         )
@@ -204,10 +204,10 @@ def test_products_are_those_of_the_kept_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Behind the features, the weight holds the identity, which brings the gradient by logits out.
-    from tilework.losses._classes.linear import triton
+    from tilework.losses._classes.linear.triton import filter
 
     sizes = []
-    kept_tiles = triton.kept_tiles
+    kept_tiles = filter.kept_tiles
 
     def record(masses: Tensor, scale: Tensor, left: Tensor, width: int, *args: Any) -> Tensor:
         kept = kept_tiles(masses, scale, left, width, *args)
@@ -220,7 +220,7 @@ def test_products_are_those_of_the_kept_tiles(
             sizes.append((int(keep), height * columns))
         return kept
 
-    monkeypatch.setattr(triton, "kept_tiles", record)
+    monkeypatch.setattr(filter, "kept_tiles", record)
     features = 11
     hidden = torch.cat([torch.randn(tokens, features), torch.zeros(tokens, classes)], 1).to(dtype)
     head = torch.cat([0.2 * torch.randn(classes, features), torch.eye(classes)], 1).to(dtype)
