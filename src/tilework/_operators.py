@@ -9,7 +9,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from tilework import _torch
 
 _library: Any = torch.library.Library("tilework", "DEF")  # type: ignore[no-untyped-call]
 
-Given = TypeVar("Given", bound=NamedTuple)
-Results = TypeVar("Results", bound=NamedTuple)
+if TYPE_CHECKING:
+    Given = TypeVar("Given", bound=NamedTuple)
+    Results = TypeVar("Results", bound=NamedTuple)
+else:  # where it is a function
+    Given = TypeVar("Given", bound=tuple)
+    Results = TypeVar("Results", bound=tuple)
 Gradients = Mapping[str, Tensor | None]
 """By the names of the arguments; those that are not needed may be missing."""
 Needed = frozenset[str]
