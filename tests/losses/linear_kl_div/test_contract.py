@@ -156,14 +156,14 @@ def test_misspelt_and_positional_options() -> None:
 
 
 def test_default_on_the_cpu_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tilework.losses.linear_kl_div import reference
+    from tilework.losses.linear_kl_div import tiled
 
     table = _operators.TABLES["losses.linear_kl_div"]
     assert [entry.name for entry in table] == ["triton", "tiled", "reference"]
-    monkeypatch.setattr(reference, "linear_divergences", None)
-    linear_kl_div(**ARGUMENTS)
+    monkeypatch.setattr(tiled, "forward", None)
+    linear_kl_div(**ARGUMENTS, implementation="reference")
     with pytest.raises(TypeError, match="not callable"):
-        linear_kl_div(**ARGUMENTS, implementation="reference")
+        linear_kl_div(**ARGUMENTS)
 
 
 @pytest.mark.untyped
@@ -177,8 +177,8 @@ def test_default_where_there_is_a_gpu(double: str | None, monkeypatch: pytest.Mo
 
     chosen = []
 
-    def record(shard: Any, *args: Any) -> torch.Tensor:
-        chosen.append(args[-1])
+    def record(shard: Any, given: Any) -> torch.Tensor:
+        chosen.append(given.implementation)
         return torch.zeros(4)
 
     monkeypatch.setattr(_operators, "choose", where)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tilework.losses import linear_kl_div
+from tilework.losses.linear_kl_div.common import Heads
 
 from losses.linear_kl_div.problem import DIVERGENCES, IMPLEMENTATIONS, Problem, composed
 
@@ -208,15 +209,15 @@ def test_operators(implementation: str, divergence: str, bias: bool) -> None:
     teacher = (problem.teacher_input, problem.teacher_weight, problem.teacher_bias)
     counted = torch.tensor([True, True, False, True, True])
     options = (3.0, None, 0.7, divergence, 0.4)
-    arguments = (*student, *teacher, counted, *options, implementation)
-    torch.library.opcheck(torch.ops.tilework.linear_kl_div, arguments)
-    _, statistics = torch.ops.tilework.linear_kl_div(*arguments)
+    given = Heads(*student, *teacher, counted, *options, implementation)
+    torch.library.opcheck(torch.ops.tilework.linear_kl_div, tuple(given))
+    _, statistics = torch.ops.tilework.linear_kl_div(*given)
     for needed in itertools.product([False, True], [True], [False, bias]):
         torch.library.opcheck(
             torch.ops.tilework.linear_kl_div_backward,
             (
-                *(torch.randn(5), *student, *teacher, counted, statistics.detach()),
-                *(*options, list(needed), implementation),
+                *(*student, *teacher, counted, statistics.detach(), torch.randn(5)),
+                *(list(needed), *options, implementation),
             ),
         )
 

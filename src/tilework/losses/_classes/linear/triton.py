@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._triton import Config, Tuned
+from tilework.losses._classes.kept import note
 from tilework.losses._classes.kernels import (
     MAX_SHARES,
     PANEL_CLASSES,
@@ -809,6 +810,7 @@ def kept_tiles(
         BLOCK_ROWS=config.block_rows,
         BLOCK_COLUMNS=config.block_columns,
     )
+    note(lambda: (int(kept.sum()), kept.numel()))
     return kept
 
 
