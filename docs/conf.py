@@ -3,16 +3,19 @@
 import importlib
 import inspect
 import itertools
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.util.rst import escape
 
 import tilework
-from tilework import _operators, catalog
-from tilework._operators import Implementation
+from tilework import _implementations, catalog
+from tilework._implementations import Implementation, Table
+from tilework._options import Options
 
 project = "Tilework"
 version = release = tilework.__version__
@@ -62,10 +65,11 @@ def write_api_pages(app: Sphinx) -> None:
             (folder / f"{family}.md").write_text(page)
 
 
-def rows(table: tuple[Implementation, ...]) -> list[list[str]]:
+def rows(table: Table) -> list[list[str]]:
     """What the implementations of a primitive support, with a column for each of them."""
     describe: dict[str, Callable[[Implementation], str]] = {
         "": lambda one: f"``{one.name}``",
+        "For": lambda one: escape(one.when or "everything"),
         "Devices": lambda one: ", ".join(one.devices) or "any",
         "Dtypes": lambda one: ", ".join(str(dtype).split(".")[1] for dtype in one.dtypes),
         "Memory": lambda one: escape(one.memory),
@@ -87,12 +91,44 @@ def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
             family: list(members)
             for family, members in itertools.groupby(catalog.entries(), lambda one: one.family)
         },
-        "tables": {name: rows(table) for name, table in _operators.TABLES.items()},
+        "tables": [(names, rows(table)) for names, table in _implementations.shared()],
         "escape": escape,
     }
     source[0] = app.builder.templates.render_string(source[0], context)
 
 
+def describe_options(
+    app: Sphinx, what: str, name: str, object_: Any, options: Any, lines: list[str]
+) -> None:
+    """Give a twin the descriptions of its options, which stand in its function's docstring."""
+    function = catalog.function_of(object_)
+    if function is None or "Args:" in lines:
+        return
+    arguments = inspect.signature(object_).parameters
+    section = (inspect.getdoc(function) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    described = [
+        one for one in re.split(r"\n(?=    \w)", section) if one.strip().split(":")[0] in arguments
+    ]
+    place = lines.index("Example:")
+    lines[place:place] = ["Args:", *"\n".join(described).split("\n"), ""]
+
+
+def show_public_bases(
+    app: Sphinx, name: str, object_: type, options: Any, bases: list[type]
+) -> None:
+    """Show a private base as the first public one among its own."""
+    if not issubclass(object_, Options):
+        return
+    public = [
+        next(one for one in base.__mro__ if "._" not in f"{one.__module__}.{one.__name__}")
+        for base in bases
+    ]
+    bases[:] = [one for one in public if not any(one in other.__mro__[1:] for other in public)]
+
+
 def setup(app: Sphinx) -> None:
+    # Before napoleon, which reads the sections.
+    app.connect("autodoc-process-docstring", describe_options, priority=400)
+    app.connect("autodoc-process-bases", show_public_bases)
     app.connect("builder-inited", write_api_pages)
     app.connect("source-read", fill_in)

@@ -1,12 +1,15 @@
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores; read when torch is imported
 
+import hypothesis
 import pytest
 import torch
+
+from helpers import SEED
 
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
@@ -15,8 +18,34 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 
 
+hypothesis.settings.register_profile("tilework", database=None, deadline=None)
+hypothesis.settings.load_profile("tilework")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = SEED
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Refuse files that draw when they are imported, before the seed is set."""
+    before = torch.get_rng_state()
+    report = yield
+    if not torch.equal(torch.get_rng_state(), before):
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} draws random numbers when it is imported"
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if "triton" in item.nodeid:
+            item.add_marker(pytest.mark.untyped)
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
@@ -24,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def deterministic_and_poisoned() -> Iterator[None]:
     """Refuse operations that are not deterministic, and fill ``torch.empty`` with nan."""
-    torch.manual_seed(int(os.environ.get("TILEWORK_SEED", "0")))
+    torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,11 +1,13 @@
-"""What the tests share: the error rule, dtypes and devices."""
+"""What the tests share: the seed of the run, the error rule, dtypes and devices."""
 
+import os
 from collections.abc import Iterable
 
 import pytest
 import torch
 from torch import Tensor
 
+SEED = int(os.environ.get("TILEWORK_SEED", "0"))
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))

@@ -1,5 +1,6 @@
 """Run a function in several processes that form a gloo group, and collect what each returns."""
 
+import multiprocessing
 import os
 import tempfile
 import time
@@ -9,11 +10,20 @@ from typing import Any
 
 import torch
 
+from helpers import SEED
+
+# They are forked from one that has imported what takes long.
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed.tensor", "tilework.losses", "tilework.norms", "hypothesis", "pytest"]
+)
+
 
 def run(function: Callable[[], Any], processes: int) -> list[Any]:
     """What a function of a module returns in each process, in the order of ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_enter, (function, processes, folder), nprocs=processes)
+        torch.multiprocessing.start_processes(
+            _enter, (function, processes, folder), processes, start_method="forkserver"
+        )
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(processes)
         ]
@@ -21,7 +31,7 @@ def run(function: Callable[[], Any], processes: int) -> list[Any]:
 
 def _enter(rank: int, function: Callable[[], Any], processes: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(int(os.environ.get("TILEWORK_SEED", "0")))
+    torch.manual_seed(SEED)
     store = torch.distributed.FileStore(os.path.join(folder, "store"), processes)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
     result = Path(folder) / f"{rank}.pt"

@@ -3,14 +3,18 @@
 import doctest
 import importlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tilework
 from tilework import catalog
+from tilework._options import Options
 
 ENTRIES = catalog.entries()
+TWINS = [entry for entry in ENTRIES if catalog.function_of(entry.object)]
 TESTS = Path(__file__).parent
 
 
@@ -40,13 +44,36 @@ def test_every_entry_is_complete(entry: catalog.Entry) -> None:
     places = [documentation.find(f"\n{section}") for section in sections]
     found = [place for place in places if place >= 0]
     assert found == sorted(found), "sections out of order"
-    required = {"Args:", "Example:", "Reference:"}
+    required = {"Example:"} if entry in TWINS else {"Args:", "Example:", "Reference:"}
     if inspect.isfunction(entry.object):
         required |= {"Returns:"}
-    if not (inspect.isclass(entry.object) and issubclass(entry.object, tuple)):
+    if entry not in TWINS and not (
+        inspect.isclass(entry.object) and issubclass(entry.object, tuple)
+    ):
         required |= {"Raises:"}
     missing = [s for s, place in zip(sections, places, strict=True) if place < 0 and s in required]
     assert not missing, f"no section {missing}"
+
+
+def options(callable_: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters that are not tensors."""
+    return {
+        name: parameter.replace(kind=parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(callable_).parameters.items()
+        if "Tensor" not in str(parameter.annotation)
+    }
+
+
+@pytest.mark.parametrize("entry", TWINS, ids=lambda entry: entry.name)
+def test_every_twin_has_the_options_of_its_function(entry: catalog.Entry) -> None:
+    function = catalog.function_of(entry.object)
+    assert function is not None
+    assert issubclass(entry.object, Options)
+    expected, found = options(function), options(entry.object)
+    own = [name for name, parameter in found.items() if name not in expected]
+    positional = inspect.signature(entry.object).parameters
+    assert all(positional[name].kind is not inspect.Parameter.KEYWORD_ONLY for name in own)
+    assert {name: found.get(name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)

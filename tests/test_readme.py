@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+import tilework
+from tilework import catalog
+from tilework._implementations import TABLES
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -21,3 +25,27 @@ def test_commands_exist() -> None:
     assert {"demo", "test"} <= named <= targets
     commands = {"list", "show", "doctor", "bench", "plot"}
     assert set(re.findall(r"^tilework (\w+)", README, re.MULTILINE)) == commands
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table with such a heading."""
+    table = README.split(f"\n| {heading} |", 1)[1].split("\n\n")[0]
+    return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([\w.]+)`", cell)
+
+
+def test_families_are_those_with_public_names() -> None:
+    found = [name for family, _ in rows("family") for name in names(family)]
+    assert found == [family for family in tilework.FAMILIES if getattr(tilework, family).__all__]
+
+
+def test_flagships_have_these_implementations() -> None:
+    flagships = rows("| implements")
+    assert flagships
+    for which, _, implementations in flagships:
+        for name in names(which):
+            assert catalog.find(name).name == f"tilework.{name}"
+            assert [entry.name for entry in TABLES[name]] == names(implementations)

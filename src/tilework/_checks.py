@@ -5,14 +5,16 @@ A check that reads values runs on plain CPU tensors only: elsewhere it would syn
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Integral
+from typing import TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tilework import _torch
 
 REDUCTIONS = ("mean", "sum", "none")
+POSITIVE_FRACTION = "a number above 0 and at most 1"
 
 
 def describe(value: object) -> str:
@@ -40,10 +42,12 @@ def one_of(function: str, argument: str, value: object, accepted: Iterable[objec
 
 
 def number(function: str, argument: str, value: object) -> int | float:
-    """Refuse what is not a real number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise bad_type(function, argument, "a number", value)
-    return value
+    """The real number that came, one of NumPy as Python's; refuse anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if isinstance(value, np.integer | np.floating):
+        return int(value) if isinstance(value, np.integer) else float(value)
+    raise bad_type(function, argument, "a number", value)
 
 
 def finite(function: str, argument: str, value: object) -> None:
@@ -76,6 +80,12 @@ def open_fraction(function: str, argument: str, value: object) -> None:
         raise bad_value(function, argument, "a number above 0 and below 1", value)
 
 
+def positive_fraction(function: str, argument: str, value: object) -> None:
+    """Refuse a number outside (0, 1]."""
+    if not 0 < number(function, argument, value) <= 1:
+        raise bad_value(function, argument, POSITIVE_FRACTION, value)
+
+
 def fractions(function: str, argument: str, value: Tensor) -> Tensor:
     """Refuse a tensor with values outside [0, 1]; where looking is not free they become nan."""
     inside = (value >= 0) & (value <= 1)
@@ -104,16 +114,20 @@ def holds_values(tensor: Tensor) -> bool:
     )
 
 
-def integer(function: str, argument: str, value: object) -> None:
-    """Refuse what is not an int."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+def integer(function: str, argument: str, value: object) -> int:
+    """The int that came, one of NumPy as Python's; refuse anything else."""
+    if not _is_int(value):
         raise bad_type(function, argument, "an int", value)
+    return int(value) if isinstance(value, np.integer) else value
 
 
-def count(function: str, argument: str, value: int, minimum: int = 1) -> None:
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int | np.integer | torch.SymInt) and not isinstance(value, bool)
+
+
+def count(function: str, argument: str, value: object, minimum: int = 1) -> None:
     """Refuse what is not an int of at least the minimum."""
-    integer(function, argument, value)
-    if value < minimum:
+    if integer(function, argument, value) < minimum:
         raise bad_value(function, argument, f"an int of at least {minimum}", value)
 
 
@@ -148,7 +162,7 @@ def sizes(function: str, argument: str, value: object) -> tuple[int, ...]:
     """A size or a non-empty sequence of sizes as a tuple; refuse anything else."""
     result = tuple(value) if isinstance(value, Sequence) else (value,)
     accepted = "an int or a non-empty sequence of ints, each at least 0"
-    if not all(isinstance(size, Integral | torch.SymInt) for size in result):
+    if not all(map(_is_int, result)):
         raise bad_type(function, argument, accepted, value)
     if not result or any(size < 0 for size in result):
         raise bad_value(function, argument, accepted, value)

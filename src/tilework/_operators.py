@@ -7,19 +7,16 @@ node.
 
 import functools
 import importlib
-import importlib.util
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
-from tilework import _checks, _torch
+from tilework import _torch
 
 _library: Any = torch.library.Library("tilework", "DEF")  # type: ignore[no-untyped-call]
 
@@ -37,88 +34,6 @@ HALF = (torch.float16, torch.bfloat16)
 def computation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and accumulators: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """What one implementation of a primitive supports. ``tilework doctor`` prints the table."""
-
-    name: str
-    devices: tuple[str, ...]  # () stands for every device
-    dtypes: tuple[torch.dtype, ...]
-    memory: str
-    backward: str
-    deterministic: bool
-    needs: str | None = None  # a package
-    checked_on: str = ""  # where its numbers were compared with float64
-    installed: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Once, as a look for a package takes longer than a call of a small operator.
-        found = self.needs is None or importlib.util.find_spec(self.needs) is not None
-        object.__setattr__(self, "installed", found)
-
-
-TABLES: dict[str, tuple[Implementation, ...]] = {}
-"""The implementations of each accelerated primitive, the preferred one first."""
-
-
-def check_name(function: str, table: Sequence[Implementation], name: str | None) -> None:
-    """Refuse the name of an implementation that does not exist."""
-    if name is not None:
-        _checks.one_of(function, "implementation", name, [entry.name for entry in table])
-
-
-def missing(entry: Implementation) -> str | None:
-    """Why an implementation cannot run here at all, if it cannot."""
-    return None if entry.installed else f"the package {entry.needs} is not installed"
-
-
-def refusal(entry: Implementation, tensor: Tensor) -> str | None:
-    """Why an implementation does not take tensors like this one, if it does not."""
-    device = tensor.device.type
-    if tensor.dtype not in entry.dtypes:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in entry.dtypes)
-        return f"it takes {accepted}, not {_checks.describe(tensor)}"
-    if entry.devices and device not in entry.devices and not _interpreted(entry):
-        return f"it runs on {', '.join(entry.devices)}, not on {device}"
-    return missing(entry)
-
-
-def _interpreted(entry: Implementation) -> bool:
-    return entry.needs == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def choose(
-    function: str,
-    table: Sequence[Implementation],
-    name: str | None,
-    tensor: Tensor,
-    limits: Mapping[str, Callable[[], str | None]] | None = None,
-) -> str:
-    """The named implementation, which must take the tensor; or the first that is made for it.
-
-    ``limits`` says of some implementations why they do not take the other arguments, if so.
-    """
-
-    def reason(entry: Implementation) -> str | None:
-        found = refusal(entry, tensor)
-        if found is None and limits is not None and entry.name in limits:
-            return limits[entry.name]()
-        return found
-
-    check_name(function, table, name)
-    if name is None:
-        device = tensor.device.type
-        for entry in table:
-            if device in (entry.devices or (device,)) and not reason(entry):
-                return entry.name
-        reasons = "; ".join(f"{entry.name}: {reason(entry)}" for entry in table)
-        raise TypeError(f"{function}: no implementation takes these tensors ({reasons})")
-    why = reason(next(entry for entry in table if entry.name == name))
-    if why is not None:
-        raise ValueError(f"{function}: implementation={name!r} cannot be used: {why}")
-    return name
 
 
 def only_reference() -> bool:
@@ -229,45 +144,62 @@ def define_pair(
     differentiable: Sequence[str],
     saved: Sequence[str],
     constant: Sequence[str] = (),
+    forward: str = "forward",
+    backward: str = "backward",
+    empty_gradient: Callable[[Any, Tensor], Tensor] | None = None,
+    second_derivative: Callable[..., Gradients] | None = None,
 ) -> Callable[[Given], Results]:
     """Register an operator and that of its gradients, for a folder of implementations.
 
     The last argument is called ``implementation``: a module of the package ``rooms``, imported on
     its first use, which has ``forward(given) -> results`` and ``backward(given, results, grads,
-    needed) -> gradients`` as :func:`define` describes them. ``reference`` is plain PyTorch: that of
-    the name, what runs under transforms that have no other rule, and the second derivative of all.
-    ``differentiable`` names the arguments that have gradients; ``saved`` holds these and what else
-    ``backward`` and ``reference`` read.
+    needed) -> gradients`` as :func:`define` describes them, by these or other names. ``reference``
+    is plain PyTorch: that of the name, what runs under transforms that have no other rule, and the
+    second derivative of all, unless a ``second_derivative`` refuses it. ``differentiable`` names
+    the arguments that have gradients; ``saved`` holds these and what else ``backward`` and
+    ``reference`` read. ``empty_gradient`` makes one like those of ``backward``, from the arguments
+    of the gradients' operator and a leaf, where they are not contiguous.
     """
-
-    @functools.cache
-    def room(implementation: str) -> Any:
-        return importlib.import_module(f"{rooms}.{implementation}")
-
-    def kernel(given: Given) -> Results:
-        found: Results = room(given[-1]).forward(given)
-        return found
-
-    gradients = _Gradients(arguments, results, reference, differentiable, saved, constant)
-    backward = define(
+    gradients = _Gradients(
+        arguments, results, reference, differentiable, saved, constant, empty_gradient
+    )
+    of_implementation = of_rooms(rooms, backward)
+    derivative = define(
         f"{name}_backward",
         gradients.arguments,
         gradients.results,
-        lambda given: gradients.kernel(room(given.implementation).backward, given),
+        lambda given: gradients.kernel(of_implementation, given),
         gradients.fake,
-        derivative=gradients.second_derivative,
+        derivative=second_derivative or gradients.second_derivative,
         saved=gradients.saved,
     )
     operator = define(
         name,
         arguments,
         results,
-        kernel,
+        of_rooms(rooms, forward),
         fake,
-        derivative=lambda *args: gradients.derivative(backward, *args),
+        derivative=lambda *args: gradients.derivative(derivative, *args),
         saved=saved,
         constant=constant,
     )
+    return or_reference(operator, reference)
+
+
+def of_rooms(rooms: str, function: str) -> Callable[..., Any]:
+    """A function of the module that ``implementation`` names, imported on its first use."""
+
+    @functools.cache
+    def find(implementation: str) -> Any:
+        return getattr(importlib.import_module(f"{rooms}.{implementation}"), function)
+
+    return lambda given, *args: find(given.implementation)(given, *args)
+
+
+def or_reference(
+    operator: Callable[[Given], Results], reference: Callable[[Given], Results]
+) -> Callable[[Given], Results]:
+    """An operator, but the reference where it is named, or under transforms without a rule."""
     without_lowering = without_autocast(reference)
 
     def call(given: Given) -> Results:
@@ -289,7 +221,9 @@ class _Gradients(Generic[Given, Results]):
         differentiable: Sequence[str],
         saved: Sequence[str],
         constant: Sequence[str],
+        empty_gradient: Callable[[Any, Tensor], Tensor] | None,
     ) -> None:
+        self.empty_gradient = empty_gradient or (lambda _, leaf: leaf.new_empty(leaf.shape))
         self.of_arguments: Any = arguments
         self.of_results: Any = results
         self.reference = reference
@@ -343,7 +277,7 @@ class _Gradients(Generic[Given, Results]):
         first = getattr(given, self.differentiable[0])
         return self.results(
             *(
-                leaf.new_empty(leaf.shape) if need else first.new_empty(0)
+                self.empty_gradient(given, leaf) if need else first.new_empty(0)
                 for leaf, need in zip(leaves, given.needed, strict=True)
             )
         )

@@ -1,5 +1,8 @@
 """The private names of PyTorch that the library leans on; ``tests/test_torch.py`` checks each."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -33,3 +36,21 @@ def multiplies_bfloat16() -> bool:
 def standard_gamma(shape: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw from gamma distributions of these shapes; no public sampler takes a generator."""
     return torch._standard_gamma(shape, generator=generator)
+
+
+@contextmanager
+def autograd_enabled() -> Iterator[None]:
+    """Record gradients, also inside of an operator's kernel, where PyTorch has left autograd."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    was_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, was_excluded)
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that is running may be asked for again."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()

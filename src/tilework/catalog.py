@@ -4,13 +4,14 @@
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import tilework
 
-__all__ = ["Entry", "Paper", "entries", "find", "implements", "without_paper"]
+__all__ = ["Entry", "Paper", "entries", "find", "function_of", "implements", "without_paper"]
 
 T = TypeVar("T")
 
@@ -107,3 +108,27 @@ def find(name: str) -> Entry:
         names = ", ".join(entry.name for entry in found) or "none"
         raise KeyError(f"{name!r} must match one public name, matches: {names}")
     return found[0]
+
+
+def function_of(object_: Any) -> Callable[..., Any] | None:
+    """The public function whose options a class carries; None for anything that is no such twin.
+
+    It is that of the class's name, with or without Loss. A layer, which makes parameters on a
+    device, has more than the options of a function, and a tuple is a result.
+
+    Example:
+        >>> from tilework import catalog, losses
+        >>> catalog.function_of(losses.SquentropyLoss).__name__
+        'squentropy'
+    """
+    if not inspect.isclass(object_) or issubclass(object_, tuple):
+        return None
+    if "device" in inspect.signature(object_).parameters:
+        return None
+    name = object_.__name__.lower()
+    functions = {
+        entry.object.__name__.replace("_", ""): entry.object
+        for entry in entries()
+        if inspect.isfunction(entry.object)
+    }
+    return functions.get(name) or functions.get(name.removesuffix("loss"))

@@ -74,8 +74,9 @@ def compare(
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), BUILT)
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize(
+    ("pool", "is_causal"), [("max", False), ("max", True), ("mean", True), ("sum", False)]
+)
 def test_equals_torch(implementation: str, dtype: torch.dtype, is_causal: bool, pool: str) -> None:
     compare(tensors(dtype=dtype), implementation, (16, 16), pool, is_causal, 0.4)
 

@@ -137,8 +137,10 @@ def test_equals_torch(implementation: str, dtype: torch.dtype, is_causal: bool) 
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("block", [(32, 16), (16, 64)])
-@pytest.mark.parametrize("heads", [(1, 1), (4, 1), (2, 5)])
+@pytest.mark.parametrize(
+    ("block", "heads"),
+    [((32, 16), (1, 1)), ((16, 64), (4, 1)), ((32, 16), (2, 5)), ((16, 64), (2, 5))],
+)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_blocks_and_lists(
     implementation: str, block: tuple[int, int], heads: tuple[int, int], is_causal: bool
@@ -262,14 +264,28 @@ def test_strides_and_two_calls(implementation: str) -> None:
 
 
 SMALL = [4, 0, 7], [5, 2, 3]
-LAYOUT = BlockLayout.from_dense(torch.rand(3, 1, 3, 3) < 0.7, 3)
-QUERY, KEY, VALUE = (t.detach() for t in tensors(SMALL, 2, 2, torch.float64))
+MASK = [
+    [[1, 1, 0], [1, 0, 1], [0, 1, 1]],
+    [[1, 1, 1], [0, 1, 1], [1, 0, 1]],
+    [[0, 1, 0], [1, 1, 0], [1, 1, 1]],
+]
+LAYOUT = BlockLayout.from_dense(torch.tensor(MASK, dtype=torch.bool)[:, None], 3)
+QUERY, KEY, VALUE = (
+    torch.zeros(length, 2, features, dtype=torch.float64)
+    for length, features in ((11, 12), (10, 12), (10, 6))
+)
 OPTIONS: dict[str, Any] = {
     "layout": LAYOUT,
     "cu_seqlens_q": borders(SMALL[0]),
     "cu_seqlens_k": borders(SMALL[1]),
     "is_causal": True,
 }
+
+
+@pytest.fixture(autouse=True)
+def drawn() -> None:
+    for tensor in (QUERY, KEY, VALUE):
+        tensor.normal_()
 
 
 def scalar(query: Tensor, key: Tensor, value: Tensor, implementation: str) -> Tensor:
@@ -340,10 +356,9 @@ def test_operators() -> None:
     operators = torch.ops.tilework
     torch.library.opcheck(operators.block_sparse_attention, (*packed, *lists, *cuts, *options))
     output, lse = operators.block_sparse_attention(*packed, *lists, *cuts, *options)
-    saved = [t.detach() for t in (output, lse, *packed, output, lse)]
-    torch.library.opcheck(
-        operators.block_sparse_attention_backward, (*saved, *lists, *cuts, *options)
-    )
+    saved = [t.detach() for t in (*packed, output, lse)]
+    given = *saved, *lists, *cuts, *saved[3:], [True, True, True], *options
+    torch.library.opcheck(operators.block_sparse_attention_backward, given)
 
 
 def test_autocast() -> None:

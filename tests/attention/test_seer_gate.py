@@ -296,8 +296,9 @@ def test_transforms() -> None:
     batched = torch.vmap(gate)(query.unflatten(0, (3, 2)), key.unflatten(0, (3, 2)))
     torch.testing.assert_close(batched.flatten(0, 1), gate(query, key))
 
+    # Some seconds: a graph for lengths with a block that is not full, and one for those without.
     compiled = torch.compile(gate, fullgraph=True, dynamic=True, backend="aot_eager")
-    for length in (13, 21, 20, 5):
+    for length in (13, 20):
         leaves = tensors(gate, (length, length))
         results = [
             torch.autograd.grad(logits.exp().sum(), [*leaves, *gate.parameters()])
@@ -391,7 +392,7 @@ def test_module() -> None:
     ("error", "match", "options"),
     [
         (TypeError, "head_dim must be an int, got 2.5", {"head_dim": 2.5}),
-        (ValueError, "num_heads must be a finite number of at least 1", {"num_heads": 0}),
+        (ValueError, "num_heads must be an int of at least 1", {"num_heads": 0}),
         (ValueError, "num_kv_heads must be a divisor of num_heads=4, got 3", {"num_kv_heads": 3}),
         (TypeError, "num_kv_heads must be an int", {"num_kv_heads": 2.0}),
         (ValueError, "block_size must be", {"block_size": 0}),
@@ -418,7 +419,7 @@ def test_bad_options(error: type[Exception], match: str, options: dict[str, Any]
         SeerGate(head_dim, num_heads, num_kv_heads, **arguments)
 
 
-QUERY, KEY = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
+QUERY, KEY = torch.ones(2, 4, 9, 8), torch.ones(2, 2, 9, 8)
 
 
 @pytest.mark.untyped

@@ -37,6 +37,10 @@ def tensors(length: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> 
     return [torch.randn(batch, heads, length, 6).to(dtype) for heads in (4, 2)]
 
 
+def ones(length: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> list[Tensor]:
+    return [torch.ones(batch, heads, length, 6, dtype=dtype) for heads in (4, 2)]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     chunks=st.lists(st.integers(0, 25), min_size=1, max_size=8),
@@ -193,15 +197,15 @@ def test_nan_stays_in_its_sequence_and_blocks() -> None:
 @pytest.mark.parametrize(
     ("error", "match", "query", "key"),
     [
-        (TypeError, "query must be a floating-point tensor", tensors(3)[0].long(), tensors(3)[1]),
-        (ValueError, r"query must be of shape \(B, 4, L, 6\)", tensors(3)[1], tensors(3)[1]),
-        (ValueError, r"key must be of shape \(B, 2, L, 6\)", tensors(3)[0], tensors(3)[0]),
-        (ValueError, r"key must be of shape \(2, 2, 3, 6\)", tensors(3)[0], tensors(4)[1]),
-        (ValueError, "key must be of query's batch 2", tensors(3)[0], tensors(3, batch=1)[1]),
-        (TypeError, "key must be of query's", tensors(3)[0], tensors(3)[1].float()),
-        (TypeError, "query must be torch.float64 as before", *tensors(3, torch.float32)),
-        (ValueError, "query must be of the batch 2 as before", *tensors(3, batch=1)),
-        (ValueError, "query must lie on", tensors(3)[0].to("meta"), tensors(3)[1]),
+        (TypeError, "query must be a floating-point tensor", ones(3)[0].long(), ones(3)[1]),
+        (ValueError, r"query must be of shape \(B, 4, L, 6\)", ones(3)[1], ones(3)[1]),
+        (ValueError, r"key must be of shape \(B, 2, L, 6\)", ones(3)[0], ones(3)[0]),
+        (ValueError, r"key must be of shape \(2, 2, 3, 6\)", ones(3)[0], ones(4)[1]),
+        (ValueError, "key must be of query's batch 2", ones(3)[0], ones(3, batch=1)[1]),
+        (TypeError, "key must be of query's", ones(3)[0], ones(3)[1].float()),
+        (TypeError, "query must be torch.float64 as before", *ones(3, torch.float32)),
+        (ValueError, "query must be of the batch 2 as before", *ones(3, batch=1)),
+        (ValueError, "query must lie on", ones(3)[0].to("meta"), ones(3)[1]),
     ],
 )
 def test_bad_input(error: type[Exception], match: str, query: Tensor, key: Tensor) -> None:

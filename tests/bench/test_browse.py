@@ -1,5 +1,6 @@
 import io
 
+import pytest
 from rich.console import Console
 
 from tilework import catalog
@@ -64,6 +65,20 @@ def test_an_accelerated_name_shows_its_implementations_and_paper() -> None:
         _, heading, table = shown.rpartition("checked on")
         assert heading
         assert "tiled" in table
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention.BlockLayout",
+        "attention.block_sparse_attention",
+        "losses.linear_squentropy",
+        "losses.LinearKLDivLoss",
+        "norms.RMSNorm",
+    ],
+)
+def test_every_name_of_a_table_shows_it(name: str) -> None:
+    assert "default on" in text(browse.describe(catalog.find(name)))
 
 
 def test_misspelt_names_have_close_matches() -> None:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from tilework import _operators, catalog
-from tilework._operators import Implementation
+from tilework import catalog
+from tilework._implementations import TABLES, Implementation
 from tilework.bench import doctor
 
 
@@ -18,12 +18,8 @@ def text(renderable: object) -> str:
 
 def entry(name: str = "kernel", **options: object) -> Implementation:
     defaults = {
-        "devices": (),
         "dtypes": (torch.float32,),
         "memory": "little",
-        "backward": "first order",
-        "deterministic": True,
-        "checked_on": "CPU",
     }
     return Implementation(name, **(defaults | options))
 
@@ -59,7 +55,7 @@ def test_the_default_is_the_first_that_takes_some_dtype(monkeypatch: pytest.Monk
         entry("plain"),
         entry("last"),
     )
-    monkeypatch.setitem(_operators.TABLES, "family.thing", table)
+    monkeypatch.setitem(TABLES, "family.thing", table)
     monkeypatch.setattr(doctor, "devices", lambda: [torch.device("cpu")])
     lines = [
         line for line in text(doctor.implementations("family.thing")).splitlines() if "│" in line
@@ -75,7 +71,7 @@ def test_the_default_is_the_first_that_takes_some_dtype(monkeypatch: pytest.Monk
 
 def test_the_report_covers_every_operator_and_package() -> None:
     shown = text(doctor.report())
-    for table in _operators.TABLES:
+    for table in TABLES:
         assert table in shown
     assert torch.__version__ in shown
     assert "cut-cross-entropy" in shown
@@ -135,9 +131,17 @@ def test_a_gpu_older_than_the_kernels_is_a_problem(
 
 
 def test_tables_say_where_size_decides() -> None:
-    assert doctor.CHOICES.keys() <= _operators.TABLES.keys()
     shown = " ".join(text(doctor.implementations("norms.rms_norm")).split())
-    assert "tiled in place of torch on a CPU, from 2097152 elements" in shown
+    assert "tiled: on a CPU, RMS normalization from 2097152 elements" in shown
+    shown = " ".join(text(doctor.implementations("attention.block_sparse_attention")).split())
+    assert "triton: blocks of 16, 32, 64 or 128, up to 256 features" in shown
+
+
+def test_what_a_rule_decides_is_no_less_a_default() -> None:
+    for name in ("chunked", "tiled"):
+        table = text(doctor.implementations("losses.linear_cross_entropy"))
+        (row,) = (line for line in table.splitlines() if f"│ {name} " in line)
+        assert "cpu" in row.split("│")[3]
 
 
 def test_packages_that_pip_alone_does_not_install_have_another_hint() -> None:

@@ -285,8 +285,8 @@ def test_drops_into_generate():
 
 
 def test_representation():
-    assert repr(TypicalP()) == "TypicalP(0.9, min_tokens_to_keep=1)"
-    assert repr(TypicalP(0.2, min_tokens_to_keep=3)) == "TypicalP(0.2, min_tokens_to_keep=3)"
+    assert repr(TypicalP()) == "TypicalP()"
+    assert repr(TypicalP(0.2, min_tokens_to_keep=3)) == "TypicalP(mass=0.2, min_tokens_to_keep=3)"
 
 
 LOGITS = torch.zeros(2, 4)

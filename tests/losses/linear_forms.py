@@ -1,29 +1,36 @@
 """What the tests of linear forms run on: losses of a linear head without its logits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import samples
+
+
+def zeros() -> dict[str, Tensor]:
+    """Three tokens and nine classes."""
+    return {
+        "input": torch.zeros(3, 4),
+        "linear_weight": torch.zeros(9, 4),
+        "target": torch.zeros(3, dtype=torch.int64),
+    }
+
 
 @dataclass(frozen=True)
-class LinearForm:
+class LinearForm(samples.Sample):
     """A linear form, and the definition of its loss, on rows of logits."""
 
-    function: Callable[..., Tensor]
     definition: Callable[..., Tensor]
-    options: tuple[dict[str, Any], ...] = ({},)
+    _: KW_ONLY
+    accepts: dict[str, Any] = field(default_factory=zeros)
     weight: bool = False
     """Whether it takes class weights."""
     steps: bool = False
     """Whether rounded logits may change which positions count, under all options but the first."""
-
-    @property
-    def name(self) -> str:
-        return self.function.__name__
 
     def composed(
         self,

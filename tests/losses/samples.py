@@ -1,14 +1,15 @@
 """What the tests of every loss run on: sample inputs and a definition of each loss."""
 
-import importlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from inspect import Parameter
 from typing import Any
 
 import torch
 from torch import Tensor
+
+import samples
 
 Arguments = dict[str, Tensor]
 
@@ -23,25 +24,32 @@ def class_index(
     return tensors | ({"weight": torch.rand(classes).double() + 0.1} if weight else {})
 
 
+def zeros() -> Arguments:
+    """Four positions of three classes."""
+    return {"input": torch.zeros(4, 3), "target": torch.zeros(4, dtype=torch.int64)}
+
+
 @dataclass(frozen=True)
-class Sample:
+class Loss(samples.Sample):
     """One loss: the function, tensors to call it with, and its definition.
 
     The definition takes the same tensors and options, and computes in the dtype of the tensors by
     torch's own operations or by loops: the truth in float64, what is compared with elsewhere.
     """
 
-    function: Callable[..., Tensor]
     definition: Callable[..., Tensor]
     module: Callable[..., torch.nn.Module] | None
     tensors: Callable[[], Arguments] = lambda: class_index(13)
     """Draws the tensor arguments, in order; floating ones in float64."""
-    options: tuple[dict[str, Any], ...] = ({},)
+    _: KW_ONLY
+    accepts: dict[str, Any] = field(default_factory=zeros)
     differentiable: tuple[str, ...] = ("input",)
     batched: tuple[str, ...] = ("input", "target")
     """Arguments whose first dimension is that of the positions."""
     owned: tuple[str, ...] = ("weight",)
     """Tensors that the module takes in its constructor."""
+    checks_owned: bool = False
+    """Whether the constructor refuses them, which else the first call does."""
     class_index: bool = True
     """Whether the class-index layout and its rules hold."""
     mean_of_nothing: float = torch.nan
@@ -51,10 +59,6 @@ class Sample:
     """Whether the gradient is by definition not that of the value: parts are held constant."""
     widens: bool = False
     """Whether half precision gives float32."""
-
-    @property
-    def name(self) -> str:
-        return self.function.__name__
 
     @property
     def reductions(self) -> tuple[dict[str, Any], ...]:
@@ -89,13 +93,15 @@ class Sample:
         result: Tensor = self.module(**owned, **options)(**others)
         return result
 
-
-def samples() -> list[Sample]:
-    """The samples of all test files, which hold them as ``SAMPLES``."""
-    folder = Path(__file__).parent
-    found = []
-    for path in sorted(folder.rglob("test_*.py")):
-        if "\nSAMPLES = [" in path.read_text():
-            parts = path.relative_to(folder.parent).with_suffix("").parts
-            found += importlib.import_module(".".join(parts)).SAMPLES
-    return found
+    def calls(self, change: Mapping[str, Any]) -> Iterator[Callable[[], Any]]:
+        arguments = self.accepts | change
+        yield lambda: self.function(**arguments)
+        parameters = inspect.signature(self.function).parameters
+        options = {name for name in change if parameters[name].kind is Parameter.KEYWORD_ONLY}
+        if self.module is None or not change.keys() <= options.union(self.owned):
+            return
+        own = {name: arguments.pop(name) for name in [*self.owned, *options] if name in arguments}
+        if change.keys() <= options or self.checks_owned:
+            yield lambda: self.module(**own)
+        else:
+            yield lambda: self.module(**own)(**arguments)

@@ -1,4 +1,4 @@
-"""What every linear form keeps. The test file of its loss describes it in ``LINEAR_FORMS``."""
+"""What every linear form keeps. The test file of its loss has its table."""
 
 import inspect
 import subprocess
@@ -11,33 +11,16 @@ import torch
 
 import tilework.losses
 
+import samples
 from helpers import FLOATING, HALF, assert_exact, dtype_name
-from losses.classification import (
-    test_comp_sum_loss,
-    test_error_norm,
-    test_ldr_kl_loss,
-    test_squentropy,
-    test_z_loss,
-)
 from losses.linear_cross_entropy.problem import IMPLEMENTATIONS, Problem
 from losses.linear_forms import LinearForm
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
-FORMS = [
-    form
-    for file in (
-        test_comp_sum_loss,
-        test_error_norm,
-        test_ldr_kl_loss,
-        test_squentropy,
-        test_z_loss,
-    )
-    for form in file.LINEAR_FORMS
-]
 EXACT = ("reference", "tiled")
 REDUCTIONS = ("none", "sum", "mean")
 
-every_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+every_form = samples.every(LinearForm, name="form")
 
 
 def test_every_linear_form_is_here() -> None:
@@ -46,7 +29,7 @@ def test_every_linear_form_is_here() -> None:
         function = getattr(tilework.losses, name)
         folder = ".classification." in function.__module__
         names |= {name} if folder and name.startswith("linear_") else set()
-    assert names == {form.name for form in FORMS}
+    assert names == {form.name for form in samples.collect(LinearForm)}
 
 
 def check(form: LinearForm, problem: Problem, implementation: str) -> None:
@@ -345,6 +328,12 @@ def test_bad_input(
 
 
 @pytest.mark.untyped
+@samples.every_refusal(LinearForm)
+def test_refuses(sample: LinearForm, refusal: samples.Refusal) -> None:
+    sample.check_refusal(refusal)
+
+
+@pytest.mark.untyped
 @every_form
 def test_options(form: LinearForm) -> None:
     problem = Problem.random(3, 4, 9)
@@ -391,7 +380,7 @@ def test_store_no_logits() -> None:
             call(name, 1024, 48000)
         print(peak() - before)
     """
-    names = [form.name for form in FORMS]
+    names = [form.name for form in samples.collect(LinearForm)]
     output = subprocess.run(
         [sys.executable, "-c", code, *names], check=True, capture_output=True, text=True
     ).stdout

@@ -1,4 +1,4 @@
-"""Properties that every loss keeps. The test file of a loss describes it in ``SAMPLES``."""
+"""Properties that every loss keeps. The test file of a loss has its table."""
 
 import inspect
 
@@ -7,10 +7,10 @@ import torch
 
 import tilework.losses
 
+import samples
 from helpers import FLOATING, HALF, assert_exact, dtype_name
-from losses.samples import Arguments, Sample, class_index, samples
+from losses.samples import Arguments, Loss, class_index
 
-SAMPLES = samples()
 # These have folders of tests of their own, linear forms of losses test_every_linear_form.py.
 ELSEWHERE = {"linear_cross_entropy", "linear_kl_div"} | {
     name
@@ -18,10 +18,8 @@ ELSEWHERE = {"linear_cross_entropy", "linear_kl_div"} | {
     if name.startswith("linear_") and name.removeprefix("linear_") in tilework.losses.__all__
 }
 
-every_loss = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
-every_class_index_loss = pytest.mark.parametrize(
-    "sample", [s for s in SAMPLES if s.class_index], ids=lambda sample: sample.name
-)
+every_loss = samples.every(Loss)
+every_class_index_loss = samples.every(Loss, lambda sample: sample.class_index)
 
 
 def test_every_loss_has_a_sample() -> None:
@@ -31,12 +29,12 @@ def test_every_loss_has_a_sample() -> None:
         if inspect.isfunction(function):
             reduces = "reduction" in inspect.signature(function).parameters
             names |= {name} if reduces or name.endswith("_loss") else set()
-    assert names - ELSEWHERE <= {sample.name for sample in SAMPLES}
+    assert names - ELSEWHERE <= {sample.name for sample in samples.collect(Loss)}
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_name)
 @every_loss
-def test_equals_its_definition(sample: Sample, dtype: torch.dtype) -> None:
+def test_equals_its_definition(sample: Loss, dtype: torch.dtype) -> None:
     widened = sample.widens and dtype in HALF
     in_single = widened or dtype == torch.float64
     for options in (first | second for first in sample.options for second in sample.reductions):
@@ -65,7 +63,7 @@ def test_equals_its_definition(sample: Sample, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
 @every_loss
-def test_is_float32_under_autocast(sample: Sample, dtype: torch.dtype) -> None:
+def test_is_float32_under_autocast(sample: Loss, dtype: torch.dtype) -> None:
     tensors = sample.draw(dtype)
     with torch.autocast("cpu", dtype=dtype):
         half = sample.function(**tensors)
@@ -77,7 +75,7 @@ def test_is_float32_under_autocast(sample: Sample, dtype: torch.dtype) -> None:
 
 
 @every_loss
-def test_leaves_its_arguments_alone(sample: Sample) -> None:
+def test_leaves_its_arguments_alone(sample: Loss) -> None:
     tensors = sample.draw()
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     sample.gradients(sample.function(**tensors), tensors)
@@ -86,7 +84,7 @@ def test_leaves_its_arguments_alone(sample: Sample) -> None:
 
 
 @every_loss
-def test_nan_shows(sample: Sample) -> None:
+def test_nan_shows(sample: Loss) -> None:
     for name in sample.differentiable:
         tensors = {key: tensor.detach() for key, tensor in sample.draw().items()}
         if "target" in tensors and not tensors["target"].is_floating_point():
@@ -96,7 +94,7 @@ def test_nan_shows(sample: Sample) -> None:
 
 
 @every_loss
-def test_of_nothing(sample: Sample) -> None:
+def test_of_nothing(sample: Loss) -> None:
     if not sample.batched:
         pytest.skip("takes no empty batch")
     tensors = sample.draw()
@@ -112,7 +110,7 @@ def test_of_nothing(sample: Sample) -> None:
 
 
 @every_loss
-def test_any_strides(sample: Sample) -> None:
+def test_any_strides(sample: Loss) -> None:
     tensors = sample.draw()
     strided: Arguments = {}
     for name, tensor in tensors.items():
@@ -128,7 +126,7 @@ def test_any_strides(sample: Sample) -> None:
 
 @pytest.mark.untyped
 @every_loss
-def test_derivatives(sample: Sample) -> None:
+def test_derivatives(sample: Loss) -> None:
     if sample.surrogate:
         pytest.skip("its gradient is not that of its value")
     for options in sample.options:
@@ -148,7 +146,7 @@ def test_derivatives(sample: Sample) -> None:
 
 @pytest.mark.untyped
 @every_loss
-def test_vmap(sample: Sample) -> None:
+def test_vmap(sample: Loss) -> None:
     draws = [{name: tensor.detach() for name, tensor in sample.draw().items()} for _ in range(3)]
     stacked = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
@@ -167,7 +165,7 @@ def test_vmap(sample: Sample) -> None:
 
 @pytest.mark.untyped
 @every_loss
-def test_compiles(sample: Sample) -> None:
+def test_compiles(sample: Loss) -> None:
     compiled = torch.compile(sample.function, fullgraph=True, dynamic=True, backend="aot_eager")
     for options in sample.options:
         tensors = sample.draw(torch.float32)
@@ -179,7 +177,7 @@ def test_compiles(sample: Sample) -> None:
 
 
 @every_loss
-def test_module(sample: Sample) -> None:
+def test_module(sample: Loss) -> None:
     if sample.module is None:
         pytest.skip("has no module")
     for options in (first | second for first in sample.options for second in sample.reductions):
@@ -204,7 +202,7 @@ def test_module(sample: Sample) -> None:
 
 @pytest.mark.untyped
 @every_loss
-def test_bad_input(sample: Sample) -> None:
+def test_bad_input(sample: Loss) -> None:
     tensors = sample.draw()
     with pytest.raises(TypeError, match="unexpected keyword"):
         sample.function(**tensors, reductoin="mean")
@@ -225,8 +223,14 @@ def test_bad_input(sample: Sample) -> None:
                 sample.function(**(tensors | {name: tensor.detach().to("meta")}))
 
 
+@pytest.mark.untyped
+@samples.every_refusal(Loss)
+def test_refuses(sample: Loss, refusal: samples.Refusal) -> None:
+    sample.check_refusal(refusal)
+
+
 @every_class_index_loss
-def test_layouts(sample: Sample) -> None:
+def test_layouts(sample: Loss) -> None:
     """(C) and (N, C, d1, d2) are (N, C) in another order."""
     tensors = sample.draw()
     input, target = class_index(3, 2, 5, classes=tensors["input"].shape[1]).values()
@@ -247,7 +251,7 @@ def test_layouts(sample: Sample) -> None:
 
 @pytest.mark.parametrize("filling", [1e30, torch.inf, torch.nan])
 @every_class_index_loss
-def test_ignored_positions_do_not_count(sample: Sample, filling: float) -> None:
+def test_ignored_positions_do_not_count(sample: Loss, filling: float) -> None:
     tensors = sample.draw()
     ignored = torch.arange(len(tensors["target"])) % 3 == 1
     target = tensors["target"].clamp(min=0)
@@ -273,7 +277,7 @@ def test_ignored_positions_do_not_count(sample: Sample, filling: float) -> None:
 
 
 @every_class_index_loss
-def test_everything_ignored(sample: Sample) -> None:
+def test_everything_ignored(sample: Loss) -> None:
     tensors = sample.draw()
     tensors["target"] = torch.full_like(tensors["target"], -100)
     for options in sample.reductions:
@@ -288,7 +292,7 @@ def test_everything_ignored(sample: Sample) -> None:
 
 @pytest.mark.untyped
 @every_class_index_loss
-def test_bad_targets(sample: Sample) -> None:
+def test_bad_targets(sample: Loss) -> None:
     tensors = sample.draw()
     target = tensors["target"].clamp(min=0)
     classes = tensors["input"].shape[1]
@@ -313,7 +317,7 @@ def test_bad_targets(sample: Sample) -> None:
 
 
 @every_class_index_loss
-def test_extreme_logits(sample: Sample) -> None:
+def test_extreme_logits(sample: Loss) -> None:
     """Values and gradients of finite logits are those of the definition, however large."""
     for dtype, size in ((torch.float32, 1e4), (torch.bfloat16, 1e4), (torch.float16, 100.0)):
         tensors = sample.draw(dtype)

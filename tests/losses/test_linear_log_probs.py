@@ -251,10 +251,16 @@ def test_properties(
     close(of_lse.sum(), torch.tensor(tokens / temperature, dtype=torch.float64))
 
 
-HIDDEN = torch.randn(3, 5, 4, dtype=torch.float64)
-HEAD = torch.randn(31, 4, dtype=torch.float64)
-TARGET = torch.randint(31, (3, 5))
-TARGET[:, 1] = -100
+HIDDEN = torch.zeros(3, 5, 4, dtype=torch.float64)
+HEAD = torch.zeros(31, 4, dtype=torch.float64)
+TARGET = torch.zeros(3, 5, dtype=torch.int64)
+
+
+@pytest.fixture(autouse=True)
+def drawn() -> None:
+    for tensor in (HIDDEN, HEAD):
+        tensor.normal_()
+    TARGET.random_(31)[:, 1] = -100
 
 
 def scalar(function: Callable[..., LinearLogProbs]) -> Callable[..., Tensor]:

@@ -76,6 +76,7 @@ def test_module_takes_the_place_of_that_of_torch(shape, dtype):
     for affine, bias in ((True, True), (True, False), (False, True)):
         arguments = (shape, 1e-4, affine, bias, "cpu", dtype)
         ours, theirs = (cls(*arguments) for cls in (LayerNorm, nn.LayerNorm))
+        assert isinstance(ours, nn.LayerNorm)
         assert repr(ours) == repr(theirs)
         assert ours.state_dict().keys() == theirs.state_dict().keys()
         for name, value in theirs.state_dict().items():
@@ -104,7 +105,7 @@ def test_module_with_residual():
     torch.testing.assert_close(expected[0], module(input + residual))
 
 
-INPUT, WEIGHT = torch.randn(3, 4), torch.ones(4)
+INPUT, WEIGHT = torch.ones(3, 4), torch.ones(4)
 
 
 @pytest.mark.untyped

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tilework import _operators
+from tilework import _implementations
 from tilework.norms import PartialRMSNorm, partial_rms_norm, rms_norm
 
 from helpers import FLOATING, assert_exact, clones
@@ -16,7 +16,7 @@ CASES += [("triton", dtype) for dtype in FLOATING if dtype != torch.float64]
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """The implementation that the function takes, which has no argument for it."""
-    monkeypatch.setattr(_operators, "choose", lambda *_: request.param)
+    monkeypatch.setattr(_implementations, "choose", lambda *_, **__: request.param)
     return str(request.param)
 
 
@@ -155,7 +155,7 @@ def test_module(dtype):
     assert PartialRMSNorm(7, device="meta").weight.device.type == "meta"
 
 
-INPUT = torch.randn(3, 4)
+INPUT = torch.ones(3, 4)
 
 
 @pytest.mark.untyped
@@ -168,8 +168,18 @@ INPUT = torch.randn(3, 4)
         (ValueError, "normalized_shape must be the trailing", (INPUT, 3), {}),
         (ValueError, r"weight must be of shape \(4,\)", (INPUT, 4, torch.ones(3, 4)), {}),
         (ValueError, "eps must be .* at least 0", (INPUT, 4, None, -1e-6), {}),
-        (ValueError, "fraction must be above 0", (INPUT, 4), {"fraction": 0.0}),
-        (ValueError, "fraction must be above 0", (INPUT, 4), {"fraction": 1.01}),
+        (
+            ValueError,
+            "fraction must be a number above 0 and at most 1",
+            (INPUT, 4),
+            {"fraction": 0.0},
+        ),
+        (
+            ValueError,
+            "fraction must be a number above 0 and at most 1",
+            (INPUT, 4),
+            {"fraction": 1.01},
+        ),
         (TypeError, "fraction must be a number", (INPUT, 4), {"fraction": "half"}),
     ],
 )

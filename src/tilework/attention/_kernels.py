@@ -1,6 +1,7 @@
 """What attention's kernels share: tiles of rows, and scores. Only ``triton.py`` files import it."""
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -11,12 +12,33 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 MAX_FEATURES = 256
 
 
+class Tile(NamedTuple):
+    """Queries (of all heads) and keys of a tile at most, and warps and stages of a program."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
 @triton.jit
-def tile(pointer, rows, row_mask, features, num_features, stride_row, stride_feature):
-    """Rows with their features, zeros outside; rows are offsets in 64 bits times their stride."""
+def tile(pointer, rows, valid, num_features, stride_row, stride_feature, FEATURES: tl.constexpr):
+    """Rows with their features, zeros outside."""
+    features = tl.arange(0, FEATURES)
     offsets = rows.to(tl.int64)[:, None] * stride_row + features[None, :] * stride_feature
-    mask = row_mask[:, None] & (features < num_features)[None, :]
+    mask = valid[:, None] & (features < num_features)[None, :]
     return tl.load(pointer + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def store(pointer, rows, valid, num_features, result):
+    """Store rows with all their features in contiguous memory, rounded once."""
+    features = tl.arange(0, result.shape[1])
+    tl.store(
+        pointer + rows[:, None] * num_features + features[None, :],
+        result.to(pointer.dtype.element_ty),
+        mask=valid[:, None] & (features < num_features)[None, :],
+    )
 
 
 @triton.jit

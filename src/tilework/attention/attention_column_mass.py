@@ -3,15 +3,17 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from tilework import _checks, _operators
+from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.attention import _attention_map
 from tilework.attention._attention_map import operators
+from tilework.attention._attention_map.common import Columns
 from tilework.catalog import implements
 
 __all__ = ["attention_column_mass"]
 
 _NAME = "attention_column_mass"
-_TABLE = _operators.TABLES["attention.attention_column_mass"] = _attention_map.CONSTANT
+_TABLE = TABLES["attention.attention_column_mass"] = _attention_map.CONSTANT
 
 
 @implements(
@@ -79,15 +81,13 @@ def attention_column_mass(
         Attention in Your LLMs. 2024. arXiv:2410.13276.
     """
     if query_window is not None:
-        _checks.integer(_NAME, "query_window", query_window)
-        _checks.at_least(_NAME, "query_window", query_window, 1)
+        _checks.count(_NAME, "query_window", query_window)
     query, key, scale, chosen = _attention_map.prepare(
         _NAME, _TABLE, query, key, lse, scale, enable_gqa, implementation
     )
     first = 0 if query_window is None else max(0, query.shape[2] - query_window)
-    mass = operators.attention_column_mass(
-        query.detach(), key.detach(), lse.detach(), first, is_causal, scale, chosen
-    )
+    columns = Columns(query.detach(), key.detach(), lse.detach(), first, is_causal, scale, chosen)
+    mass = operators.attention_column_mass(columns).mass
     if not reduce_groups:
         return mass
     heads, kv_heads = query.shape[1], key.shape[1]

@@ -3,15 +3,16 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from tilework import _operators
+from tilework._implementations import TABLES
 from tilework.attention import _attention_map
 from tilework.attention._attention_map import operators
+from tilework.attention._attention_map.common import Rows
 from tilework.catalog import implements
 
 __all__ = ["attention_entropy"]
 
 _NAME = "attention_entropy"
-_TABLE = _operators.TABLES["attention.attention_entropy"] = _attention_map.IMPLEMENTATIONS
+_TABLE = TABLES["attention.attention_entropy"] = _attention_map.IMPLEMENTATIONS
 
 
 @implements(
@@ -80,4 +81,5 @@ def attention_entropy(
     query, key, scale, chosen = _attention_map.prepare(
         _NAME, _TABLE, query, key, lse, scale, enable_gqa, implementation
     )
-    return operators.attention_entropy(query, key, lse.detach(), is_causal, scale, chosen)
+    rows = Rows(query, key, lse.detach(), is_causal, scale, chosen)
+    return operators.attention_entropy(rows).entropy

@@ -3,15 +3,16 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from tilework import _operators
+from tilework._implementations import TABLES
 from tilework.attention import _attention_map
 from tilework.attention._attention_map import operators
+from tilework.attention._attention_map.common import Queries
 from tilework.catalog import implements
 
 __all__ = ["attention_lse"]
 
 _NAME = "attention_lse"
-_TABLE = _operators.TABLES["attention.attention_lse"] = _attention_map.IMPLEMENTATIONS
+_TABLE = TABLES["attention.attention_lse"] = _attention_map.IMPLEMENTATIONS
 
 
 @implements(
@@ -74,4 +75,4 @@ def attention_lse(
     query, key, scale, chosen = _attention_map.prepare(
         _NAME, _TABLE, query, key, None, scale, enable_gqa, implementation
     )
-    return operators.attention_lse(query, key, is_causal, scale, chosen)
+    return operators.attention_lse(Queries(query, key, is_causal, scale, chosen)).lse

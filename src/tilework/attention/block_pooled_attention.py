@@ -4,16 +4,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tilework import _checks, _operators
+from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.attention import _attention_map
 from tilework.attention._attention_map import operators
-from tilework.attention.block_layout.grid import BlockSize, block_pair
+from tilework.attention._attention_map.common import Blocks
+from tilework.attention.block_layout.checks import BlockSize, block_pair
 from tilework.catalog import implements
 
 __all__ = ["block_pooled_attention"]
 
 _NAME = "block_pooled_attention"
-_TABLE = _operators.TABLES["attention.block_pooled_attention"] = _attention_map.CONSTANT
+_TABLE = TABLES["attention.block_pooled_attention"] = _attention_map.CONSTANT
 
 
 @implements(
@@ -102,16 +104,18 @@ def block_pooled_attention(
     query, key, scale, chosen = _attention_map.prepare(
         _NAME, _TABLE, query, key, lse, scale, enable_gqa, implementation
     )
-    pooled = operators.block_pooled_attention(
+    blocks = Blocks(
         query.detach(),
         key.detach(),
         lse.detach(),
-        [height, width],
+        height,
+        width,
         pool == "max",
         is_causal,
         scale,
         chosen,
     )
+    pooled = operators.block_pooled_attention(blocks).pooled
     if pool == "mean":
         pooled = pooled / _sizes(query, height)[:, None] / _sizes(key, width)
     if normalize:

@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from tilework import _checks, _operators
+from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.attention import block_sparse
 from tilework.attention._tensors import check_tensors
 from tilework.attention.block_layout import BlockLayout
@@ -13,7 +14,7 @@ from tilework.catalog import implements
 __all__ = ["block_sparse_attention_varlen"]
 
 _NAME = "block_sparse_attention_varlen"
-_operators.TABLES["attention.block_sparse_attention_varlen"] = block_sparse.IMPLEMENTATIONS
+TABLES["attention.block_sparse_attention_varlen"] = block_sparse.IMPLEMENTATIONS
 
 
 @implements(

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import InitVar, field
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tilework import _checks, _operators
 from tilework._operators import computation_dtype
+from tilework._options import OptionsModule
 from tilework.attention._tensors import check_tensors
 from tilework.catalog import implements
 
@@ -119,7 +121,7 @@ def qk_norm_attention(
 
 
 @_PAPER
-class QKNormAttention(nn.Module):
+class QKNormAttention(OptionsModule):
     """:func:`qk_norm_attention` with its learned scale.
 
     Args:
@@ -148,28 +150,25 @@ class QKNormAttention(nn.Module):
         As :func:`qk_norm_attention`.
     """
 
-    def __init__(
-        self,
-        seq_length: int,
-        *,
-        num_heads: int | None = None,
-        eps: float = 1e-12,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        _checks.integer(_NAME, "seq_length", seq_length)
-        _checks.at_least(_NAME, "seq_length", seq_length, 2)
-        if num_heads is not None:
-            _checks.integer(_NAME, "num_heads", num_heads)
-            _checks.at_least(_NAME, "num_heads", num_heads, 1)
-        _checks.at_least(_NAME, "eps", eps, 0)
-        self.seq_length = seq_length
-        self.num_heads = num_heads
-        self.eps = eps
-        shape = () if num_heads is None else (num_heads,)
+    seq_length: int = field(kw_only=False)
+    num_heads: int | None = None
+    eps: float = 1e-12
+    device: InitVar[torch.device | str | None] = None
+    dtype: InitVar[torch.dtype | None] = None
+
+    def __post_init__(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super().__post_init__()
+        shape = () if self.num_heads is None else (self.num_heads,)
         self.scale = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
+
+    def _check(self) -> None:
+        _checks.integer(_NAME, "seq_length", self.seq_length)
+        _checks.at_least(_NAME, "seq_length", self.seq_length, 2)
+        if self.num_heads is not None:
+            _checks.integer(_NAME, "num_heads", self.num_heads)
+            _checks.at_least(_NAME, "num_heads", self.num_heads, 1)
+        _checks.at_least(_NAME, "eps", self.eps, 0)
 
     def reset_parameters(self) -> None:
         """Set the scale to its initial value."""
@@ -196,10 +195,6 @@ class QKNormAttention(nn.Module):
             enable_gqa=enable_gqa,
             eps=self.eps,
         )
-
-    def extra_repr(self) -> str:
-        """Return the options."""
-        return f"{self.seq_length}, num_heads={self.num_heads}, eps={self.eps}"
 
 
 def _normalize(input: Tensor, eps: float, factor: float | Tensor) -> Tensor:

@@ -114,8 +114,7 @@ class SeerGate(nn.Module):
             "gate_dim": gate_dim,
         }
         for name, size in sizes.items():
-            _checks.integer(_NAME, name, size)
-            _checks.at_least(_NAME, name, size, 1)
+            _checks.count(_NAME, name, size)
         if num_heads % num_kv_heads:
             expected = f"a divisor of num_heads={num_heads}"
             raise _checks.bad_value(_NAME, "num_kv_heads", expected, num_kv_heads)

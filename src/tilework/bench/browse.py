@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tilework import _operators, catalog
+from tilework import _implementations, catalog
 from tilework.bench import doctor
 
 
@@ -43,8 +43,8 @@ def describe(entry: catalog.Entry) -> Group:
         "",
         Text(_source(entry)),
     ]
-    operator = str(entry.object.__module__).removeprefix("tilework.")
-    if operator in _operators.TABLES:
+    operator = _implementations.find(entry.name)
+    if operator is not None:
         parts += ["", doctor.implementations(operator)]
     return Group(*parts)
 

@@ -1,6 +1,5 @@
 """``tilework doctor``: what is here, what each operator uses here, and why nothing faster."""
 
-import contextlib
 import importlib.util
 import os
 import platform
@@ -15,12 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 import tilework
-from tilework import _operators, _torch, catalog
-from tilework._operators import Implementation
-from tilework.attention.block_layout import operators
+from tilework import _implementations, _torch, catalog
+from tilework._implementations import TABLES, Implementation
 from tilework.bench import results, suites
-from tilework.losses.linear_cross_entropy import schedule
-from tilework.norms._row_norm import tiled
+from tilework.losses._classes.linear import schedule
 
 # What the optional packages that no suite names are for.
 OPTIONAL = {
@@ -28,17 +25,8 @@ OPTIONAL = {
     "psutil": "make demo",
     "nvidia-cutlass-dsl": "torch's own fast RMSNorm on sm_90 and sm_100",
 }
-# Where size decides too, which a table of implementations does not say.
-CHOICES = {
-    "attention.BlockLayout": "torch in place of triton for the highest scores of rows of more than "
-    f"{operators.MAX_COLUMNS} blocks, and for lists of columns of a sparse layout",
-    "losses.linear_cross_entropy": "chunked in place of tiled on a CPU, for gradients and where a "
-    "chunk's logits are small beside them; --head tells",
-    "norms.rms_norm": f"tiled in place of torch on a CPU, from {tiled.SMALLEST} elements",
-    "norms.layer_norm": f"tiled in place of torch on a CPU, from {tiled.SMALLEST} elements, in "
-    "half precision with a residual",
-}
 OLDEST = {"torch": (2, 11), "triton": (3, 6)}
+_HEAD = "losses.linear_cross_entropy"
 _NOT_A_GPU = ("", "CPU", "Triton's interpreter")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,8 +49,8 @@ def report() -> Group:
     """The whole report."""
     problems = find_problems()
     parts: list[RenderableType] = [environment()]
-    for operator in _operators.TABLES:
-        parts += ["", implementations(operator)]
+    for names, _ in _implementations.shared():
+        parts += ["", implementations(*names)]
     parts += ["", packages(), ""]
     if not problems:
         parts.append(Text("No problems found.", style="green"))
@@ -97,23 +85,25 @@ def _architecture(device: torch.device) -> str:
     )
 
 
-def implementations(operator: str) -> Table:
-    """The table of an operator's implementations, the preferred one first."""
-    result = Table(title=operator, title_justify="left")
+def implementations(*operators: str) -> Table:
+    """The table of implementations that operators share, the preferred one first."""
+    entries = TABLES[operators[0]]
+    result = Table(title=", ".join(operators), title_justify="left")
     for column in ("implementation", "here", "default on", "checked on", "memory", "deterministic"):
         result.add_column(column, overflow="fold")
-    for entry in _operators.TABLES[operator]:
+    for entry in entries:
         reason = unusable(entry)
         result.add_row(
             entry.name,
             Text("yes", "green") if reason is None else Text(f"no: {reason}", "yellow"),
-            ", ".join(str(device) for device in devices() if _is_default(operator, entry, device)),
+            ", ".join(str(device) for device in devices() if _is_default(entries, entry, device)),
             Text(checked_on(entry), "yellow" if never_on_gpu(entry) else ""),
             entry.memory,
             "yes" if entry.deterministic else "no",
         )
-    if operator in CHOICES:
-        result.caption, result.caption_justify = CHOICES[operator], "left"
+    rules = [f"{entry.name}: {entry.when}" for entry in entries if entry.when]
+    if rules:
+        result.caption, result.caption_justify = "\n".join(rules), "left"
     return result
 
 
@@ -127,9 +117,13 @@ def schedules(tokens: int, features: int, classes: int, dtype: torch.dtype) -> T
     for column in ("device", "schedule", "operations", "beyond gradients", "default"):
         result.add_column(column)
     for device in devices():
-        one = torch.empty((), dtype=dtype, device=device)  # sizes without memory
+        # Sizes without memory.
+        one = torch.empty((), dtype=dtype, device=device, requires_grad=True)
         head = one.expand(tokens, features), one.expand(classes, features)
-        preferred = "chunks" if schedule.prefers_chunks(*head) else "again"
+        chosen = _implementations.choose(
+            _HEAD, TABLES[_HEAD], None, head[0], linear_weight=head[1], is_sum=True
+        )
+        preferred = "chunks" if chosen == "chunked" else "again"
         for cost in schedule.costs(*head):
             result.add_row(
                 str(device),
@@ -146,7 +140,7 @@ def unusable(entry: Implementation) -> str | None:
     here = {device.type for device in devices()}
     if entry.devices and not here & set(entry.devices):
         return f"it runs on {', '.join(entry.devices)}, this machine has {', '.join(sorted(here))}"
-    return _operators.missing(entry)
+    return _implementations.missing(entry)
 
 
 def never_on_gpu(entry: Implementation) -> bool:
@@ -161,14 +155,9 @@ def checked_on(entry: Implementation) -> str:
     return entry.checked_on or "nothing yet"
 
 
-def _is_default(operator: str, entry: Implementation, device: torch.device) -> bool:
-    table = _operators.TABLES[operator]
-    names = set()
-    for dtype in _DTYPES:
-        with contextlib.suppress(TypeError):  # no implementation takes this dtype
-            tensor = torch.empty(0, dtype=dtype, device=device)
-            names.add(_operators.choose(operator, table, None, tensor))
-    return entry.name in names
+def _is_default(table: _implementations.Table, entry: Implementation, device: torch.device) -> bool:
+    tensors = (torch.empty(0, dtype=dtype, device=device) for dtype in _DTYPES)
+    return any(entry.name in _implementations.defaults(table, tensor) for tensor in tensors)
 
 
 def peers() -> dict[str, str]:

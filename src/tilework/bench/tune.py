@@ -24,7 +24,6 @@ Report = Callable[[str], None]
 
 ROUNDS = (5, 20)
 SECONDS = 1.0  # for the comparison of two entries
-OURS = "tilework triton"
 # Values that are worth a trial; of what is not here, powers of 2.
 CHOICES = {"num_warps": (1, 2, 4, 8, 16), "num_stages": (1, 2, 3, 4, 5)}
 SIZES = tuple(2**power for power in range(4, 17))
@@ -39,12 +38,14 @@ class Kernel:
         table: The table's name there; for one of several in a mapping, with a dot and its key.
         suite: The suite that checks and times it; times include what runs before and after it.
         kind: The kind of that suite's cases.
+        candidate: The suite's candidate that runs it.
     """
 
     module: str
     table: str
     suite: str
     kind: str
+    candidate: str = "tilework triton"
 
     def tuned(self) -> "Tuned[Any]":
         """The table."""
@@ -59,25 +60,54 @@ class Kernel:
         return f"{self.table}: {table.line(place, type(table.choose(*place))(**entry))}"
 
 
-_HEAD, _DIVERGENCE = "losses._classes.linear.triton", "losses.linear_kl_div.triton"
-_NORMS, _ATTENTION = "norms._row_norm.triton", "attention.block_sparse.triton"
+def _kernels(
+    module: str, suite: str, kinds: Mapping[str, str], **options: str
+) -> dict[str, Kernel]:
+    """The kernels of a module, by what ``tilework tune`` calls them."""
+    names = {table: table.rpartition(".")[2].lower() for table in kinds}
+    return {
+        f"{suite}.{names[table]}": Kernel(module, table, suite, kind, **options)
+        for table, kind in kinds.items()
+    }
+
+
 _TRAINING = "forward+backward"
 KERNELS = {
-    "linear_cross_entropy.forward": Kernel(_HEAD, "FORWARD", "linear_cross_entropy", "forward"),
-    "linear_cross_entropy.backward": Kernel(_HEAD, "BACKWARD", "linear_cross_entropy", _TRAINING),
-    "linear_kl_div.sums": Kernel(_DIVERGENCE, "SUMS", "linear_kl_div", "forward KL"),
-    "linear_kl_div.mixture": Kernel(_DIVERGENCE, "MIXTURE", "linear_kl_div", "JSD"),
-    "linear_kl_div.backward": Kernel(_DIVERGENCE, "BACKWARD", "linear_kl_div", "forward KL"),
-    "row_norm.forward": Kernel(_NORMS, "FORWARD", "norms", "layer forward"),
-    "row_norm.backward": Kernel(_NORMS, "BACKWARD", "norms", "layer backward"),
-    "block_sparse_attention.forward": Kernel(
-        _ATTENTION, "TILES.forward", "block_sparse_attention", "forward"
+    **_kernels(
+        "losses._classes.linear.triton.statistics",
+        "linear_cross_entropy",
+        {"FORWARD": "forward", "BACKWARD": _TRAINING},
     ),
-    "block_sparse_attention.query": Kernel(
-        _ATTENTION, "TILES.query", "block_sparse_attention", _TRAINING
+    **_kernels(
+        "losses.linear_kl_div.triton",
+        "linear_kl_div",
+        {"SUMS": "forward KL", "MIXTURE": "JSD", "BACKWARD": "forward KL"},
     ),
-    "block_sparse_attention.key": Kernel(
-        _ATTENTION, "TILES.key", "block_sparse_attention", _TRAINING
+    **_kernels(
+        "losses._classes.logits.triton",
+        "losses",
+        {"ADJACENT": "cross_entropy_with_z_loss"},
+        candidate="tilework",
+    ),
+    **_kernels(
+        "norms._row_norm.triton",
+        "norms",
+        {"FORWARD": "layer forward", "BACKWARD": "layer backward"},
+    ),
+    **_kernels(
+        "attention.block_sparse.triton",
+        "block_sparse_attention",
+        {"TILES.forward": "forward", "TILES.query": _TRAINING, "TILES.key": _TRAINING},
+    ),
+    **_kernels("attention.block_sparse_decode.triton", "block_sparse_decode", {"ONE": "paged"}),
+    **_kernels(
+        "attention._attention_map.triton",
+        "block_pooled_attention",
+        {
+            "TILES.rows": "entropy of queries",
+            "TILES.columns": "mass of keys",
+            "TILES.pool": "sum of blocks",
+        },
     ),
 }
 
@@ -94,7 +124,7 @@ class Problem:
         self._truth = self._suite.truth(case, self._inputs)
         candidates = {one.name: one for one in self._suite.candidates}
         # Not bind, which keeps kernels from the interpreter.
-        self._ours = candidates[OURS].build
+        self._ours = candidates[kernel.candidate].build
         composition = candidates[self._suite.composition].build
         try:
             results = composition(case, self._inputs).run()

@@ -1,12 +1,15 @@
 """Locally typical sampling's filter of next-token logits."""
 
+from dataclasses import field
+
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
+from tilework.decoding._processor import Processor
 
 __all__ = ["TypicalP", "typical_p"]
 
@@ -76,8 +79,7 @@ def typical_p(
     total = weight.sum(1, keepdim=True)
     mean = (weight * shifted).where(weight > 0, 0).sum(1, keepdim=True) / total
     order = (shifted - mean).abs().sort(dim=1, stable=True).indices
-    if isinstance(mass, Tensor):
-        mass = mass[:, None]
+    mass = mass[:, None] if isinstance(mass, Tensor) else float(mass)
     # Negated so that nan, which compares with nothing, excludes nothing.
     missing = ~(weight.gather(1, order).cumsum(1) >= mass * total.double())
     last = (missing | (mass >= 1)).sum(1, keepdim=True).clamp_min(min_tokens_to_keep - 1)
@@ -87,40 +89,24 @@ def typical_p(
 
 
 @_PAPER
-class TypicalP:
+class TypicalP(Processor):
     """:func:`typical_p` as a logits processor, such as ``transformers`` takes.
-
-    Args:
-        mass: Probability to keep, in (0, 1], for all rows or of shape ``(B)``.
-        min_tokens_to_keep: Keep at least this many tokens.
-
-    Raises:
-        ValueError: An option is out of range.
-        TypeError: An option is of another type.
 
     Example:
         >>> import torch
         >>> from tilework.decoding import TypicalP
         >>> process = TypicalP(0.2)
         >>> scores = process(torch.zeros(2, 3, dtype=torch.int64), torch.randn(2, 100))
-
-    Reference:
-        As :func:`typical_p`.
     """
 
-    def __init__(self, mass: float | Tensor = 0.9, *, min_tokens_to_keep: int = 1) -> None:
-        _check_options(mass, min_tokens_to_keep, None)
-        self.mass = mass
-        self.min_tokens_to_keep = min_tokens_to_keep
+    mass: float | Tensor = field(default=0.9, kw_only=False)
+    min_tokens_to_keep: int = 1
 
-    def __call__(
-        self, input_ids: Int64[Tensor, "batch length"], scores: Float[Tensor, "batch vocab"]
-    ) -> Float[Tensor, "batch vocab"]:
-        """Return the filtered scores; the tokens so far do not matter."""
-        return typical_p(scores, self.mass, min_tokens_to_keep=self.min_tokens_to_keep)
+    def _check(self) -> None:
+        _check_options(self.mass, self.min_tokens_to_keep, None)
 
-    def __repr__(self) -> str:
-        return f"TypicalP({self.mass}, min_tokens_to_keep={self.min_tokens_to_keep})"
+    def _filter(self, logits: Tensor) -> Tensor:
+        return typical_p(logits, self.mass, **self.options())
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -130,12 +116,9 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _check_options(mass: float | Tensor, min_tokens_to_keep: int, batch: int | None) -> None:
-    _checks.integer(_NAME, "min_tokens_to_keep", min_tokens_to_keep)
-    _checks.at_least(_NAME, "min_tokens_to_keep", min_tokens_to_keep, 1)
-    accepted = "a number above 0 and at most 1"
+    _checks.count(_NAME, "min_tokens_to_keep", min_tokens_to_keep)
     if not isinstance(mass, Tensor):
-        if not 0 < _checks.number(_NAME, "mass", mass) <= 1:
-            raise _checks.bad_value(_NAME, "mass", accepted, mass)
+        _checks.positive_fraction(_NAME, "mass", mass)
         return
     _checks.floating(_NAME, "mass", mass)
     if mass.dim() != 1 or batch not in (None, len(mass)):
@@ -143,4 +126,4 @@ def _check_options(mass: float | Tensor, min_tokens_to_keep: int, batch: int | N
     if _checks.holds_values(mass):
         outside = mass[~((mass > 0) & (mass <= 1))]
         if len(outside):
-            raise _checks.bad_value(_NAME, "mass", accepted, float(outside[0]))
+            raise _checks.bad_value(_NAME, "mass", _checks.POSITIVE_FRACTION, float(outside[0]))

@@ -6,16 +6,18 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tilework import _checks, _operators
+from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.catalog import implements
-from tilework.losses._classes import class_index, head, sharding
+from tilework.losses._classes import head
+from tilework.losses._classes.linear import IMPLEMENTATIONS
+from tilework.losses._classes.positions import of_head
 from tilework.losses._classes.sharding import VocabShard
 
 __all__ = ["LinearLogProbs", "linear_log_probs"]
 
 _NAME = "linear_log_probs"
-_NEVER = -1  # every target is a class by then
-_operators.TABLES["losses.linear_log_probs"] = head.IMPLEMENTATIONS
+TABLES["losses.linear_log_probs"] = IMPLEMENTATIONS
 _PAPER = implements(
     "Cut Your Losses in Large-Vocabulary Language Models", year=2024, arxiv="2411.09009"
 )
@@ -137,36 +139,21 @@ def linear_log_probs(
     _checks.positive(_NAME, "temperature", temperature)
     _checks.integer(_NAME, "ignore_index", ignore_index)
     head.check_filter(_NAME, gradient_filter)
-    layout, (input, linear_weight, linear_bias, target) = sharding.localize(
-        _NAME, vocab_parallel, input, linear_weight, linear_bias, target=target
+    positions = of_head(
+        _NAME,
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        ignore_index,
+        implementation,
+        softcap=softcap,
+        gradient_filter=gradient_filter,
+        vocab_parallel=vocab_parallel,
+        is_sum=False,
     )
-    input, linear_weight, linear_bias = head.cast_under_autocast(input, linear_weight, linear_bias)
-    head.check(_NAME, input, linear_weight, linear_bias)
-    class_index.check_target(_NAME, "target", target, tuple(input.shape[:-1]))
-    _checks.same_device(
-        _NAME, input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias
-    )
-    chosen = _operators.choose(_NAME, head.IMPLEMENTATIONS, implementation, input)
-
-    inside = class_index.inside(_NAME, target, ignore_index, layout.classes(linear_weight))
-    shift, total, target_gap, _, moment, _, argmax = (
-        values.reshape(target.shape)
-        for values in sharding.logit_stats(
-            layout.shard,
-            input.reshape(-1, input.shape[-1]),
-            linear_weight,
-            target.where(inside, 0).reshape(-1),
-            linear_bias,
-            None,
-            softcap,
-            temperature,
-            _NEVER,
-            True,
-            gradient_filter,
-            chosen,
-        )
-    )
-    log_sum = total.log()
-    log_prob = (-target_gap - log_sum).where(inside, torch.nan).where(target != ignore_index, 0)
-    fields = log_prob, shift + log_sum, log_sum + moment / total, argmax
-    return LinearLogProbs(*map(layout.of_tokens, fields))
+    statistics = positions.everywhere().statistics(moments=True, temperature=temperature)
+    log_prob = (-statistics.nll).where(~positions.weight.isnan(), torch.nan)
+    entropy = statistics.total.log() + statistics.moment / statistics.total
+    fields = log_prob.where(positions.kept, 0), statistics.lse, entropy, statistics.argmax
+    return LinearLogProbs(*map(positions.restored, fields))

@@ -1,12 +1,12 @@
 """Log-probabilities of sequences from those of their tokens."""
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
+from tilework.losses._classes import class_index
 
 __all__ = ["sequence_log_probs"]
 
@@ -71,10 +71,7 @@ def sequence_log_probs(
     _checks.floating(_NAME, "log_prob", log_prob)
     if log_prob.dim() != 2:
         raise _checks.bad_value(_NAME, "log_prob", "of shape (B, T)", log_prob)
-    shape = tuple(log_prob.shape)
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        raise _checks.bad_type(_NAME, "target", f"int64 of shape {shape}", target)
-    _checks.shape(_NAME, "target", target, shape)
+    class_index.check_target(_NAME, "target", target, tuple(log_prob.shape))
     _checks.integer(_NAME, "ignore_index", ignore_index)
     if not isinstance(average, bool):
         raise _checks.bad_type(_NAME, "average", "a bool", average)

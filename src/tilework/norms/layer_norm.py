@@ -1,19 +1,22 @@
 """Layer normalization, with a fused residual."""
 
 from collections.abc import Sequence
+from dataclasses import InitVar, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tilework import _checks, _operators
+from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.catalog import implements
 from tilework.norms import _row_norm
+from tilework.norms._layer import NormLayer
 
 __all__ = ["LayerNorm", "layer_norm"]
 
 _NAME = "layer_norm"
-_TABLE = _operators.TABLES["norms.layer_norm"] = _row_norm.IMPLEMENTATIONS
+_TABLE = TABLES["norms.layer_norm"] = _row_norm.IMPLEMENTATIONS
 _PAPER = implements("Layer Normalization", year=2016, arxiv="1607.06450")
 
 
@@ -96,7 +99,7 @@ def layer_norm(
 
 
 @_PAPER
-class LayerNorm(nn.Module):
+class LayerNorm(NormLayer, nn.LayerNorm):  # type: ignore[misc]
     """:func:`layer_norm` with its weight and bias, in place of ``torch.nn.LayerNorm``.
 
     Args:
@@ -122,50 +125,22 @@ class LayerNorm(nn.Module):
         As :func:`layer_norm`.
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    function = _NAME
+    eps: float = field(default=1e-5, kw_only=False)
+    bias: InitVar[bool] = field(default=True, kw_only=False)
 
-    def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+    def __post_init__(
+        self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
-        super().__init__()
-        self.normalized_shape = _checks.sizes(_NAME, "normalized_shape", normalized_shape)
-        _checks.at_least(_NAME, "eps", eps, 0)
-        self.eps = eps
-        self.elementwise_affine = elementwise_affine
-        for name, wanted in (("weight", True), ("bias", bias)):
-            parameter = None
-            if elementwise_affine and wanted:
-                empty = torch.empty(self.normalized_shape, device=device, dtype=dtype)
-                parameter = nn.Parameter(empty)
-            self.register_parameter(name, parameter)
-        self.reset_parameters()
+        super().__post_init__(device, dtype, bias)
 
-    def reset_parameters(self) -> None:
-        """Set the gain to 1 and the shift to 0."""
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+    def _check(self) -> None:
+        _checks.at_least(_NAME, "eps", self.eps, 0)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the normalized tensor, with ``residual`` the pair of it and the sum."""
         return layer_norm(
             input, self.normalized_shape, self.weight, self.bias, self.eps, residual=residual
-        )
-
-    def extra_repr(self) -> str:
-        """Return what torch's layer shows."""
-        has_bias = self.bias is not None
-        return (
-            f"{self.normalized_shape}, eps={self.eps}, "
-            f"elementwise_affine={self.elementwise_affine}, bias={has_bias}"
         )

@@ -3,18 +3,19 @@
 import math
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from tilework import _checks, _operators
+from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.catalog import implements
 from tilework.norms import _row_norm
+from tilework.norms._layer import NormLayer
 
 __all__ = ["PartialRMSNorm", "partial_rms_norm"]
 
 _NAME = "partial_rms_norm"
-_TABLE = _operators.TABLES["norms.partial_rms_norm"] = tuple(
+_TABLE = TABLES["norms.partial_rms_norm"] = tuple(
     entry for entry in _row_norm.IMPLEMENTATIONS if entry.name in ("triton", "reference")
 )
 _PAPER = implements("Root Mean Square Layer Normalization", year=2019, arxiv="1910.07467")
@@ -90,7 +91,7 @@ def partial_rms_norm(
 
 
 @_PAPER
-class PartialRMSNorm(nn.Module):
+class PartialRMSNorm(NormLayer):
     """:func:`partial_rms_norm` with its weight; the ``state_dict`` is that of ``RMSNorm``.
 
     Args:
@@ -114,45 +115,16 @@ class PartialRMSNorm(nn.Module):
         As :func:`partial_rms_norm`.
     """
 
-    weight: nn.Parameter | None
+    function = _NAME
+    fraction: float = 0.0625
 
-    def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        eps: float | None = None,
-        elementwise_affine: bool = True,
-        *,
-        fraction: float = 0.0625,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.normalized_shape = _check_options(normalized_shape, eps, fraction)
-        self.eps = eps
-        self.elementwise_affine = elementwise_affine
-        self.fraction = fraction
-        weight = None
-        if elementwise_affine:
-            weight = nn.Parameter(torch.empty(self.normalized_shape, device=device, dtype=dtype))
-        self.register_parameter("weight", weight)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the gain to 1."""
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
+    def _check(self) -> None:
+        _check_options(self.normalized_shape, self.eps, self.fraction)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalized tensor."""
         return partial_rms_norm(
-            input, self.normalized_shape, self.weight, self.eps, fraction=self.fraction
-        )
-
-    def extra_repr(self) -> str:
-        """Return what ``RMSNorm`` shows, and the fraction."""
-        return (
-            f"{self.normalized_shape}, eps={self.eps}, "
-            f"elementwise_affine={self.elementwise_affine}, fraction={self.fraction}"
+            input, self.normalized_shape, self.weight, self.eps, **self.options()
         )
 
 
@@ -165,6 +137,5 @@ def _check_options(
         raise _checks.bad_value(_NAME, "normalized_shape", accepted, normalized_shape)
     if eps is not None:
         _checks.at_least(_NAME, "eps", eps, 0)
-    if not 0 < _checks.number(_NAME, "fraction", fraction) <= 1:
-        raise _checks.bad_value(_NAME, "fraction", "above 0 and at most 1", fraction)
+    _checks.positive_fraction(_NAME, "fraction", fraction)
     return shape

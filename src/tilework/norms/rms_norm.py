@@ -2,18 +2,19 @@
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tilework import _checks, _operators
+from tilework import _checks
+from tilework._implementations import TABLES
 from tilework.catalog import implements
 from tilework.norms import _row_norm
+from tilework.norms._layer import NormLayer
 
 __all__ = ["RMSNorm", "rms_norm"]
 
 _NAME = "rms_norm"
-_TABLE = _operators.TABLES["norms.rms_norm"] = _row_norm.IMPLEMENTATIONS
+_TABLE = TABLES["norms.rms_norm"] = _row_norm.IMPLEMENTATIONS
 _PAPER = implements("Root Mean Square Layer Normalization", year=2019, arxiv="1910.07467")
 
 
@@ -99,7 +100,7 @@ def rms_norm(
 
 
 @_PAPER
-class RMSNorm(nn.Module):
+class RMSNorm(NormLayer, nn.RMSNorm):  # type: ignore[misc]
     """:func:`rms_norm` with its weight, in place of ``torch.nn.RMSNorm``.
 
     Args:
@@ -125,36 +126,18 @@ class RMSNorm(nn.Module):
         As :func:`rms_norm`.
     """
 
-    weight: nn.Parameter | None
+    function = _NAME
+    weight_offset: float = 0.0
 
-    def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        eps: float | None = None,
-        elementwise_affine: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        weight_offset: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.normalized_shape = _checks.sizes(_NAME, "normalized_shape", normalized_shape)
-        _check_options(eps, weight_offset, elementwise_affine)
-        self.eps = eps
-        self.elementwise_affine = elementwise_affine
-        self.weight_offset = weight_offset
-        weight = None
-        if elementwise_affine:
-            weight = nn.Parameter(torch.empty(self.normalized_shape, device=device, dtype=dtype))
-        self.register_parameter("weight", weight)
-        self.reset_parameters()
+    def _check(self) -> None:
+        _check_options(self.eps, self.weight_offset, self.elementwise_affine)
 
     def reset_parameters(self) -> None:
         """Set the gain to 1."""
         if self.weight is not None:
             nn.init.constant_(self.weight, 1 - self.weight_offset)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the normalized tensor, with ``residual`` the pair of it and the sum."""
@@ -164,15 +147,7 @@ class RMSNorm(nn.Module):
             self.weight,
             self.eps,
             residual=residual,
-            weight_offset=self.weight_offset,
-        )
-
-    def extra_repr(self) -> str:
-        """Return what torch's layer shows, and the offset if there is one."""
-        offset = f", weight_offset={self.weight_offset}" if self.weight_offset else ""
-        return (
-            f"{self.normalized_shape}, eps={self.eps}, "
-            f"elementwise_affine={self.elementwise_affine}{offset}"
+            **self.options(),
         )
 
 

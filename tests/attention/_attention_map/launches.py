@@ -5,17 +5,32 @@ from functools import partial
 import torch
 
 from tilework.attention._attention_map import triton
+from tilework.attention._attention_map.common import (
+    Blocks,
+    Columns,
+    Entropy,
+    LogSumExp,
+    Queries,
+    Rows,
+)
 
 
 def _call(dtype: torch.dtype, features: int, block: int, is_causal: bool) -> None:
     query = torch.randn(1, 4, 300, features).to(dtype)
     key = torch.randn(1, 2, 300, features).to(dtype)
     lse = torch.zeros(1, 4, 300)
-    triton.attention_lse(query, key, is_causal, 0.1)
-    triton.attention_entropy(query, key, lse, is_causal, 0.1)
-    triton.attention_column_mass(query, key, lse, 7, is_causal, 0.1)
-    triton.block_pooled_attention(query, key, lse, [block, block], is_causal, is_causal, 0.1)
-    triton.backward(query, key, lse, lse, lse if is_causal else None, is_causal, 0.1)
+    options = is_causal, 0.1, "triton"
+    queries, rows = Queries(query, key, *options), Rows(query, key, lse, *options)
+    triton.attention_lse(queries)
+    triton.attention_entropy(rows)
+    triton.attention_column_mass(Columns(query, key, lse, 7, *options))
+    triton.block_pooled_attention(Blocks(query, key, lse, block, block, is_causal, *options))
+    needed = frozenset(("query", "key"))
+    if is_causal:
+        results = Entropy(lse, lse)
+        triton.attention_entropy_backward(rows, results, results, needed)
+    else:
+        triton.attention_lse_backward(queries, LogSumExp(lse), LogSumExp(lse), needed)
 
 
 LAUNCHES = []

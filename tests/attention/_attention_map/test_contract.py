@@ -17,10 +17,18 @@ from tilework.attention import (
     block_pooled_attention,
 )
 from tilework.attention._attention_map import tiled
+from tilework.attention._attention_map.common import Blocks, Columns, Entropy, Queries, Rows
 
-QUERY, KEY = torch.randn(2, 4, 9, 5, dtype=torch.float64), torch.randn(2, 2, 11, 5).double()
-LSE = attention_lse(QUERY, KEY, is_causal=True, enable_gqa=True)
+QUERY, KEY = torch.zeros(2, 4, 9, 5).double(), torch.zeros(2, 2, 11, 5).double()
+LSE = torch.zeros(2, 4, 9).double()
 OPTIONS: dict[str, Any] = {"is_causal": True, "enable_gqa": True}
+
+
+@pytest.fixture(autouse=True)
+def drawn() -> None:
+    for tensor in (QUERY, KEY):
+        tensor.normal_()
+    LSE.copy_(attention_lse(QUERY, KEY, **OPTIONS))
 
 
 def lse(query: Tensor, key: Tensor, implementation: str) -> Tensor:
@@ -125,10 +133,13 @@ def test_operators() -> None:
     opcheck(operators.attention_lse, (query, key, *options))
     opcheck(operators.attention_entropy, (query, key, LSE, *options))
     opcheck(operators.attention_column_mass, (QUERY, KEY, LSE, 2, *options))
-    opcheck(operators.block_pooled_attention, (QUERY, KEY, LSE, [4, 3], True, *options))
+    opcheck(operators.block_pooled_attention, (QUERY, KEY, LSE, 4, 3, True, *options))
     grad = torch.randn_like(LSE).requires_grad_()
-    for given in ((None, None), operators.attention_entropy(QUERY, KEY, LSE, *options)):
-        opcheck(operators.attention_rows_backward, (grad, query, key, LSE, *given, *options))
+    results = operators.attention_entropy(QUERY, KEY, LSE, *options)
+    for needed in ([True, True], [False, True]):
+        given = grad, needed, *options
+        opcheck(operators.attention_lse_backward, (query, key, LSE, *given))
+        opcheck(operators.attention_entropy_backward, (query, key, LSE, *results, *given))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "tiled"])
@@ -160,18 +171,22 @@ def test_scores_are_not_stored(is_causal: bool) -> None:
     query, key = torch.randn(1, 2, 200, 4), torch.randn(1, 1, 200, 4)
     given = torch.zeros(1, 2, 200)
     with Largest() as largest:
-        tiled.attention_lse(query, key, is_causal, 1.0)
-        tiled.attention_entropy(query, key, given, is_causal, 1.0)
-        tiled.attention_column_mass(query, key, given, 3, is_causal, 1.0)
-        tiled.block_pooled_attention(query, key, given, [8, 8], True, is_causal, 1.0)
-        tiled.block_pooled_attention(query, key, given, [300, 150], False, is_causal, 1.0)
-        tiled.backward(query, key, given, given, given, is_causal, 1.0)
+        options = is_causal, 1.0, "tiled"
+        rows = Rows(query, key, given, *options)
+        tiled.attention_lse(Queries(query, key, *options))
+        tiled.attention_entropy(rows)
+        tiled.attention_column_mass(Columns(query, key, given, 3, *options))
+        tiled.block_pooled_attention(Blocks(query, key, given, 8, 8, True, *options))
+        tiled.block_pooled_attention(Blocks(query, key, given, 300, 150, False, *options))
+        results = Entropy(given, given)
+        tiled.attention_entropy_backward(rows, results, results, frozenset(("query", "key")))
     assert largest.numbers <= max(query.numel(), 25 * 25 * 2)
 
 
 @pytest.mark.parametrize("block", [1, 5, 40])
 def test_tiles_beyond_the_diagonal_are_not_computed(block: int) -> None:
-    planes = tiled._Planes(torch.zeros(1, 1, 100, 1), torch.zeros(1, 1, 100, 1), None, True, 1.0)
+    rows = torch.zeros(1, 1, 100, 1)
+    planes = tiled._Planes(Queries(rows, rows, True, 1.0, "tiled"), None)
     tiles = list(planes.tiles(block, block))
     assert all(tile.columns.start < tile.rows.stop for tile in tiles)
     seen = torch.zeros(100, 100, dtype=torch.int)
@@ -216,7 +231,7 @@ BAD_OPTIONS: list[tuple[str, str, type[Exception], dict[str, Any]]] = [
     ("attention_column_mass", "query_window must be an int", TypeError, {"query_window": 2.5}),
     (
         "attention_column_mass",
-        "query_window must be a finite number of at least 1",
+        "query_window must be an int of at least 1",
         ValueError,
         {"query_window": 0},
     ),

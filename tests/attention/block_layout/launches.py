@@ -5,15 +5,16 @@ from functools import partial
 import torch
 
 from tilework.attention.block_layout import triton
+from tilework.attention.block_layout.common import Dense, Positions, TopK
 
 
 def _call(dtype: torch.dtype, columns: int, is_causal: bool, is_shared: bool) -> None:
     scores = torch.randn(1, 2, 6, columns).to(dtype)
     places = None if is_shared else torch.full((1, 2, 6), 9)
-    options = (64, 64, 384, 1, is_causal, is_causal)
-    counts, indices = triton.topk(scores, places, 9, 12, *options)
+    given = TopK(scores, places, 9, 12, 64, 64, 384, 1, is_causal, is_causal)
+    lists = triton.topk(given)
     for is_transposed in (False, True):
-        triton.positions(triton.dense(counts, indices, columns, is_transposed), 6)
+        triton.positions(Positions(*triton.dense(Dense(*lists, columns, is_transposed)), 6))
 
 
 LAUNCHES = []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from tilework.attention import BlockLayout, causal_topk
-from tilework.attention.block_layout import lists
+from tilework.attention.block_layout import tiled
 
 from helpers import DEVICES, dtype_name
 
@@ -216,7 +216,7 @@ def test_topk(drawn, k, is_causal, force_diagonal, sinks, dtype, known, seed):
     original = scores.clone()
     places = torch.randint(0, k + 1, (2, 1, rows)) if seed % 2 == 0 else k
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lists, "AT_ONCE", (0, 3 * rows * columns, 2**21)[seed % 3])
+        patch.setattr(tiled, "AT_ONCE", (0, 3 * rows * columns, 2**21)[seed % 3])
         layout = BlockLayout.from_scores_topk(
             scores,
             places,
@@ -311,7 +311,7 @@ def test_threshold(drawn, threshold, is_causal, force_diagonal, sinks, dtype, se
         "seq_lengths": lengths,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lists, "AT_ONCE", (0, 2 * rows * columns, 2**21)[seed % 3])
+        patch.setattr(tiled, "AT_ONCE", (0, 2 * rows * columns, 2**21)[seed % 3])
         layout = BlockLayout.from_scores_threshold(scores, threshold, size, **options)
     live, diagonal = live_and_diagonal(lengths, size)
     values, expected = scores.double().tolist(), set()

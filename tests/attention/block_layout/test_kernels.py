@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tilework.attention import BlockLayout
-from tilework.attention.block_layout import lists, operators
+from tilework.attention.block_layout import operators, tiled
+from tilework.attention.block_layout.common import first
 
 import ahead_of_time
 from attention.block_layout.test_contract import (
@@ -37,10 +38,10 @@ def kernels(**sizes: int) -> Iterator[None]:
     from tilework.attention.block_layout import triton
 
     with pytest.MonkeyPatch.context() as patch:
-        ours, plain = operators.IMPLEMENTATIONS
-        patch.setattr(operators, "IMPLEMENTATIONS", (replace(ours, devices=("cpu",)), plain))
+        kernels, others = operators.IMPLEMENTATIONS
+        patch.setattr(operators, "IMPLEMENTATIONS", (replace(kernels, devices=("cpu",)), others))
         for name, size in sizes.items():
-            module = next(m for m in (triton, lists, operators) if hasattr(m, name))
+            module = next(m for m in (triton, tiled, operators) if hasattr(m, name))
             patch.setattr(module, name, size)
         yield
 
@@ -237,15 +238,15 @@ def test_layouts_by_triton(seed: int) -> None:
 
 
 def test_what_stands_after_the_counts_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = lists.positions
+    positions = operators.positions
 
     def with_nonsense(keep: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
-        counts, indices = plain(keep, width)
-        return counts, indices.where(lists.first(counts, indices.shape[-1]), -(10**9))
+        counts, indices = positions(keep, width)
+        return counts, indices.where(first(counts, indices.shape[-1]), -(10**9))
 
     a, b = random_layout((1, 2, 5, 9)), random_layout((2, 1, 5, 9))
     union, both = a.to_dense() | b.to_dense(), a.to_dense() & b.to_dense()
-    monkeypatch.setattr(lists, "positions", with_nonsense)
+    monkeypatch.setattr(operators, "positions", with_nonsense)
     assert torch.equal((a | b).to_dense(), union)
     assert torch.equal((a & b).to_dense(), both)
 
@@ -260,7 +261,7 @@ def test_what_is_too_long_is_not_for_triton(
 ) -> None:
     scores = torch.rand(1, 1, 2, 9)
     expected = BlockLayout.from_scores_topk(scores, 2)
-    monkeypatch.setattr(operators, "topk", refuse)
+    monkeypatch.setattr(operators, "_topk", refuse)
     with kernels(), pytest.raises(AssertionError, match="a kernel was chosen"):
         BlockLayout.from_scores_topk(scores, 2)
     with kernels(**bound):
@@ -271,9 +272,9 @@ def test_sparse_and_large_lists_are_sorted_in_place_of_a_mask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layout = BlockLayout.from_window((2100, 2100), 10, left=1, is_causal=True)
-    assert lists.SPARSE * layout.kv_indices.shape[-1] < layout.shape[3]
+    assert operators.SPARSE * layout.kv_indices.shape[-1] < layout.shape[3]
     with kernels():
-        monkeypatch.setattr(operators, "dense", refuse)
+        monkeypatch.setattr(operators, "_dense", refuse)
         assert layout.q_indices.shape == (1, 1, 210, 2)
     dense = random_layout((1, 2, 5, 7))
     with kernels(MAX_ELEMENTS=69):

@@ -6,6 +6,7 @@ import torch
 
 from tilework.attention import BlockLayout
 from tilework.attention.block_sparse import triton
+from tilework.attention.block_sparse.common import Attended, Attention
 
 
 def _call(dtype: torch.dtype, features: int, block: int, is_causal: bool) -> None:
@@ -21,10 +22,10 @@ def _call(dtype: torch.dtype, features: int, block: int, is_causal: bool) -> Non
         None,
         None,
     )
-    options = ([block, block], is_causal, 0.1)
-    triton.forward(query, key, value, *lists, *options)
-    lse = torch.zeros(1, heads, length)
-    triton.backward(query, lse, query, key, value, query, lse, *lists, *options)
+    given = Attention(query, key, value, *lists, [block, block], is_causal, 0.1, "triton")
+    triton.forward(given)
+    results = Attended(query, torch.zeros(1, heads, length))
+    triton.backward(given, results, results, frozenset(("query", "key", "value")))
 
 
 LAUNCHES = []

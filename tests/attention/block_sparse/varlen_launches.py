@@ -6,6 +6,7 @@ import torch
 
 from tilework.attention import BlockLayout
 from tilework.attention.block_sparse import triton
+from tilework.attention.block_sparse.common import Attended, Attention
 
 
 def _call(features: int, is_causal: bool) -> None:
@@ -14,10 +15,10 @@ def _call(features: int, is_causal: bool) -> None:
     layout = BlockLayout.from_window((128, 128), 64, left=1, is_causal=True)
     lists = layout.kv_num_blocks, layout.kv_indices, layout.q_num_blocks, layout.q_indices
     starts = torch.tensor([0, 128, 256], dtype=torch.int32)
-    options = (starts, starts, [64, 64], is_causal, 0.1)
-    triton.forward(query, key, value, *lists, *options)
-    lse = torch.zeros(1, 256, 4).transpose(1, 2)
-    triton.backward(query, lse, query, key, value, query, lse, *lists, *options)
+    given = Attention(query, key, value, *lists, starts, starts, [64, 64], is_causal, 0.1, "triton")
+    triton.forward(given)
+    results = Attended(query, torch.zeros(1, 256, 4).transpose(1, 2))
+    triton.backward(given, results, results, frozenset(("query", "key", "value")))
 
 
 LAUNCHES = []

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from tilework.attention.block_sparse_decode import triton
+from tilework.attention.block_sparse_decode.common import Decoding
 
 
 def _call(dtype: torch.dtype, features: int, heads: int, is_paged: bool, length: int) -> None:
@@ -17,7 +18,7 @@ def _call(dtype: torch.dtype, features: int, heads: int, is_paged: bool, length:
     else:
         cache = torch.randn(1, 640, 2, features).to(dtype)
         arguments = None, None, torch.zeros(1, 1, 8, dtype=torch.int64), None
-    triton.forward(query, cache, cache, *arguments, 64, 0.1)
+    triton.forward(Decoding(query, cache, cache, *arguments, 64, 0.1, "triton"))
 
 
 LAUNCHES = []

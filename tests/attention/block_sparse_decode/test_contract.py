@@ -11,21 +11,24 @@ from torch.utils._pytree import tree_leaves
 
 from tilework.attention import block_sparse_decode, paged_block_sparse_decode
 
-QUERY = torch.randn(2, 4, 1, 8)
-KEY, VALUE = torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 3)
+QUERY, QUERIES = torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 3, 8)
+KEY, VALUE = torch.zeros(2, 2, 20, 8), torch.zeros(2, 2, 20, 3)
 INDICES = torch.tensor([[[2, 0], [1, 4]], [[3, 1], [0, 2]]])
 COUNTS = torch.tensor([[2, 1], [0, 2]])
 LENGTHS = torch.tensor([20, 13])
 LISTS = {"kv_indices": INDICES, "kv_num_blocks": COUNTS, "seq_lengths": LENGTHS, "block_size": 4}
-KEYS, VALUES = torch.randn(9, 8, 2, 8), torch.randn(9, 8, 2, 3)
+KEYS, VALUES = torch.zeros(9, 8, 2, 8), torch.zeros(9, 8, 2, 3)
 TABLE = torch.tensor([[3, 8, 1], [0, 7, -1]])
-
-
-QUERIES = torch.randn(2, 4, 3, 8)
 LISTS_OF_TOKENS = {
     "kv_indices": torch.stack([INDICES, INDICES.flip(2), INDICES], 2),
     "kv_num_blocks": torch.stack([COUNTS, COUNTS, COUNTS.flip(1)], 2),
 }
+
+
+@pytest.fixture(autouse=True)
+def drawn() -> None:
+    for tensor in (QUERY, QUERIES, KEY, VALUE, KEYS, VALUES):
+        tensor.normal_()
 
 
 def decode(implementation: str, **lists: Any) -> Callable[..., Any]:
@@ -229,7 +232,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("seq_lengths must lie on", ValueError, {"seq_lengths": LENGTHS.to("meta")}),
     ("seq_lengths must be from 0 to 2", ValueError, {"seq_lengths": LENGTHS - 14}),
     ("block_size must be an int", TypeError, {"block_size": 4.0}),
-    ("block_size must be a finite number of at least 1", ValueError, {"block_size": 0}),
+    ("block_size must be an int of at least 1", ValueError, {"block_size": 0}),
     ("scale must be a number", TypeError, {"scale": "large"}),
     ("implementation must be one of 'triton', 'tiled', 'ref", ValueError, {"implementation": "x"}),
 ]

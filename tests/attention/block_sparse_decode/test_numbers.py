@@ -246,7 +246,8 @@ def test_equals_torch(implementation: str, dtype: torch.dtype, shape: dict[str, 
     one = case(**shape, dtype=dtype)
     contiguous = one.solve(implementation)
     check(one, contiguous)
-    for page_size in PAGES[one.block_size]:
+    # What is read where is the same in every dtype.
+    for page_size in PAGES[one.block_size][slice(None) if dtype == torch.float32 else slice(1)]:
         paged = one.solve_paged(implementation, page_size)
         check(one, paged)
         for there, here in zip(paged, contiguous, strict=True):
@@ -544,7 +545,7 @@ def test_two_calls_are_bitwise_equal(implementation: str) -> None:
     assert torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize(("splits", "length"), [(1, 1), (2, 1), (2, 7), (5, 3), (14, 1), (14, 3)])
+@pytest.mark.parametrize(("splits", "length"), [(1, 1), (2, 7), (5, 3), (14, 1)])
 def test_any_number_of_splits_by_triton(
     splits: int, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tilework import _operators
+from tilework._implementations import TABLES
 from tilework.bench import scaling, suites
 from tilework.bench.suites import Case
 
@@ -35,9 +35,9 @@ def test_every_suite_is_complete(suite: suites.Suite) -> None:
 
 
 def test_implementations_say_which_is_the_default_and_why_one_cannot_run() -> None:
-    table = _operators.TABLES["losses.linear_cross_entropy"]
+    table = TABLES["losses.linear_log_probs"]
     inputs = {"target": torch.zeros(1, dtype=torch.int64), "input": torch.zeros(1)}
-    candidates = suites.implementations("losses.linear_cross_entropy", lambda *_: dict)
+    candidates = suites.implementations("losses.linear_log_probs", lambda *_: dict)
     assert [one.name for one in candidates] == [f"tilework {entry.name}" for entry in table]
     by_name = {one.name: one for one in candidates}
     assert not any(one.peer for one in candidates)
@@ -49,6 +49,37 @@ def test_implementations_say_which_is_the_default_and_why_one_cannot_run() -> No
         by_name["tilework tiled"].bind(
             Case("", {}), {"input": torch.zeros(1).to(torch.float8_e4m3fn)}
         )
+
+
+def test_the_default_follows_from_what_a_case_gives() -> None:
+    def defaults(suite: str, kind: str, dtype: torch.dtype = torch.float32) -> list[str]:
+        found = suites.discover()[suite]
+        case = next(case for case in found.cases("cpu") if case.quick and kind in case.kind)
+        inputs = found.inputs(case, dtype, torch.device("cpu"))
+        ours = [one for one in found.candidates if not one.peer and "filter" not in one.name]
+        steps = [one.bind(case, inputs) for one in ours if "cuda" not in one.devices]
+        return [step.kernel.rpartition(" ")[2] for step in steps if step.default]
+
+    assert defaults("linear_cross_entropy", "backward") == ["chunked"]
+    assert defaults("linear_cross_entropy", "backward", torch.float16) == ["tiled"]
+    assert defaults("norms", "rms backward") == ["torch"]
+    assert defaults("norms", "layer backward") == ["torch"]
+    assert defaults("norms", "layer backward", torch.bfloat16) == ["tiled"]
+    for suite in ("block_sparse_attention", "block_sparse_decode"):
+        assert defaults(suite, "") == ["tiled"]
+
+
+def test_what_an_implementation_refuses_is_unavailable() -> None:
+    candidates = suites.implementations(
+        "attention.block_sparse_attention",
+        lambda *_: dict,
+        lambda *_: {"block_size": (64, 64), "features": 300, "values": 8},
+    )
+    inputs = {"query": torch.zeros(1)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        with pytest.raises(suites.Unavailable, match="it takes 1 to 256 features, got 300"):
+            candidates[0].build(Case("", {}), inputs)
 
 
 def test_the_kind_of_a_case_chooses_the_operator() -> None:

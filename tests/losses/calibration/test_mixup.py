@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tilework.losses import MixupBatch, mixup_batch, mixup_cross_entropy
 
+import samples
 from helpers import FLOATING, dtype_name
-from losses.samples import Arguments, Sample, class_index
+from losses.samples import Arguments, Loss, class_index, zeros
 
 FALSE_ALARM = 1e-6
 
@@ -57,27 +58,68 @@ def mixed(*positions: int, scalar: bool = False) -> Arguments:
     }
 
 
-SAMPLES = [
-    Sample(
-        mixup_cross_entropy,
-        definition,
-        None,
-        lambda: mixed(13),
-        options=({}, {"label_smoothing": 0.2}),
-        differentiable=("input", "lam"),
-        batched=("input", "target", "mixed_target", "lam"),
-        class_index=False,
-    ),
-    Sample(
-        mixup_cross_entropy,
-        definition,
-        None,
-        lambda: mixed(5, 4, scalar=True),
-        differentiable=("input", "lam"),
-        batched=("input", "target", "mixed_target"),
-        class_index=False,
-    ),
-]
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            mixup_cross_entropy,
+            definition,
+            None,
+            lambda: mixed(13),
+            options=({}, {"label_smoothing": 0.2}),
+            differentiable=("input", "lam"),
+            batched=("input", "target", "mixed_target", "lam"),
+            class_index=False,
+            accepts=zeros() | {"mixed_target": torch.zeros(4, dtype=torch.int64), "lam": 0.5},
+            refuses=(
+                ("lam must be a number from 0 to 1", ValueError, {"lam": 1.5}),
+                ("lam must be a number from 0 to 1", ValueError, {"lam": math.nan}),
+                ("lam must be a number", TypeError, {"lam": "1"}),
+                ("lam must be a floating-point tensor", TypeError, {"lam": torch.ones(4).int()}),
+                (
+                    r"lam must be a number, a scalar or of shape \(4,\)",
+                    ValueError,
+                    {"lam": torch.ones(4, 1)},
+                ),
+                (
+                    r"lam must be a number, a scalar or of shape \(4,\)",
+                    ValueError,
+                    {"lam": torch.ones(3)},
+                ),
+                ("lam must be from 0 to 1 everywhere", ValueError, {"lam": torch.full((4,), 2.0)}),
+                ("lam must lie on the device", ValueError, {"lam": torch.ones(4, device="meta")}),
+                (
+                    "label_smoothing must be a number from 0 to 1",
+                    ValueError,
+                    {"label_smoothing": 2.0},
+                ),
+                ("ignore_index must be an int", TypeError, {"ignore_index": 0.5}),
+                (r"input must be of shape \(C\)", ValueError, {"input": torch.ones(())}),
+                *(
+                    case
+                    for name in ("target", "mixed_target")
+                    for case in (
+                        (
+                            rf"{name} must be int64 of shape \(4,\)",
+                            TypeError,
+                            {name: torch.ones(4)},
+                        ),
+                        (rf"{name} must be of shape \(4,\)", ValueError, {name: torch.tensor([1])}),
+                        ("target must lie in", IndexError, {name: torch.full((4,), 3)}),
+                    )
+                ),
+            ),
+        ),
+        Loss(
+            mixup_cross_entropy,
+            definition,
+            None,
+            lambda: mixed(5, 4, scalar=True),
+            differentiable=("input", "lam"),
+            batched=("input", "target", "mixed_target"),
+            class_index=False,
+        ),
+    ]
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (5, 7, 3), (2, 7, 3, 2)])
@@ -262,47 +304,6 @@ def test_values_that_cannot_be_read_give_nan() -> None:
     half = torch.full((1, 3), 0.5)
     for pair in ((wrong, target), (target, wrong)):
         assert batched(input, *pair, half)[0].isnan().tolist() == [False, True, True]
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("message", "error", "change"),
-    [
-        ("lam must be a number from 0 to 1", ValueError, {"lam": 1.5}),
-        ("lam must be a number from 0 to 1", ValueError, {"lam": math.nan}),
-        ("lam must be a number", TypeError, {"lam": "1"}),
-        ("lam must be a floating-point tensor", TypeError, {"lam": torch.ones(4).int()}),
-        (
-            r"lam must be a number, a scalar or of shape \(4,\)",
-            ValueError,
-            {"lam": torch.ones(4, 1)},
-        ),
-        (
-            r"lam must be a number, a scalar or of shape \(4,\)",
-            ValueError,
-            {"lam": torch.ones(3)},
-        ),
-        ("lam must be from 0 to 1 everywhere", ValueError, {"lam": torch.full((4,), 2.0)}),
-        ("lam must lie on the device", ValueError, {"lam": torch.ones(4, device="meta")}),
-        ("label_smoothing must be a number from 0 to 1", ValueError, {"label_smoothing": 2.0}),
-        ("ignore_index must be an int", TypeError, {"ignore_index": 0.5}),
-        (r"input must be of shape \(C\)", ValueError, {"input": torch.ones(())}),
-        *(
-            case
-            for name in ("target", "mixed_target")
-            for case in (
-                (rf"{name} must be int64 of shape \(4,\)", TypeError, {name: torch.ones(4)}),
-                (rf"{name} must be of shape \(4,\)", ValueError, {name: torch.tensor([1])}),
-                ("target must lie in", IndexError, {name: torch.full((4,), 3)}),
-            )
-        ),
-    ],
-)
-def test_bad_input(message: str, error: type[Exception], change: dict[str, Any]) -> None:
-    zeros = torch.zeros(4, dtype=torch.int64)
-    arguments = {"input": torch.zeros(4, 3), "target": zeros, "mixed_target": zeros, "lam": 0.5}
-    with pytest.raises(error, match=f"mixup_cross_entropy: {message}"):
-        mixup_cross_entropy(**(arguments | change))
 
 
 @pytest.mark.untyped

@@ -144,9 +144,8 @@ def test_resumes() -> None:
     second.update(0.3, 1)
     assert torch.equal(first.theta, second.theta)
     assert first.theta.dtype == first.matrix.dtype == torch.float64
-    assert repr(first) == (
-        "OnlinePlattScaling(kind='platt', beta=0.1, diameter=1.0, radius=100.0, eps=1e-06)"
-    )
+    changed = OnlinePlattScaling(kind="beta", diameter=3.0, eps=1e-3)
+    assert repr(changed) == "OnlinePlattScaling(kind='beta', diameter=3.0, eps=0.001)"
 
 
 def test_of_nothing() -> None:

@@ -1,7 +1,6 @@
 """Comp-sum losses, against torch's cross-entropy and softmax and against sums of exponentials."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,10 @@ from tilework.losses import (
     smooth_adversarial_comp_sum_loss,
 )
 
+import samples
 from helpers import FLOATING, assert_exact, dtype_name
 from losses.linear_forms import LinearForm
-from losses.samples import Arguments, Sample, class_index
+from losses.samples import Arguments, Loss, class_index, zeros
 
 TAUS = (0.0, 0.5, 1.3, 2.0, 4.0)
 
@@ -78,41 +78,93 @@ def adversarial() -> Arguments:
     return {"input": tensors["input"], "adversarial_input": moved, "target": tensors["target"]}
 
 
+REFUSED: samples.Refusals = (
+    ("tau must be a finite number of at least 0", ValueError, {"tau": -0.5}),
+    ("tau must be a finite number of at least 0", ValueError, {"tau": math.inf}),
+    ("tau must be a number", TypeError, {"tau": "1"}),
+    ("ignore_index must be an int", TypeError, {"ignore_index": 1.0}),
+    ("reduction must be one of", ValueError, {"reduction": "average"}),
+)
+
+
 # The inverse of a smaller probability is beyond float16.
-SAMPLES = [
-    Sample(
-        comp_sum_loss,
-        definition,
-        CompSumLoss,
-        lambda: class_index(13, scale=1.0),
-        options=({}, {"tau": 0.0}, {"tau": 0.5}, {"tau": 2.0}),
-    ),
-    Sample(
-        comp_sum_loss,
-        definition,
-        CompSumLoss,
-        lambda: class_index(13, scale=1.0, weight=True),
-        options=({}, {"tau": 1.7}),
-    ),
-    Sample(
-        smooth_adversarial_comp_sum_loss,
-        adversarial_definition,
-        None,
-        adversarial,
-        options=({}, {"tau": 1.7, "rho": 0.8, "nu": 2.0}, {"tau": 0.0, "rho": 3.0, "nu": 0.1}),
-        differentiable=("input", "adversarial_input"),
-        batched=("input", "adversarial_input", "target"),
-        class_index=False,
-    ),
-]
-LINEAR_FORMS = [
-    LinearForm(
-        linear_comp_sum_loss,
-        definition,
-        options=({}, {"tau": 0.5}, {"tau": 1.7}, {"tau": 2.0}),
-        weight=True,
-    )
-]
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            comp_sum_loss,
+            definition,
+            CompSumLoss,
+            lambda: class_index(13, scale=1.0),
+            options=({}, {"tau": 0.0}, {"tau": 0.5}, {"tau": 2.0}),
+            refuses=(
+                *REFUSED,
+                ("weight must be of shape", ValueError, {"weight": torch.ones(4)}),
+                (
+                    "weight must not require",
+                    ValueError,
+                    {"weight": torch.ones(3, requires_grad=True)},
+                ),
+                (
+                    "weight must be a floating-point tensor",
+                    TypeError,
+                    {"weight": torch.ones(3).int()},
+                ),
+            ),
+        ),
+        Loss(
+            comp_sum_loss,
+            definition,
+            CompSumLoss,
+            lambda: class_index(13, scale=1.0, weight=True),
+            options=({}, {"tau": 1.7}),
+        ),
+        Loss(
+            smooth_adversarial_comp_sum_loss,
+            adversarial_definition,
+            None,
+            adversarial,
+            options=({}, {"tau": 1.7, "rho": 0.8, "nu": 2.0}, {"tau": 0.0, "rho": 3.0, "nu": 0.1}),
+            differentiable=("input", "adversarial_input"),
+            batched=("input", "adversarial_input", "target"),
+            class_index=False,
+            accepts=zeros() | {"adversarial_input": torch.zeros(4, 3)},
+            refuses=(
+                *REFUSED,
+                ("rho must be a finite number above 0", ValueError, {"rho": 0.0}),
+                ("nu must be a finite number of at least 0", ValueError, {"nu": -1.0}),
+                ("input must be of shape", ValueError, {"input": torch.zeros(())}),
+                (
+                    "adversarial_input must be of shape",
+                    ValueError,
+                    {"adversarial_input": torch.zeros(3)},
+                ),
+                (
+                    "adversarial_input must be of input's torch.float32, got float64",
+                    TypeError,
+                    {"adversarial_input": torch.zeros(4, 3).double()},
+                ),
+                (
+                    "target must be int64 of shape",
+                    TypeError,
+                    {"target": torch.zeros(4, dtype=torch.int32)},
+                ),
+            ),
+        ),
+    ]
+
+
+@samples.of(LinearForm)
+def forms() -> list[LinearForm]:
+    return [
+        LinearForm(
+            linear_comp_sum_loss,
+            definition,
+            options=({}, {"tau": 0.5}, {"tau": 1.7}, {"tau": 2.0}),
+            weight=True,
+            refuses=REFUSED,
+        )
+    ]
 
 
 def test_members_of_the_family() -> None:
@@ -289,74 +341,6 @@ def test_adversarial_far_logits(dtype: torch.dtype) -> None:
     truth = adversarial_definition(**exact)
     composition = truth.float() if dtype == torch.float64 else truth.to(dtype)
     assert_exact(actual, composition, truth.to(dtype).double(), dtype)
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("message", "error", "change"),
-    [
-        ("tau must be a finite number of at least 0", ValueError, {"tau": -0.5}),
-        ("tau must be a finite number of at least 0", ValueError, {"tau": math.inf}),
-        ("tau must be a number", TypeError, {"tau": "1"}),
-        ("ignore_index must be an int", TypeError, {"ignore_index": 1.0}),
-        ("reduction must be one of", ValueError, {"reduction": "average"}),
-    ],
-)
-def test_bad_options(message: str, error: type[Exception], change: dict[str, Any]) -> None:
-    input, target = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(error, match=f"^comp_sum_loss: {message}"):
-        comp_sum_loss(input, target, **change)
-    with pytest.raises(error, match=f"^comp_sum_loss: {message}"):
-        CompSumLoss(**change)
-    with pytest.raises(error, match=f"^smooth_adversarial_comp_sum_loss: {message}"):
-        smooth_adversarial_comp_sum_loss(input, input, target, **change)
-    with pytest.raises(error, match=f"^linear_comp_sum_loss: {message}"):
-        linear_comp_sum_loss(torch.zeros(4, 2), torch.zeros(3, 2), target, **change)
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("message", "error", "change"),
-    [
-        ("weight must be of shape", ValueError, {"weight": torch.ones(4)}),
-        ("weight must not require", ValueError, {"weight": torch.ones(3, requires_grad=True)}),
-        ("weight must be a floating-point tensor", TypeError, {"weight": torch.ones(3).int()}),
-    ],
-)
-def test_bad_weight(message: str, error: type[Exception], change: dict[str, Any]) -> None:
-    target = torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(error, match=f"^comp_sum_loss: {message}"):
-        comp_sum_loss(torch.zeros(4, 3), target, **change)
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("message", "error", "change"),
-    [
-        ("rho must be a finite number above 0", ValueError, {"rho": 0.0}),
-        ("nu must be a finite number of at least 0", ValueError, {"nu": -1.0}),
-        ("input must be of shape", ValueError, {"input": torch.zeros(())}),
-        ("adversarial_input must be of shape", ValueError, {"adversarial_input": torch.zeros(3)}),
-        (
-            "adversarial_input must be of input's torch.float32, got float64",
-            TypeError,
-            {"adversarial_input": torch.zeros(4, 3).double()},
-        ),
-        (
-            "target must be int64 of shape",
-            TypeError,
-            {"target": torch.zeros(4, dtype=torch.int32)},
-        ),
-    ],
-)
-def test_bad_adversarial(message: str, error: type[Exception], change: dict[str, Any]) -> None:
-    arguments = {
-        "input": torch.zeros(4, 3),
-        "adversarial_input": torch.zeros(4, 3),
-        "target": torch.zeros(4, dtype=torch.int64),
-    }
-    with pytest.raises(error, match=f"^smooth_adversarial_comp_sum_loss: {message}"):
-        smooth_adversarial_comp_sum_loss(**(arguments | change))
 
 
 @pytest.mark.untyped

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tilework.losses import CrossEntropyWithZLoss, cross_entropy_with_z_loss
 
-from losses.samples import Arguments, Sample, class_index
+import samples
+from losses.samples import Arguments, Loss, class_index
 
 
 def definition(
@@ -49,23 +50,50 @@ def soft(weight: bool = False) -> Arguments:
 
 OPTIONS = ({}, {"label_smoothing": 0.2, "z_loss": 0.3})
 ARGUMENTS: dict[str, Any] = {"definition": definition, "module": CrossEntropyWithZLoss}
-SAMPLES = [
-    Sample(cross_entropy_with_z_loss, options=OPTIONS, **ARGUMENTS),
-    Sample(
-        cross_entropy_with_z_loss,
-        tensors=lambda: class_index(13, weight=True),
-        options=OPTIONS,
-        **ARGUMENTS,
-    ),
-    Sample(
-        cross_entropy_with_z_loss,
-        tensors=lambda: soft(weight=True),
-        options=OPTIONS,
-        differentiable=("input", "target"),
-        class_index=False,
-        **ARGUMENTS,
-    ),
-]
+
+
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            cross_entropy_with_z_loss,
+            options=OPTIONS,
+            refuses=(
+                (
+                    "label_smoothing must be a number from 0 to 1",
+                    ValueError,
+                    {"label_smoothing": 1.5},
+                ),
+                ("z_loss must be a finite number of at least 0", ValueError, {"z_loss": -1.0}),
+                ("target must be of shape", ValueError, {"target": torch.zeros(4, 2)}),
+                (
+                    "ignore_index must be negative where the targets are probabilities",
+                    ValueError,
+                    {"target": torch.zeros(4, 3), "ignore_index": 1},
+                ),
+                (
+                    "target must lie on the device",
+                    ValueError,
+                    {"target": torch.zeros(4, 3, device="meta")},
+                ),
+            ),
+            **ARGUMENTS,
+        ),
+        Loss(
+            cross_entropy_with_z_loss,
+            tensors=lambda: class_index(13, weight=True),
+            options=OPTIONS,
+            **ARGUMENTS,
+        ),
+        Loss(
+            cross_entropy_with_z_loss,
+            tensors=lambda: soft(weight=True),
+            options=OPTIONS,
+            differentiable=("input", "target"),
+            class_index=False,
+            **ARGUMENTS,
+        ),
+    ]
 
 
 @pytest.mark.parametrize("soft_target", [False, True])
@@ -99,28 +127,3 @@ def test_a_shift_changes_the_penalty_only() -> None:
     expected = cross_entropy_with_z_loss(input, target, z_loss=0.1)
     penalties = 0.1 * ((log_sum + 2).square() - log_sum.square())
     torch.testing.assert_close(actual - expected, penalties.mean())
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("message", "error", "change"),
-    [
-        ("label_smoothing must be a number from 0 to 1", ValueError, {"label_smoothing": 1.5}),
-        ("z_loss must be a finite number of at least 0", ValueError, {"z_loss": -1.0}),
-        ("target must be of shape", ValueError, {"target": torch.zeros(4, 2)}),
-        (
-            "ignore_index must be negative where the targets are probabilities",
-            ValueError,
-            {"target": torch.zeros(4, 3), "ignore_index": 1},
-        ),
-        (
-            "target must lie on the device",
-            ValueError,
-            {"target": torch.zeros(4, 3, device="meta")},
-        ),
-    ],
-)
-def test_bad_input(message: str, error: type[Exception], change: dict[str, Any]) -> None:
-    arguments = {"input": torch.zeros(4, 3), "target": torch.zeros(4, dtype=torch.int64)}
-    with pytest.raises(error, match=f"cross_entropy_with_z_loss: {message}"):
-        cross_entropy_with_z_loss(**(arguments | change))

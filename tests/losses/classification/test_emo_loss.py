@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tilework.losses import EMOLoss, emo_loss
 
+import samples
 from helpers import HALF
-from losses.samples import Arguments, Sample, class_index
+from losses.samples import Arguments, Loss, class_index, zeros
 
 
 def distances(input: Tensor, target: Tensor, cost_embedding: Tensor) -> Tensor:
@@ -54,12 +55,35 @@ ARGUMENTS: dict[str, Any] = {
     "module": EMOLoss,
     "options": ({}, {"eps": 0.3}),
     "owned": ("cost_embedding",),
+    "checks_owned": True,
     "surrogate": True,
 }
-SAMPLES = [
-    Sample(tensors=draw, **ARGUMENTS),
-    Sample(tensors=lambda: draw(features=100), **ARGUMENTS),
-]
+
+
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            tensors=draw,
+            accepts=zeros() | {"cost_embedding": torch.ones(3, 2)},
+            refuses=(
+                (
+                    r"cost_embedding must be of shape \(classes, features\)",
+                    ValueError,
+                    {"cost_embedding": torch.ones(3)},
+                ),
+                (
+                    "cost_embedding must be a floating",
+                    TypeError,
+                    {"cost_embedding": torch.ones(3, 2).int()},
+                ),
+                ("eps must be a finite number above 0", ValueError, {"eps": 0.0}),
+                ("eps must be a number", TypeError, {"eps": "0"}),
+            ),
+            **ARGUMENTS,
+        ),
+        Loss(tensors=lambda: draw(features=100), **ARGUMENTS),
+    ]
 
 
 def test_value_is_cross_entropy() -> None:
@@ -227,33 +251,6 @@ def test_the_module_has_a_copy() -> None:
     (loaded,) = torch.autograd.grad(criterion(input, target), leaf)
     (expected,) = torch.autograd.grad(emo_loss(input, target, embedding, eps=0.2), leaf)
     assert torch.equal(loaded, expected)
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("message", "error", "change"),
-    [
-        (
-            r"cost_embedding must be of shape \(classes, features\)",
-            ValueError,
-            {"cost_embedding": torch.ones(3)},
-        ),
-        (
-            "cost_embedding must be a floating",
-            TypeError,
-            {"cost_embedding": torch.ones(3, 2).int()},
-        ),
-        ("eps must be a finite number above 0", ValueError, {"eps": 0.0}),
-        ("eps must be a number", TypeError, {"eps": "0"}),
-    ],
-)
-def test_bad_input(message: str, error: type[Exception], change: dict[str, Any]) -> None:
-    tensors = {"input": torch.zeros(4, 3), "target": torch.zeros(4, dtype=torch.int64)}
-    own: dict[str, Any] = {"cost_embedding": torch.ones(3, 2)}
-    with pytest.raises(error, match=f"emo_loss: {message}"):
-        emo_loss(**tensors, **(own | change))
-    with pytest.raises(error, match=f"emo_loss: {message}"):
-        EMOLoss(**(own | change))
 
 
 @pytest.mark.untyped

@@ -18,10 +18,11 @@ from tilework.losses import (
     linear_error_norm_truncation_loss,
 )
 
+import samples
 from helpers import FLOATING, HALF, dtype_name
 from losses.linear_cross_entropy.problem import Problem
 from losses.linear_forms import LinearForm
-from losses.samples import Sample, class_index
+from losses.samples import Loss, class_index
 
 
 def norm_of(input: Tensor, target: Tensor) -> Tensor:
@@ -75,10 +76,48 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"threshold": 1.1, "denominator": "kept"},
     {"fraction": 0.25, "denominator": "kept", "label_smoothing": 0.2},
 )
-SAMPLES = [Sample(error_norm_truncation_loss, definition, ErrorNormTruncationLoss, options=OPTIONS)]
-LINEAR_FORMS = [
-    LinearForm(linear_error_norm_truncation_loss, definition, options=OPTIONS, steps=True)
-]
+REFUSED: samples.Refusals = (
+    (
+        "threshold and fraction must not both be given, got threshold=1.0 and fraction=0.1",
+        ValueError,
+        {"threshold": 1.0, "fraction": 0.1},
+    ),
+    ("threshold must be a finite number of at least 0", ValueError, {"threshold": -0.1}),
+    ("threshold must be a number", TypeError, {"threshold": "1"}),
+    ("fraction must be a number of at least 0 and below 1", ValueError, {"fraction": 1.0}),
+    ("fraction must be a number of at least 0 and below 1", ValueError, {"fraction": -0.1}),
+    ("fraction must be a number,", TypeError, {"fraction": "0"}),
+    ("denominator must be one of 'tokens', 'kept'", ValueError, {"denominator": "all"}),
+    ("label_smoothing must be a number from 0 to 1", ValueError, {"label_smoothing": 1.5}),
+    ("ignore_index must be an int", TypeError, {"ignore_index": 1.0}),
+    ("reduction must be one of", ValueError, {"reduction": "average"}),
+)
+
+
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            error_norm_truncation_loss,
+            definition,
+            ErrorNormTruncationLoss,
+            options=OPTIONS,
+            refuses=REFUSED,
+        )
+    ]
+
+
+@samples.of(LinearForm)
+def forms() -> list[LinearForm]:
+    return [
+        LinearForm(
+            linear_error_norm_truncation_loss,
+            definition,
+            options=OPTIONS,
+            refuses=REFUSED,
+            steps=True,
+        )
+    ]
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_name)
@@ -338,36 +377,6 @@ def test_nan_is_not_dropped(options: dict[str, Any]) -> None:
     input[4, 2] = torch.nan
     losses = error_norm_truncation_loss(input, target.clamp(min=0), **options, reduction="none")
     assert losses.isnan().tolist() == [index == 4 for index in range(9)]
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("message", "error", "change"),
-    [
-        (
-            "threshold and fraction must not both be given, got threshold=1.0 and fraction=0.1",
-            ValueError,
-            {"threshold": 1.0, "fraction": 0.1},
-        ),
-        ("threshold must be a finite number of at least 0", ValueError, {"threshold": -0.1}),
-        ("threshold must be a number", TypeError, {"threshold": "1"}),
-        ("fraction must be a number of at least 0 and below 1", ValueError, {"fraction": 1.0}),
-        ("fraction must be a number of at least 0 and below 1", ValueError, {"fraction": -0.1}),
-        ("fraction must be a number,", TypeError, {"fraction": "0"}),
-        ("denominator must be one of 'tokens', 'kept'", ValueError, {"denominator": "all"}),
-        ("label_smoothing must be a number from 0 to 1", ValueError, {"label_smoothing": 1.5}),
-        ("ignore_index must be an int", TypeError, {"ignore_index": 1.0}),
-        ("reduction must be one of", ValueError, {"reduction": "average"}),
-    ],
-)
-def test_bad_options(message: str, error: type[Exception], change: dict[str, Any]) -> None:
-    input, target = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(error, match=f"^error_norm_truncation_loss: {message}"):
-        error_norm_truncation_loss(input, target, **change)
-    with pytest.raises(error, match=f"^error_norm_truncation_loss: {message}"):
-        ErrorNormTruncationLoss(**change)
-    with pytest.raises(error, match=f"^linear_error_norm_truncation_loss: {message}"):
-        linear_error_norm_truncation_loss(input, torch.zeros(5, 3), target, **change)
 
 
 @pytest.mark.untyped

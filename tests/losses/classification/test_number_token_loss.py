@@ -19,8 +19,9 @@ from tilework.losses import (
     number_token_loss,
 )
 
+import samples
 from helpers import FLOATING, assert_exact, dtype_name
-from losses.samples import Arguments, Sample, class_index
+from losses.samples import Arguments, Loss, class_index, zeros
 
 VALUES = torch.tensor([2.0, torch.nan, 0.5, -1.0, torch.nan, 2.0, 3.0], dtype=torch.float64)
 
@@ -73,25 +74,64 @@ def draw(*positions: int) -> Arguments:
     return tensors | {"token_values": VALUES.clone()}
 
 
-SAMPLES = [
-    Sample(
-        number_token_loss,
-        definition,
-        NumberTokenLoss,
-        lambda: draw(13),
-        options=({}, {"kind": "mse"}),
-        owned=("token_values",),
-        mean_of_nothing=0.0,
+REFUSED: samples.Refusals = (
+    ("kind must be one of 'wasserstein', 'mse', got 'l1'", ValueError, {"kind": "l1"}),
+    (
+        "token_values must be finite or nan, with a finite one at least",
+        ValueError,
+        {"token_values": torch.full((3,), torch.nan)},
     ),
-    Sample(
-        number_token_cross_entropy,
-        with_cross_entropy,
-        NumberTokenCrossEntropyLoss,
-        lambda: draw(13),
-        options=({}, {"kind": "mse", "ntl_weight": 0.7, "label_smoothing": 0.2}),
-        owned=("token_values",),
+    (
+        "token_values must be finite or nan, with a finite one at least",
+        ValueError,
+        {"token_values": torch.tensor([1.0, -torch.inf, 2.0])},
     ),
-]
+    (r"token_values must be of shape", ValueError, {"token_values": torch.ones(3, 1)}),
+    ("token_values must be a floating-point", TypeError, {"token_values": torch.ones(3).int()}),
+)
+
+
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            number_token_loss,
+            definition,
+            NumberTokenLoss,
+            lambda: draw(13),
+            options=({}, {"kind": "mse"}),
+            owned=("token_values",),
+            checks_owned=True,
+            mean_of_nothing=0.0,
+            accepts=zeros() | {"token_values": torch.ones(3)},
+            refuses=REFUSED,
+        ),
+        Loss(
+            number_token_cross_entropy,
+            with_cross_entropy,
+            NumberTokenCrossEntropyLoss,
+            lambda: draw(13),
+            options=({}, {"kind": "mse", "ntl_weight": 0.7, "label_smoothing": 0.2}),
+            owned=("token_values",),
+            checks_owned=True,
+            accepts=zeros() | {"token_values": torch.ones(3)},
+            refuses=(
+                *REFUSED,
+                (
+                    "ntl_weight must be a finite number of at least 0",
+                    ValueError,
+                    {"ntl_weight": -0.1},
+                ),
+                (
+                    "label_smoothing must be a number from 0 to 1",
+                    ValueError,
+                    {"label_smoothing": 1.1},
+                ),
+            ),
+        ),
+    ]
+
+
 # Where values cannot be read, other tokens are masked instead of left out.
 each_form = pytest.mark.parametrize("reads", [True, False], ids=["selected", "masked"])
 
@@ -268,53 +308,6 @@ def test_modules_compile_to_the_selection() -> None:
     compiled = torch.compile(criterion, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(input, target), number_token_loss(input, target, values))
     assert selected
-
-
-BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
-    ("kind must be one of 'wasserstein', 'mse', got 'l1'", ValueError, {"kind": "l1"}),
-    (
-        "token_values must be finite or nan, with a finite one at least",
-        ValueError,
-        {"token_values": torch.full((3,), torch.nan)},
-    ),
-    (
-        "token_values must be finite or nan, with a finite one at least",
-        ValueError,
-        {"token_values": torch.tensor([1.0, -torch.inf, 2.0])},
-    ),
-    (r"token_values must be of shape", ValueError, {"token_values": torch.ones(3, 1)}),
-    ("token_values must be a floating-point", TypeError, {"token_values": torch.ones(3).int()}),
-]
-BAD_TOO: list[tuple[str, type[Exception], dict[str, Any]]] = [
-    ("ntl_weight must be a finite number of at least 0", ValueError, {"ntl_weight": -0.1}),
-    ("label_smoothing must be a number from 0 to 1", ValueError, {"label_smoothing": 1.1}),
-]
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("loss", "module", "message", "error", "change"),
-    [
-        *((number_token_loss, NumberTokenLoss, *case) for case in BAD),
-        *(
-            (number_token_cross_entropy, NumberTokenCrossEntropyLoss, *case)
-            for case in BAD + BAD_TOO
-        ),
-    ],
-)
-def test_bad_input(
-    loss: Callable[..., Tensor],
-    module: Callable[..., torch.nn.Module],
-    message: str,
-    error: type[Exception],
-    change: dict[str, Any],
-) -> None:
-    tensors = {"input": torch.zeros(4, 3), "target": torch.zeros(4, dtype=torch.int64)}
-    arguments: dict[str, Any] = {"token_values": torch.ones(3)} | change
-    with pytest.raises(error, match=f"{loss.__name__}: {message}"):
-        loss(**tensors, **arguments)
-    with pytest.raises(error, match=f"{loss.__name__}: {message}"):
-        module(**arguments)
 
 
 @pytest.mark.untyped

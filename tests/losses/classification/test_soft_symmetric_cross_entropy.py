@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tilework.losses import SoftSymmetricCrossEntropyLoss, soft_symmetric_cross_entropy
 
-from losses.samples import Arguments, Sample
+import samples
+from losses.samples import Arguments, Loss
 
 
 def definition(
@@ -41,10 +42,34 @@ ARGUMENTS: dict[str, Any] = {
     "batched": ("input", "teacher_input"),
     "class_index": False,
 }
-SAMPLES = [
-    Sample(tensors=lambda: draw(13, 7), **ARGUMENTS),
-    Sample(tensors=lambda: draw(3, 5, 4, 2), **ARGUMENTS),
-]
+
+
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            tensors=lambda: draw(13, 7),
+            accepts={"input": torch.zeros(4, 3), "teacher_input": torch.zeros(4, 3)},
+            refuses=(
+                ("input must be of shape", ValueError, {"input": torch.zeros(())}),
+                (
+                    "teacher_input must be of shape",
+                    ValueError,
+                    {"teacher_input": torch.zeros(4, 2)},
+                ),
+                (
+                    "teacher_input must be a floating",
+                    TypeError,
+                    {"teacher_input": torch.zeros(4).int()},
+                ),
+                ("alpha must be a number from 0 to 1", ValueError, {"alpha": 1.5}),
+                ("alpha must be a number from 0 to 1", ValueError, {"alpha": -0.1}),
+                ("alpha must be a number", TypeError, {"alpha": "0.5"}),
+            ),
+            **ARGUMENTS,
+        ),
+        Loss(tensors=lambda: draw(3, 5, 4, 2), **ARGUMENTS),
+    ]
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 1), (63, 100), (2, 3, 5)])
@@ -108,24 +133,3 @@ def test_extreme_logits(dtype: torch.dtype) -> None:
     (gradient,) = torch.autograd.grad(loss, input)
     # Of the first part alone: the student's own probabilities do not move.
     assert gradient.tolist() == [[0.5, -0.5]]
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("message", "error", "change"),
-    [
-        ("input must be of shape", ValueError, {"input": torch.zeros(())}),
-        ("teacher_input must be of shape", ValueError, {"teacher_input": torch.zeros(4, 2)}),
-        ("teacher_input must be a floating", TypeError, {"teacher_input": torch.zeros(4).int()}),
-        ("alpha must be a number from 0 to 1", ValueError, {"alpha": 1.5}),
-        ("alpha must be a number from 0 to 1", ValueError, {"alpha": -0.1}),
-        ("alpha must be a number", TypeError, {"alpha": "0.5"}),
-    ],
-)
-def test_bad_input(message: str, error: type[Exception], change: dict[str, Any]) -> None:
-    arguments: dict[str, Any] = {"input": torch.zeros(4, 3), "teacher_input": torch.zeros(4, 3)}
-    with pytest.raises(error, match=f"soft_symmetric_cross_entropy: {message}"):
-        soft_symmetric_cross_entropy(**(arguments | change))
-    if "alpha" in change:
-        with pytest.raises(error, match=f"soft_symmetric_cross_entropy: {message}"):
-            SoftSymmetricCrossEntropyLoss(**change)

@@ -1,7 +1,5 @@
 """Squentropy, against torch's cross-entropy and a masked mean of squares."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +9,11 @@ from torch import Tensor
 
 from tilework.losses import SquentropyLoss, linear_squentropy, squentropy
 
+import samples
 from helpers import HALF, assert_exact, dtype_name
 from losses.linear_cross_entropy.problem import Problem
 from losses.linear_forms import LinearForm
-from losses.samples import Sample, class_index
+from losses.samples import Loss, class_index
 
 
 def definition(
@@ -37,11 +36,33 @@ def definition(
     return losses.sum() if reduction == "sum" else losses.sum() / weights.sum()
 
 
-SAMPLES = [
-    Sample(squentropy, definition, SquentropyLoss),
-    Sample(squentropy, definition, SquentropyLoss, lambda: class_index(13, weight=True)),
-]
-LINEAR_FORMS = [LinearForm(linear_squentropy, definition, weight=True)]
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            squentropy,
+            definition,
+            SquentropyLoss,
+            refuses=(
+                ("input must be of shape .*, C >= 2", ValueError, {"input": torch.zeros(4, 1)}),
+                ("weight must be of shape", ValueError, {"weight": torch.ones(4)}),
+                (
+                    "weight must not require",
+                    ValueError,
+                    {"weight": torch.ones(3, requires_grad=True)},
+                ),
+            ),
+        ),
+        Loss(squentropy, definition, SquentropyLoss, lambda: class_index(13, weight=True)),
+    ]
+
+
+FORM = LinearForm(linear_squentropy, definition, weight=True)
+
+
+@samples.of(LinearForm)
+def forms() -> list[LinearForm]:
+    return [FORM]
 
 
 @given(st.integers(2, 100), st.integers(0, 10**6))
@@ -65,21 +86,6 @@ def test_is_not_invariant_to_a_shift_but_to_a_permutation() -> None:
     torch.testing.assert_close(squentropy(input[:, order], moved), squentropy(input, target))
 
 
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("message", "error", "change"),
-    [
-        ("input must be of shape .*, C >= 2", ValueError, {"input": torch.zeros(4, 1)}),
-        ("weight must be of shape", ValueError, {"weight": torch.ones(4)}),
-        ("weight must not require", ValueError, {"weight": torch.ones(3, requires_grad=True)}),
-    ],
-)
-def test_bad_input(message: str, error: type[Exception], change: dict[str, Any]) -> None:
-    arguments = {"input": torch.zeros(4, 3), "target": torch.zeros(4, dtype=torch.int64)}
-    with pytest.raises(error, match=f"squentropy: {message}"):
-        squentropy(**(arguments | change))
-
-
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_name)
 @pytest.mark.parametrize("implementation", ["tiled", "reference"])
@@ -90,13 +96,12 @@ def test_linear_form_where_hidden_states_cancel(implementation: str, dtype: torc
     with torch.no_grad():
         problem.linear_weight.add_(common)
         problem.input.sub_(torch.outer(problem.input @ common, common) / common.square().sum())
-    form = LINEAR_FORMS[0]
     problem = problem.to(dtype)
     problem.options["implementation"] = implementation
     actual = problem.solve(linear_squentropy)
     problem.options = {}
-    truth = problem.to(torch.float64).solve(form.composed)
-    for results in zip(actual, problem.solve(form.composed), truth, strict=True):
+    truth = problem.to(torch.float64).solve(FORM.composed)
+    for results in zip(actual, problem.solve(FORM.composed), truth, strict=True):
         assert_exact(*results, dtype)
 
 

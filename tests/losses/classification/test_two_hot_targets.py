@@ -200,7 +200,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     [
         *BAD,
         ("target must be a floating-point", TypeError, {"target": torch.zeros(3).int()}),
-        ("num_bins must be at least 2, got 1", ValueError, {"num_bins": 1}),
+        ("num_bins must be an int of at least 2, got 1", ValueError, {"num_bins": 1}),
         ("num_bins must be an int", TypeError, {"num_bins": True}),
     ],
 )

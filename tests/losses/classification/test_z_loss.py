@@ -8,8 +8,9 @@ from torch import Tensor
 
 from tilework.losses import ZLoss, linear_cross_entropy, linear_z_loss, z_loss
 
+import samples
 from losses.linear_forms import LinearForm
-from losses.samples import Sample, class_index
+from losses.samples import Loss, class_index
 
 
 def definition(
@@ -30,18 +31,38 @@ def definition(
     return losses if reduction == "none" else getattr(losses, reduction)()
 
 
-SAMPLES = [
-    Sample(z_loss, definition, ZLoss, options=({}, {"coefficient": 0.5})),
-    Sample(
-        z_loss,
-        definition,
-        ZLoss,
-        lambda: {"input": torch.randn(5, 4, 3, dtype=torch.float64)},
-        batched=("input",),
-        class_index=False,
-    ),
-]
-LINEAR_FORMS = [LinearForm(linear_z_loss, definition, options=({}, {"coefficient": 0.5}))]
+REFUSED: samples.Refusals = tuple(
+    ("coefficient must be a finite number of at least 0", ValueError, {"coefficient": outside})
+    for outside in (-1e-3, math.inf, math.nan)
+)
+
+
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            z_loss,
+            definition,
+            ZLoss,
+            options=({}, {"coefficient": 0.5}),
+            refuses=(*REFUSED, ("coefficient must be a number", TypeError, {"coefficient": "1"})),
+        ),
+        Loss(
+            z_loss,
+            definition,
+            ZLoss,
+            lambda: {"input": torch.randn(5, 4, 3, dtype=torch.float64)},
+            batched=("input",),
+            class_index=False,
+        ),
+    ]
+
+
+@samples.of(LinearForm)
+def forms() -> list[LinearForm]:
+    return [
+        LinearForm(linear_z_loss, definition, options=({}, {"coefficient": 0.5}), refuses=REFUSED)
+    ]
 
 
 def test_rows_of_log_sum_0_add_nothing() -> None:
@@ -59,18 +80,6 @@ def test_is_the_mean_of_squares() -> None:
 
 def test_coefficient_0_gives_0() -> None:
     assert z_loss(class_index(9)["input"], coefficient=0.0) == 0
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize("coefficient", [-1e-3, math.inf, math.nan])
-def test_bad_coefficient(coefficient: float) -> None:
-    for make in (ZLoss, lambda **options: z_loss(torch.zeros(2, 3), **options)):
-        with pytest.raises(ValueError, match="z_loss: coefficient must be a finite number of at"):
-            make(coefficient=coefficient)
-    with pytest.raises(TypeError, match="z_loss: coefficient must be a number"):
-        ZLoss(coefficient="1")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^linear_z_loss: coefficient must be a finite number of"):
-        linear_z_loss(torch.zeros(2, 3), torch.zeros(4, 3), coefficient=coefficient)
 
 
 def test_linear_form_without_targets_keeps_all() -> None:

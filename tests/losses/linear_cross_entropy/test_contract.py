@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import nn
 
+from tilework import _implementations
+from tilework._implementations import TABLES
 from tilework.losses import LinearCrossEntropy, LinearCrossEntropyLoss, linear_cross_entropy
 
 from helpers import clones, dtype_name
 from losses.linear_cross_entropy.problem import IMPLEMENTATIONS, Problem, composed
 
-HIDDEN, HEAD, TARGET = torch.randn(4, 7), torch.randn(9, 7), torch.tensor([0, 8, 3, -100])
-BATCH = torch.randn(2, 3, 7)
+HIDDEN, HEAD, TARGET = torch.ones(4, 7), torch.ones(9, 7), torch.tensor([0, 8, 3, -100])
+BATCH = torch.ones(2, 3, 7)
 
 BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("input must be a floating-point tensor", TypeError, {"input": HIDDEN.long()}),
@@ -32,19 +34,19 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("linear_weight must be of shape (V, 7)", ValueError, {"linear_weight": HEAD[None]}),
     ("linear_weight must be of shape (V, 7)", ValueError, {"linear_weight": HEAD[:0]}),
     ("target must be int64 of shape (4,)", TypeError, {"target": TARGET.int()}),
-    ("target must be int64 of shape (4,)", TypeError, {"target": torch.rand(4, 9)}),
+    ("target must be int64 of shape (4,)", TypeError, {"target": torch.ones(4, 9)}),
     ("target must be of shape (4,)", ValueError, {"target": TARGET[:3]}),
     ("target must be of shape (2, 3)", ValueError, {"input": BATCH, "target": TARGET}),
-    ("linear_bias must be of shape (9,)", ValueError, {"linear_bias": torch.rand(7)}),
-    ("linear_bias must be of input's", TypeError, {"linear_bias": torch.rand(9).double()}),
-    ("weight must be of shape (9,)", ValueError, {"weight": torch.rand(4)}),
+    ("linear_bias must be of shape (9,)", ValueError, {"linear_bias": torch.ones(7)}),
+    ("linear_bias must be of input's", TypeError, {"linear_bias": torch.ones(9).double()}),
+    ("weight must be of shape (9,)", ValueError, {"weight": torch.ones(4)}),
     ("weight must be a floating-point tensor", TypeError, {"weight": torch.ones(9).long()}),
-    ("weight must not require a gradient", ValueError, {"weight": torch.rand(9).requires_grad_()}),
-    ("token_weight must be of shape (4,)", ValueError, {"token_weight": torch.rand(9)}),
+    ("weight must not require a gradient", ValueError, {"weight": torch.ones(9).requires_grad_()}),
+    ("token_weight must be of shape (4,)", ValueError, {"token_weight": torch.ones(9)}),
     (
         "token_weight must not require a gradient",
         ValueError,
-        {"token_weight": torch.rand(4).requires_grad_()},
+        {"token_weight": torch.ones(4).requires_grad_()},
     ),
     ("reduction must be one of 'mean', 'sum', 'none', got 'avg'", ValueError, {"reduction": "avg"}),
     ("ignore_index must be an int", TypeError, {"ignore_index": 1.5}),
@@ -56,7 +58,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("softcap must be a finite number above 0", ValueError, {"softcap": float("inf")}),
     ("z_loss must be a finite number of at least 0", ValueError, {"z_loss": -1e-4}),
     ("z_loss must be a finite number of at least 0", ValueError, {"z_loss": float("nan")}),
-    ("shift must be a finite number of at least 0", ValueError, {"shift": -1}),
+    ("shift must be an int of at least 0", ValueError, {"shift": -1}),
     ("shift must be an int", TypeError, {"shift": 1.0}),
     ("shift above 0 must come with input of shape (B, T, D)", ValueError, {"shift": 1}),
     (
@@ -65,7 +67,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
         {"input": BATCH, "target": torch.zeros(2, 3, dtype=torch.int64), "shift": 3},
     ),
     (
-        "implementation must be one of 'triton', 'tiled', 'chunked', 'reference', got 'cuda'",
+        "implementation must be one of 'triton', 'chunked', 'tiled', 'reference', got 'cuda'",
         ValueError,
         {"implementation": "cuda"},
     ),
@@ -155,8 +157,7 @@ def test_triton_where_it_cannot_run() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_name)
 def test_default_on_the_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tilework.losses._classes.linear import tiled
-    from tilework.losses.linear_cross_entropy import chunked, schedule
+    from tilework.losses._classes.linear import chunked, schedule, tiled
 
     calls = []
     for module, name in ((tiled, "forward"), (chunked, "loss_and_gradients")):
@@ -179,25 +180,41 @@ def test_default_on_the_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_costs_of_the_schedules() -> None:
-    from tilework.losses.linear_cross_entropy import schedule
+    from tilework.losses._classes.linear import schedule
 
     def shapes(tokens: int, features: int, classes: int, dtype: torch.dtype) -> Any:
-        one = torch.empty((), dtype=dtype)
+        one = torch.empty((), dtype=dtype, requires_grad=True)
         return one.expand(tokens, features), one.expand(classes, features)
+
+    def default(input: torch.Tensor, linear_weight: torch.Tensor, is_sum: bool = True) -> str:
+        given = {"linear_weight": linear_weight, "is_sum": is_sum}
+        return _implementations.choose(
+            "", TABLES["losses.linear_cross_entropy"], None, input, **given
+        )
 
     again, chunks = schedule.costs(*shapes(2048, 768, 50304, torch.float32))
     assert again.operations == 8 * 2048 * 768 * 50304
     assert chunks.operations == 6 * 2048 * 768 * 50304
     assert chunks.extra_bytes == 512 * 50304 * 4
     assert again.extra_bytes < chunks.extra_bytes
-    assert schedule.prefers_chunks(*shapes(2048, 768, 50304, torch.float32))
+    head = shapes(2048, 768, 50304, torch.float32)
+    assert default(*head) == "chunked"
+    # Positions of two dimensions are the same tokens.
+    assert default(head[0].unflatten(0, (4, 512)), head[1]) == "chunked"
     # 512 tokens of float32 logits are small beside a head of 256000 classes and 2304 features.
     large = shapes(1024, 2304, 256000, torch.float32)
     assert schedule.costs(*large)[1].extra_bytes == 512 * 256000 * 4
-    assert schedule.prefers_chunks(*large)
+    assert default(*large) == "chunked"
     narrow = shapes(1024, 64, 500000, torch.float32)
     assert schedule.costs(*narrow)[1].extra_bytes == 256 * 500000 * 4
-    assert not schedule.prefers_chunks(*shapes(4096, 64, 1000000, torch.float32))
+    assert default(*shapes(4096, 64, 1000000, torch.float32)) == "tiled"
+    batched = shapes(4096, 64, 1000000, torch.float32)
+    assert default(batched[0].unflatten(0, (64, 64)), batched[1]) == "tiled"
+    # Without gradients, of single losses and in float16 there is nothing to take early.
+    assert default(*head, is_sum=False) == "tiled"
+    assert default(*shapes(2048, 768, 50304, torch.float16)) == "tiled"
+    with torch.no_grad():
+        assert default(*head) == "tiled"
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -213,8 +230,9 @@ def test_modules_equal_the_function(implementation: str) -> None:
     }
     weight, token_weight, target = torch.rand(9), torch.rand(2, 3), torch.randint(9, (2, 3))
     owner = LinearCrossEntropyLoss(7, 9, bias=True, weight=weight, **options)
+    input = torch.randn(2, 3, 7)
     expected = linear_cross_entropy(
-        BATCH,
+        input,
         owner.linear.weight,
         target,
         linear_bias=owner.linear.bias,
@@ -222,10 +240,10 @@ def test_modules_equal_the_function(implementation: str) -> None:
         token_weight=token_weight,
         **options,
     )
-    assert torch.equal(owner(BATCH, target, token_weight=token_weight), expected)
+    assert torch.equal(owner(input, target, token_weight=token_weight), expected)
     guest = LinearCrossEntropy(weight, **options)
     actual = guest(
-        BATCH,
+        input,
         owner.linear.weight,
         target,
         linear_bias=owner.linear.bias,
@@ -237,7 +255,7 @@ def test_modules_equal_the_function(implementation: str) -> None:
     assert "softcap=5.0" in repr(guest)
     assert "reduction" not in repr(LinearCrossEntropy())
     assert torch.equal(
-        pickle.loads(pickle.dumps(owner))(BATCH, target, token_weight=token_weight), expected
+        pickle.loads(pickle.dumps(owner))(input, target, token_weight=token_weight), expected
     )
 
 
@@ -257,7 +275,8 @@ def test_takes_the_place_of_torchs_layer(bias: bool) -> None:
         assert torch.equal(ours.state_dict()[name], value)
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
-    torch.testing.assert_close(ours(HIDDEN, TARGET), theirs(HIDDEN, TARGET))
+    input = torch.randn(4, 7)
+    torch.testing.assert_close(ours(input, TARGET), theirs(input, TARGET))
 
 
 def test_zero_token_weight_counts_for_nothing() -> None:

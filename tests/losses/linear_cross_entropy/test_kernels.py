@@ -154,7 +154,7 @@ def test_gradient_filter_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Few classes are likely: the products are of few tiles, and the gradients within the bound."""
-    from tilework.losses._classes.linear import triton
+    from tilework.losses._classes.linear.triton import filter
 
     options: dict[str, Any] = {"softcap": 60.0, "z_loss": 1e-3} if every_option else {}
     problem = Problem.random(
@@ -167,7 +167,7 @@ def test_gradient_filter_on_a_gpu(
     )
     problem = problem.on("cuda")
     counts = []
-    kept_tiles = triton.kept_tiles
+    kept_tiles = filter.kept_tiles
 
     def record(*args: Any) -> torch.Tensor:
         kept = kept_tiles(*args)
@@ -177,7 +177,7 @@ def test_gradient_filter_on_a_gpu(
     fraction = 1e-2
     filtered = partial(linear_cross_entropy, implementation="triton", gradient_filter=fraction)
     with monkeypatch.context() as patch:
-        patch.setattr(triton, "kept_tiles", record)
+        patch.setattr(filter, "kept_tiles", record)
         actual = problem.solve(filtered)
     again = problem.solve(filtered)
     for result, second in zip(actual, again, strict=True):

@@ -351,7 +351,7 @@ def test_properties(
 def test_chunks_with_the_kernel(
     every_option: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tilework.losses.linear_cross_entropy import operators
+    from tilework.losses._classes.linear import operators
 
     if dtype != torch.float64:
         monkeypatch.setattr(operators, "has_kernels", lambda input: True)

@@ -18,12 +18,17 @@ EXACT = ("reference", "tiled", "chunked")  # these take float64
 OPTIONS = {"label_smoothing": 0.1, "softcap": 5.0, "z_loss": 0.1}
 Loss = Callable[..., Tensor]
 
-torch.manual_seed(0)
-HIDDEN = torch.randn(3, 5, 4, dtype=torch.float64)
-HEAD = torch.randn(3, 31, 4, dtype=torch.float64)
-BIAS = torch.randn(31, dtype=torch.float64)
-TARGET = torch.randint(31, (3, 5))
-TARGET[:, 1] = -100
+HIDDEN = torch.zeros(3, 5, 4, dtype=torch.float64)
+HEAD = torch.zeros(3, 31, 4, dtype=torch.float64)
+BIAS = torch.zeros(31, dtype=torch.float64)
+TARGET = torch.zeros(3, 5, dtype=torch.int64)
+
+
+@pytest.fixture(autouse=True)
+def drawn() -> None:
+    for tensor in (HIDDEN, HEAD, BIAS):
+        tensor.normal_()
+    TARGET.random_(31)[:, 1] = -100
 
 
 def loss_of(function: Loss) -> Loss:

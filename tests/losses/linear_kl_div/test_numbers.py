@@ -40,9 +40,17 @@ def check(problem: Problem, implementation: str, upstream: torch.Tensor | None =
         assert_exact(*result, student)
 
 
-@pytest.mark.parametrize(("implementation", "dtype"), BUILT)
+# What reduces is the same in every dtype.
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "reduction"),
+    [
+        pytest.param(*case.values, reduction, id=f"{case.id}-{reduction}")
+        for case in BUILT
+        for reduction in ("none", "mean", "sum")
+        if reduction == "none" or torch.float32 in case.values
+    ],
+)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("every_option", [False, True])
 def test_equals_torch(
     implementation: str, dtype: torch.dtype, divergence: str, reduction: str, every_option: bool
@@ -156,9 +164,9 @@ def test_logits_of_ten_thousand(implementation: str, dtype: torch.dtype, diverge
         head[confident, 0] = 40
     heads[1][7] = 0
     heads[1][7, 0] = -39
-    hidden, teacher_hidden = torch.zeros(2, 512, 8)
-    hidden[1:, 0] = torch.logspace(-1, 2.4, 511)
-    teacher_hidden[:, 0] = hidden[torch.randperm(512), 0]
+    hidden, teacher_hidden = torch.zeros(2, 128, 8)
+    hidden[1:, 0] = torch.logspace(-1, 2.4, 127)
+    teacher_hidden[:, 0] = hidden[torch.randperm(128), 0]
     hidden[::3] *= -1
     teacher_hidden[::4] *= -1
     problem = Problem(
@@ -168,7 +176,7 @@ def test_logits_of_ten_thousand(implementation: str, dtype: torch.dtype, diverge
         heads[1].to(dtype),
         options={"reduction": "none", "divergence": divergence},
     )
-    upstream = torch.ones(512)
+    upstream = torch.ones(128)
     if (implementation, divergence) != ("reference", "jsd"):
         check(problem, implementation, upstream)
         return

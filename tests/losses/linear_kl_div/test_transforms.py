@@ -1,6 +1,5 @@
 """Transforms of PyTorch, applied to every implementation."""
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,13 +18,18 @@ pytestmark = [pytest.mark.usefixtures("small_tiles"), pytest.mark.untyped]
 Loss = Callable[..., Tensor]
 EXACT = ("reference", "tiled")  # in float64
 
-torch.manual_seed(0)
-HIDDEN = torch.randn(3, 5, 4, dtype=torch.float64)
-HEAD = torch.randn(3, 31, 4, dtype=torch.float64)
-BIAS = torch.randn(31, dtype=torch.float64)
-TEACHER_HIDDEN = torch.randn(3, 5, 6, dtype=torch.float64)
-TEACHER_HEAD = torch.randn(31, 6, dtype=torch.float64)
+HIDDEN = torch.zeros(3, 5, 4, dtype=torch.float64)
+HEAD = torch.zeros(3, 31, 4, dtype=torch.float64)
+BIAS = torch.zeros(31, dtype=torch.float64)
+TEACHER_HIDDEN = torch.zeros(3, 5, 6, dtype=torch.float64)
+TEACHER_HEAD = torch.zeros(31, 6, dtype=torch.float64)
 MASK = torch.tensor([True, False, True, True, True])
+
+
+@pytest.fixture(autouse=True)
+def drawn() -> None:
+    for tensor in (HIDDEN, HEAD, BIAS, TEACHER_HIDDEN, TEACHER_HEAD):
+        tensor.normal_()
 
 
 def loss_of(function: Loss, divergence: str) -> Loss:
@@ -212,12 +216,12 @@ def test_operators(implementation: str, divergence: str, bias: bool) -> None:
     given = Heads(*student, *teacher, counted, *options, implementation)
     torch.library.opcheck(torch.ops.tilework.linear_kl_div, tuple(given))
     _, statistics = torch.ops.tilework.linear_kl_div(*given)
-    for needed in itertools.product([False, True], [True], [False, bias]):
+    for needed in ([True, True, bias], [False, True, False]):
         torch.library.opcheck(
             torch.ops.tilework.linear_kl_div_backward,
             (
                 *(*student, *teacher, counted, statistics.detach(), torch.randn(5)),
-                *(list(needed), *options, implementation),
+                *(needed, *options, implementation),
             ),
         )
 

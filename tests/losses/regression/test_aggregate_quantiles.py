@@ -101,7 +101,8 @@ def test_module(per_level: bool) -> None:
     assert module.weight_logits.grad.any()
     module.reset_parameters()
     assert not module.weight_logits.any()
-    assert repr(module) == f"QuantileAggregator(3, 4, per_level={per_level})"
+    shown = ", per_level=True" if per_level else ""
+    assert repr(module) == f"QuantileAggregator(num_models=3, num_levels=4{shown})"
 
 
 @pytest.mark.untyped

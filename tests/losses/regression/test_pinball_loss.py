@@ -1,7 +1,6 @@
 """The pinball loss, against scikit-learn's and rectifiers."""
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from tilework.losses import pinball_loss
 
+import samples
 from losses.regression.quantiles import quantiles
-from losses.samples import Sample
+from losses.samples import Loss
 
 
 def definition(
@@ -25,17 +25,50 @@ def definition(
     return losses if reduction == "none" else getattr(losses, reduction)()
 
 
-SAMPLES = [
-    Sample(
-        pinball_loss,
-        definition,
-        None,
-        partial(quantiles, *shape),
-        differentiable=("input", "target"),
-        class_index=False,
-    )
-    for shape in ((13,), (3, 2))
-]
+REFUSED: samples.Refusals = (
+    (r"input must be of shape \(\.\.\., K\), K >= 1", ValueError, {"input": torch.ones(())}),
+    (r"input must be of shape \(\.\.\., K\), K >= 1", ValueError, {"input": torch.ones(4, 0)}),
+    (r"target must be of shape \(4,\)", ValueError, {"target": torch.ones(4, 1)}),
+    (
+        r"quantile_levels must be of shape \(2,\)",
+        ValueError,
+        {"quantile_levels": torch.tensor([0.5])},
+    ),
+    (
+        "quantile_levels must not require",
+        ValueError,
+        {"quantile_levels": torch.tensor([0.2, 0.5], requires_grad=True)},
+    ),
+    *(
+        (
+            "quantile_levels must be above 0, below 1 and strictly increasing, got",
+            ValueError,
+            {"quantile_levels": torch.tensor(levels)},
+        )
+        for levels in ([0.0, 0.5], [0.5, 1.0], [0.5, 0.5], [0.6, 0.5], [0.5, torch.nan])
+    ),
+)
+
+
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            pinball_loss,
+            definition,
+            None,
+            partial(quantiles, *shape),
+            differentiable=("input", "target"),
+            class_index=False,
+            accepts={
+                "input": torch.zeros(4, 2),
+                "target": torch.zeros(4),
+                "quantile_levels": torch.tensor([0.2, 0.5]),
+            },
+            refuses=refuses,
+        )
+        for shape, refuses in (((13,), REFUSED), ((3, 2), ()))
+    ]
 
 
 @given(st.integers(1, 9), st.integers(1, 20), st.integers(0, 10**6))
@@ -94,40 +127,3 @@ def test_levels_that_cannot_be_read_give_nan() -> None:
     for levels in ([0.5, 0.5], [0.0, 0.5], [0.5, 1.0], [0.7, 0.6]):
         assert score(input, target, torch.tensor([levels])).isnan()
     assert score(input, target, torch.tensor([[0.5, 0.6]])).isfinite()
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("message", "error", "change"),
-    [
-        (r"input must be of shape \(\.\.\., K\), K >= 1", ValueError, {"input": torch.ones(())}),
-        (r"input must be of shape \(\.\.\., K\), K >= 1", ValueError, {"input": torch.ones(4, 0)}),
-        (r"target must be of shape \(4,\)", ValueError, {"target": torch.ones(4, 1)}),
-        (
-            r"quantile_levels must be of shape \(2,\)",
-            ValueError,
-            {"quantile_levels": torch.tensor([0.5])},
-        ),
-        (
-            "quantile_levels must not require",
-            ValueError,
-            {"quantile_levels": torch.tensor([0.2, 0.5], requires_grad=True)},
-        ),
-        *(
-            (
-                "quantile_levels must be above 0, below 1 and strictly increasing, got",
-                ValueError,
-                {"quantile_levels": torch.tensor(levels)},
-            )
-            for levels in ([0.0, 0.5], [0.5, 1.0], [0.5, 0.5], [0.6, 0.5], [0.5, torch.nan])
-        ),
-    ],
-)
-def test_bad_input(message: str, error: type[Exception], change: dict[str, Any]) -> None:
-    arguments = {
-        "input": torch.zeros(4, 2),
-        "target": torch.zeros(4),
-        "quantile_levels": torch.tensor([0.2, 0.5]),
-    }
-    with pytest.raises(error, match=f"pinball_loss: {message}"):
-        pinball_loss(**(arguments | change))

@@ -3,13 +3,13 @@
 import math
 from functools import partial
 
-import pytest
 import torch
 from torch import Tensor
 
 from tilework.losses import quantile_crossing_penalty
 
-from losses.samples import Arguments, Sample
+import samples
+from losses.samples import Arguments, Loss
 
 
 def definition(input: Tensor, *, margin: float = 0.0, reduction: str = "mean") -> Tensor:
@@ -23,18 +23,31 @@ def draw(*shape: int) -> Arguments:
     return {"input": torch.randn(shape, dtype=torch.float64)}
 
 
-SAMPLES = [
-    Sample(
-        quantile_crossing_penalty,
-        definition,
-        None,
-        partial(draw, *shape),
-        options=({}, {"margin": 0.3}),
-        batched=("input",),
-        class_index=False,
-    )
-    for shape in ((13, 5), (3, 2, 4))
-]
+REFUSED: samples.Refusals = (
+    ("input must be of shape", ValueError, {"input": torch.zeros(())}),
+    ("input must be of shape", ValueError, {"input": torch.zeros(4, 0)}),
+    ("margin must be a finite", ValueError, {"margin": -0.1}),
+    ("margin must be a finite", ValueError, {"margin": math.inf}),
+    ("margin must be a number", TypeError, {"margin": "1"}),
+)
+
+
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            quantile_crossing_penalty,
+            definition,
+            None,
+            partial(draw, *shape),
+            options=({}, {"margin": 0.3}),
+            batched=("input",),
+            class_index=False,
+            accepts={"input": torch.zeros(2, 3)},
+            refuses=refuses,
+        )
+        for shape, refuses in (((13, 5), REFUSED), ((3, 2, 4), ()))
+    ]
 
 
 def test_is_0_for_increasing_quantiles() -> None:
@@ -47,15 +60,3 @@ def test_is_0_for_increasing_quantiles() -> None:
 def test_of_one_level() -> None:
     penalties = quantile_crossing_penalty(torch.randn(3, 1), margin=1.0, reduction="none")
     assert penalties.tolist() == [0, 0, 0]
-
-
-@pytest.mark.untyped
-def test_bad_input() -> None:
-    for shape in ((), (4, 0)):
-        with pytest.raises(ValueError, match="quantile_crossing_penalty: input must be of shape"):
-            quantile_crossing_penalty(torch.zeros(shape))
-    for margin in (-0.1, math.inf):
-        with pytest.raises(ValueError, match="quantile_crossing_penalty: margin must be a finite"):
-            quantile_crossing_penalty(torch.zeros(2, 3), margin=margin)
-    with pytest.raises(TypeError, match="quantile_crossing_penalty: margin must be a number"):
-        quantile_crossing_penalty(torch.zeros(2, 3), margin="1")  # type: ignore[arg-type]

@@ -1,9 +1,7 @@
 """The weighted interval score, against intervals and their misses."""
 
 from functools import partial
-from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,8 +9,9 @@ from torch import Tensor
 
 from tilework.losses import weighted_interval_score
 
+import samples
 from losses.regression.quantiles import quantiles
-from losses.samples import Sample
+from losses.samples import Loss
 
 
 def definition(
@@ -27,17 +26,33 @@ def definition(
     return scores if reduction == "none" else getattr(scores, reduction)()
 
 
-SAMPLES = [
-    Sample(
-        weighted_interval_score,
-        definition,
-        None,
-        partial(quantiles, *shape),
-        differentiable=("input", "target"),
-        class_index=False,
-    )
-    for shape in ((13,), (3, 2))
-]
+REFUSED: samples.Refusals = (
+    (r"input must be of shape \(\.\.\., K\)", ValueError, {"input": torch.ones(())}),
+    (r"target must be of shape \(4,\)", ValueError, {"target": torch.ones(4, 1)}),
+    (r"quantile_levels must be of shape", ValueError, {"quantile_levels": torch.tensor([0.5])}),
+    ("quantile_levels must be above 0", ValueError, {"quantile_levels": torch.tensor([0.5, 1.0])}),
+)
+
+
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            weighted_interval_score,
+            definition,
+            None,
+            partial(quantiles, *shape),
+            differentiable=("input", "target"),
+            class_index=False,
+            accepts={
+                "input": torch.zeros(4, 2),
+                "target": torch.zeros(4),
+                "quantile_levels": torch.tensor([0.2, 0.5]),
+            },
+            refuses=refuses,
+        )
+        for shape, refuses in (((13,), REFUSED), ((3, 2), ()))
+    ]
 
 
 @given(st.integers(1, 6), st.integers(0, 10**6))
@@ -57,23 +72,3 @@ def test_equals_widths_and_misses_of_intervals(intervals: int, seed: int) -> Non
     expected = expected / (len(alphas) + 0.5)
     actual = weighted_interval_score(input, target, levels, reduction="none")
     torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("message", "change"),
-    [
-        (r"input must be of shape \(\.\.\., K\)", {"input": torch.ones(())}),
-        (r"target must be of shape \(4,\)", {"target": torch.ones(4, 1)}),
-        (r"quantile_levels must be of shape", {"quantile_levels": torch.tensor([0.5])}),
-        ("quantile_levels must be above 0", {"quantile_levels": torch.tensor([0.5, 1.0])}),
-    ],
-)
-def test_bad_input(message: str, change: dict[str, Any]) -> None:
-    arguments = {
-        "input": torch.zeros(4, 2),
-        "target": torch.zeros(4),
-        "quantile_levels": torch.tensor([0.2, 0.5]),
-    }
-    with pytest.raises(ValueError, match=f"weighted_interval_score: {message}"):
-        weighted_interval_score(**(arguments | change))

@@ -14,7 +14,8 @@ from torch import Tensor
 from tilework.losses import GlobalLoadBalancer, expert_counts, load_balancing_loss
 
 import processes
-from losses.samples import Arguments, Sample
+import samples
+from losses.samples import Arguments, Loss
 
 EXPERTS, CHOSEN, TOKENS = 5, 2, 24
 
@@ -65,15 +66,68 @@ def masked() -> Arguments:
     return tensors
 
 
-SAMPLES = [
-    Sample(load_balancing_loss, tensors=lambda: draw(13), **ARGUMENTS),
-    Sample(load_balancing_loss, tensors=masked, **ARGUMENTS),
-    Sample(
-        load_balancing_loss,
-        tensors=lambda: draw(7, 3, counts=torch.tensor([5, 0, 2, 1, 40])),
-        **ARGUMENTS,
+REFUSED_TOKENS: samples.Refusals = (
+    ("expert_index must be int64 of shape", TypeError, {"expert_index": torch.zeros(4, 2)}),
+    ("expert_index must be int64 of shape", TypeError, {"expert_index": torch.zeros(4, 2).int()}),
+    (r"expert_index must be of shape \(.*k\)", ValueError, {"expert_index": torch.tensor(1)}),
+    (
+        r"expert_index must lie in \[0, 3\), got 3",
+        IndexError,
+        {"expert_index": torch.tensor([[0, 1], [3, 0], [-1, 0], [0, 0]])},
     ),
-]
+    (
+        r"expert_index must lie in \[0, 3\), got -1",
+        IndexError,
+        {"expert_index": torch.full((4, 2), -1)},
+    ),
+    ("mask must be bool of shape", TypeError, {"mask": torch.ones(4)}),
+    ("mask must be of shape", ValueError, {"mask": torch.ones(4, 2).bool()}),
+    ("mask must lie on the device of", ValueError, {"mask": torch.ones(4).bool().to("meta")}),
+)
+REFUSED: samples.Refusals = (
+    *REFUSED_TOKENS,
+    (r"router_probs must be of shape \(\.\.\., ", ValueError, {"router_probs": torch.ones(())}),
+    (
+        r"expert_index must be of shape \(4, k\)",
+        ValueError,
+        {"expert_index": torch.zeros(3, 2).long()},
+    ),
+    ("router_probs must be a floating", TypeError, {"router_probs": torch.ones(4, 3).long()}),
+)
+
+
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            load_balancing_loss,
+            tensors=lambda: draw(13),
+            accepts={
+                "router_probs": torch.ones(4, 3) / 3,
+                "expert_index": torch.zeros(4, 2, dtype=torch.int64),
+            },
+            refuses=(
+                *REFUSED,
+                ("router_probs must be of shape", ValueError, {"router_probs": torch.ones(4, 0)}),
+                ("normalize must be a bool", TypeError, {"normalize": 1}),
+                ("group must be a process group or None", TypeError, {"group": 0}),
+                ("counts must be int64 of shape", TypeError, {"counts": torch.ones(3)}),
+                ("counts must be of shape", ValueError, {"counts": torch.ones(4).long()}),
+                (
+                    "counts must lie on the device of",
+                    ValueError,
+                    {"counts": torch.ones(3).long().to("meta")},
+                ),
+            ),
+            **ARGUMENTS,
+        ),
+        Loss(load_balancing_loss, tensors=masked, **ARGUMENTS),
+        Loss(
+            load_balancing_loss,
+            tensors=lambda: draw(7, 3, counts=torch.tensor([5, 0, 2, 1, 40])),
+            **ARGUMENTS,
+        ),
+    ]
 
 
 @pytest.mark.parametrize("tokens", [(), (1,), (7,), (3, 2, 5)])
@@ -328,62 +382,6 @@ def test_processes_equal_one(ranks: int) -> None:
         assert torch.equal(seen, count(everything))
 
 
-BAD_TOKENS: list[tuple[str, type[Exception], dict[str, Any]]] = [
-    ("expert_index must be int64 of shape", TypeError, {"expert_index": torch.zeros(4, 2)}),
-    ("expert_index must be int64 of shape", TypeError, {"expert_index": torch.zeros(4, 2).int()}),
-    (r"expert_index must be of shape \(.*k\)", ValueError, {"expert_index": torch.tensor(1)}),
-    (
-        r"expert_index must lie in \[0, 3\), got 3",
-        IndexError,
-        {"expert_index": torch.tensor([[0, 1], [3, 0], [-1, 0], [0, 0]])},
-    ),
-    (
-        r"expert_index must lie in \[0, 3\), got -1",
-        IndexError,
-        {"expert_index": torch.full((4, 2), -1)},
-    ),
-    ("mask must be bool of shape", TypeError, {"mask": torch.ones(4)}),
-    ("mask must be of shape", ValueError, {"mask": torch.ones(4, 2).bool()}),
-    ("mask must lie on the device of", ValueError, {"mask": torch.ones(4).bool().to("meta")}),
-]
-BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
-    *BAD_TOKENS,
-    (r"router_probs must be of shape \(\.\.\., ", ValueError, {"router_probs": torch.ones(())}),
-    (
-        r"expert_index must be of shape \(4, k\)",
-        ValueError,
-        {"expert_index": torch.zeros(3, 2).long()},
-    ),
-    ("router_probs must be a floating", TypeError, {"router_probs": torch.ones(4, 3).long()}),
-]
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("message", "error", "change"),
-    [
-        *BAD,
-        ("router_probs must be of shape", ValueError, {"router_probs": torch.ones(4, 0)}),
-        ("normalize must be a bool", TypeError, {"normalize": 1}),
-        ("group must be a process group or None", TypeError, {"group": 0}),
-        ("counts must be int64 of shape", TypeError, {"counts": torch.ones(3)}),
-        ("counts must be of shape", ValueError, {"counts": torch.ones(4).long()}),
-        (
-            "counts must lie on the device of",
-            ValueError,
-            {"counts": torch.ones(3).long().to("meta")},
-        ),
-    ],
-)
-def test_bad_input(message: str, error: type[Exception], change: dict[str, Any]) -> None:
-    arguments = {
-        "router_probs": torch.ones(4, 3) / 3,
-        "expert_index": torch.zeros(4, 2, dtype=torch.int64),
-    }
-    with pytest.raises(error, match=f"load_balancing_loss: {message}"):
-        load_balancing_loss(**(arguments | change))
-
-
 @pytest.fixture
 def group() -> Iterator[Any]:
     """A group of this process alone."""
@@ -415,9 +413,9 @@ def test_a_group_under_vmap(group: Any) -> None:
 @pytest.mark.parametrize(
     ("message", "error", "change"),
     [
-        *BAD_TOKENS,
+        *REFUSED_TOKENS,
         ("num_experts must be an int", TypeError, {"num_experts": 3.0}),
-        ("num_experts must be at least 1", ValueError, {"num_experts": 0}),
+        ("num_experts must be an int of at least 1", ValueError, {"num_experts": 0}),
     ],
 )
 def test_bad_counts(message: str, error: type[Exception], change: dict[str, Any]) -> None:
@@ -429,7 +427,7 @@ def test_bad_counts(message: str, error: type[Exception], change: dict[str, Any]
 @pytest.mark.untyped
 @pytest.mark.parametrize(
     ("message", "error", "change"),
-    [*BAD, (r"router_probs must be of shape", ValueError, {"router_probs": torch.ones(4, 4)})],
+    [*REFUSED, (r"router_probs must be of shape", ValueError, {"router_probs": torch.ones(4, 4)})],
 )
 def test_bad_balancer(message: str, error: type[Exception], change: dict[str, Any]) -> None:
     balancer = GlobalLoadBalancer(3)
@@ -439,7 +437,7 @@ def test_bad_balancer(message: str, error: type[Exception], change: dict[str, An
     assert not balancer.counts.any()
     options: dict[str, Any]
     for options, kind, name in (
-        ({"num_experts": 0}, ValueError, "num_experts must be at least 1"),
+        ({"num_experts": 0}, ValueError, "num_experts must be an int of at least 1"),
         ({"num_experts": 3, "normalize": None}, TypeError, "normalize must be a bool"),
         ({"num_experts": 3, "group": "gloo"}, TypeError, "group must be a process group"),
         ({"num_experts": 3, "groups": None}, TypeError, "unexpected keyword"),

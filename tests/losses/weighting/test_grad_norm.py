@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from tilework.losses import GradNorm, grad_norm_loss
 
-from losses.samples import Arguments, Sample
+import samples
+from losses.samples import Arguments, Loss
 
 
 def definition(
@@ -29,19 +30,39 @@ def draw(tasks: int = 5) -> Arguments:
     return {name: torch.rand(tasks, dtype=torch.float64) + 0.1 for name in names}
 
 
-SAMPLES = [
-    Sample(
-        grad_norm_loss,
-        definition,
-        None,
-        draw,
-        options=({}, {"alpha": 0.0}, {"alpha": 0.4}),
-        differentiable=("task_weights",),
-        batched=(),
-        class_index=False,
-        surrogate=True,
-    )
-]
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            grad_norm_loss,
+            definition,
+            None,
+            draw,
+            options=({}, {"alpha": 0.0}, {"alpha": 0.4}),
+            differentiable=("task_weights",),
+            batched=(),
+            class_index=False,
+            surrogate=True,
+            accepts={name: torch.ones(3) for name in draw()},
+            refuses=(
+                (r"grad_norms must be of shape \(3,\)", ValueError, {"grad_norms": torch.ones(4)}),
+                (
+                    r"loss_ratios must be of shape \(3,\)",
+                    ValueError,
+                    {"loss_ratios": torch.ones(4)},
+                ),
+                *(
+                    (
+                        "task_weights must be of shape",
+                        ValueError,
+                        {"task_weights": torch.ones(shape)},
+                    )
+                    for shape in ((1,), (), (2, 2))
+                ),
+                ("alpha must be a finite number of at least 0", ValueError, {"alpha": -0.1}),
+            ),
+        )
+    ]
 
 
 def test_gradient_in_closed_form() -> None:
@@ -239,19 +260,6 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert criterion.weights.dtype == torch.float32
     with torch.autocast("cpu", dtype=dtype):
         assert criterion(tasks.losses(1), tasks.shared).dtype == torch.float32
-
-
-@pytest.mark.untyped
-def test_bad_input() -> None:
-    arguments = draw(3)
-    for name in ("grad_norms", "loss_ratios"):
-        with pytest.raises(ValueError, match=rf"grad_norm_loss: {name} must be of shape \(3,\)"):
-            grad_norm_loss(**(arguments | {name: torch.ones(4)}))
-    for shape in ((1,), (), (2, 2)):
-        with pytest.raises(ValueError, match="grad_norm_loss: task_weights must be of shape"):
-            grad_norm_loss(**(arguments | {"task_weights": torch.ones(shape)}))
-    with pytest.raises(ValueError, match="grad_norm_loss: alpha must be a finite number of at lea"):
-        grad_norm_loss(**arguments, alpha=-0.1)
 
 
 @pytest.mark.untyped

@@ -13,8 +13,9 @@ from torch import Tensor
 from tilework.losses import LossBasedReweighting, loss_based_reweighting, loss_based_weights
 
 import processes
+import samples
 from helpers import FLOATING, assert_exact, dtype_name
-from losses.samples import Sample
+from losses.samples import Loss
 
 STRATEGIES = ("linupper", "quadratic", "extremes", "uniform")
 
@@ -40,19 +41,36 @@ def definition(losses: Tensor, **options: Any) -> Tensor:
 
 
 OPTIONS = tuple({"strategy": s, "delta": 0.7, "temperature": 0.3} for s in STRATEGIES)
-SAMPLES = [
-    Sample(
-        loss_based_reweighting,
-        definition,
-        LossBasedReweighting,
-        lambda: {"losses": torch.rand(13, dtype=torch.float64) * 5},
-        options=({}, *OPTIONS),
-        differentiable=("losses",),
-        batched=(),
-        class_index=False,
-        surrogate=True,
-    )
-]
+REFUSED: samples.Refusals = (
+    ("strategy must be one of 'linupper'", ValueError, {"strategy": "upper"}),
+    ("delta must be a finite number above 0", ValueError, {"delta": 0.0}),
+    ("temperature must be a finite number above 0", ValueError, {"temperature": -1.0}),
+    ("temperature must be a number", TypeError, {"temperature": "1"}),
+    (r"losses must be of shape \(B\), B >= 1", ValueError, {"losses": torch.zeros(2, 2)}),
+    (r"losses must be of shape \(B\), B >= 1", ValueError, {"losses": torch.zeros(())}),
+    (r"losses must be of shape \(B\), B >= 1", ValueError, {"losses": torch.zeros(0)}),
+    ("losses must be a floating-point tensor", TypeError, {"losses": torch.zeros(2).int()}),
+)
+
+
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            loss_based_reweighting,
+            definition,
+            LossBasedReweighting,
+            lambda: {"losses": torch.rand(13, dtype=torch.float64) * 5},
+            options=({}, *OPTIONS),
+            differentiable=("losses",),
+            batched=(),
+            class_index=False,
+            surrogate=True,
+            accepts={"losses": torch.zeros(3)},
+            refuses=REFUSED,
+        )
+    ]
+
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 
@@ -165,28 +183,10 @@ def test_group_equals_one_process() -> None:
 
 
 @pytest.mark.untyped
-@pytest.mark.parametrize("function", [loss_based_weights, loss_based_reweighting])
-@pytest.mark.parametrize(
-    ("message", "error", "change"),
-    [
-        ("strategy must be one of 'linupper'", ValueError, {"strategy": "upper"}),
-        ("delta must be a finite number above 0", ValueError, {"delta": 0.0}),
-        ("temperature must be a finite number above 0", ValueError, {"temperature": -1.0}),
-        ("temperature must be a number", TypeError, {"temperature": "1"}),
-        (r"losses must be of shape \(B\), B >= 1", ValueError, {"losses": torch.zeros(2, 2)}),
-        (r"losses must be of shape \(B\), B >= 1", ValueError, {"losses": torch.zeros(())}),
-        (r"losses must be of shape \(B\), B >= 1", ValueError, {"losses": torch.zeros(0)}),
-        ("losses must be a floating-point tensor", TypeError, {"losses": torch.zeros(2).int()}),
-    ],
-)
-def test_bad_input(
-    function: Any, message: str, error: type[Exception], change: dict[str, Any]
-) -> None:
-    with pytest.raises(error, match=f"{function.__name__}: {message}"):
-        function(**({"losses": torch.zeros(3)} | change))
-    if "losses" not in change:
-        with pytest.raises(error, match=f"loss_based_reweighting: {message}"):
-            LossBasedReweighting(**change)
+@pytest.mark.parametrize(("message", "error", "change"), REFUSED)
+def test_weights_refuse(message: str, error: type[Exception], change: dict[str, Any]) -> None:
+    with pytest.raises(error, match=f"^loss_based_weights: {message}"):
+        loss_based_weights(**({"losses": torch.zeros(3)} | change))
 
 
 @pytest.mark.untyped

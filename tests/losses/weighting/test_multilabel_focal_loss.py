@@ -1,7 +1,6 @@
 """The multi-label focal loss, against torch's binary cross-entropy and probabilities."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from tilework.losses import MultilabelFocalLoss, multilabel_focal_loss
 
+import samples
 from helpers import assert_exact
-from losses.samples import Arguments, Sample
+from losses.samples import Arguments, Loss
 
 
 def definition(
@@ -36,24 +36,44 @@ def soft(*shape: int) -> Arguments:
     }
 
 
-SAMPLES = [
-    Sample(
-        multilabel_focal_loss,
-        definition,
-        MultilabelFocalLoss,
-        lambda: soft(13, 4),
-        options=({}, {"alpha": 0.3, "gamma": 0.0}, {"alpha": 0.3, "gamma": 1.5}),
-        differentiable=("input", "target"),
-        class_index=False,
-    ),
-    Sample(
-        multilabel_focal_loss,
-        definition,
-        MultilabelFocalLoss,
-        lambda: soft(7) | {"target": torch.randint(2, (7,)).double()},
-        class_index=False,
-    ),
-]
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            multilabel_focal_loss,
+            definition,
+            MultilabelFocalLoss,
+            lambda: soft(13, 4),
+            options=({}, {"alpha": 0.3, "gamma": 0.0}, {"alpha": 0.3, "gamma": 1.5}),
+            differentiable=("input", "target"),
+            class_index=False,
+            accepts={"input": torch.zeros(4, 3), "target": torch.zeros(4, 3)},
+            refuses=(
+                ("gamma must be a finite number of at least 0", ValueError, {"gamma": -1.0}),
+                ("gamma must be a finite number of at least 0", ValueError, {"gamma": math.inf}),
+                ("alpha must be a finite number of at least 0", ValueError, {"alpha": -1.0}),
+                ("alpha must be a number", TypeError, {"alpha": "1"}),
+                (r"target must be of shape \(4, 3\)", ValueError, {"target": torch.zeros(4, 1)}),
+                (
+                    "target must be from 0 to 1 everywhere, got 1.5",
+                    ValueError,
+                    {"target": torch.full((4, 3), 1.5)},
+                ),
+                (
+                    "target must be from 0 to 1 everywhere, got -0.5",
+                    ValueError,
+                    {"target": torch.full((4, 3), -0.5)},
+                ),
+            ),
+        ),
+        Loss(
+            multilabel_focal_loss,
+            definition,
+            MultilabelFocalLoss,
+            lambda: soft(7) | {"target": torch.randint(2, (7,)).double()},
+            class_index=False,
+        ),
+    ]
 
 
 @given(st.floats(0, 5), st.floats(0, 3), st.integers(0, 10**6))
@@ -109,33 +129,3 @@ def test_targets_that_cannot_be_read_give_nan() -> None:
         input, target
     )
     assert losses.isnan().tolist() == [[False, True, True]]
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize(
-    ("message", "error", "change"),
-    [
-        ("gamma must be a finite number of at least 0", ValueError, {"gamma": -1.0}),
-        ("gamma must be a finite number of at least 0", ValueError, {"gamma": math.inf}),
-        ("alpha must be a finite number of at least 0", ValueError, {"alpha": -1.0}),
-        ("alpha must be a number", TypeError, {"alpha": "1"}),
-        (r"target must be of shape \(4, 3\)", ValueError, {"target": torch.zeros(4, 1)}),
-        (
-            "target must be from 0 to 1 everywhere, got 1.5",
-            ValueError,
-            {"target": torch.full((4, 3), 1.5)},
-        ),
-        (
-            "target must be from 0 to 1 everywhere, got -0.5",
-            ValueError,
-            {"target": torch.full((4, 3), -0.5)},
-        ),
-    ],
-)
-def test_bad_input(message: str, error: type[Exception], change: dict[str, Any]) -> None:
-    arguments: dict[str, Any] = {"input": torch.zeros(4, 3), "target": torch.zeros(4, 3)}
-    with pytest.raises(error, match=f"multilabel_focal_loss: {message}"):
-        multilabel_focal_loss(**(arguments | change))
-    if "target" not in change:
-        with pytest.raises(error, match=f"multilabel_focal_loss: {message}"):
-            MultilabelFocalLoss(**change)

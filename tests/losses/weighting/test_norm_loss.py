@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tilework.losses import NormLoss, norm_loss
 
 import processes
-from losses.samples import Sample
+import samples
+from losses.samples import Loss
 
 
 def definition(weight: Tensor, *, coefficient: float = 0.01) -> Tensor:
@@ -22,29 +23,57 @@ def weight_of(*shape: int) -> dict[str, Tensor]:
     return {"weight": torch.randn(shape, dtype=torch.float64)}
 
 
-SAMPLES = [
-    Sample(
-        norm_loss,
-        definition,
-        None,
-        lambda: weight_of(7, 5),
-        options=({}, {"coefficient": 0.7}),
-        differentiable=("weight",),
-        batched=("weight",),
-        class_index=False,
-        mean_of_nothing=0.0,
-    ),
-    Sample(
-        norm_loss,
-        definition,
-        None,
-        lambda: weight_of(3, 2, 3, 3),
-        differentiable=("weight",),
-        batched=("weight",),
-        class_index=False,
-        mean_of_nothing=0.0,
-    ),
-]
+@samples.of(Loss)
+def table() -> list[Loss]:
+    return [
+        Loss(
+            norm_loss,
+            definition,
+            None,
+            lambda: weight_of(7, 5),
+            options=({}, {"coefficient": 0.7}),
+            differentiable=("weight",),
+            batched=("weight",),
+            class_index=False,
+            mean_of_nothing=0.0,
+            accepts={"weight": torch.zeros(2, 3)},
+            refuses=(
+                (
+                    "weight must be of at least 2 dimensions, got",
+                    ValueError,
+                    {"weight": torch.zeros(3)},
+                ),
+                (
+                    r"weight\[1\] must be of at least 2 dim",
+                    ValueError,
+                    {"weight": [torch.zeros(3, 2), torch.zeros(3)]},
+                ),
+                (
+                    r"weight\[1\] must lie on the device of",
+                    ValueError,
+                    {"weight": [torch.zeros(3, 2), torch.zeros(3, 2, device="meta")]},
+                ),
+                (
+                    r"weight\[0\] must be a floating-point tensor",
+                    TypeError,
+                    {"weight": [torch.zeros(3, 2).int()]},
+                ),
+                ("weight must be a floating-point tensor or a", ValueError, {"weight": []}),
+                ("weight must be a floating-point tensor or a", TypeError, {"weight": 1.0}),
+                ("coefficient must be a finite number", ValueError, {"coefficient": -1.0}),
+            ),
+        ),
+        Loss(
+            norm_loss,
+            definition,
+            None,
+            lambda: weight_of(3, 2, 3, 3),
+            differentiable=("weight",),
+            batched=("weight",),
+            class_index=False,
+            mean_of_nothing=0.0,
+        ),
+    ]
 
 
 def test_is_0_only_for_rows_of_norm_1() -> None:
@@ -137,22 +166,9 @@ def test_of_a_sharded_model() -> None:
 
 
 @pytest.mark.untyped
-def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="norm_loss: weight must be of at least 2 dimensions, got"):
-        norm_loss(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"norm_loss: weight\[1\] must be of at least 2 dim"):
-        norm_loss([torch.zeros(3, 2), torch.zeros(3)])
-    with pytest.raises(ValueError, match=r"norm_loss: weight\[1\] must lie on the device of"):
-        norm_loss([torch.zeros(3, 2), torch.zeros(3, 2, device="meta")])
-    with pytest.raises(TypeError, match=r"norm_loss: weight\[0\] must be a floating-point tensor"):
-        norm_loss([torch.zeros(3, 2).int()])
-    with pytest.raises(ValueError, match="norm_loss: weight must be a floating-point tensor or a"):
-        norm_loss([])
-    with pytest.raises(TypeError, match="norm_loss: weight must be a floating-point tensor or a"):
-        norm_loss(1.0)  # type: ignore[arg-type]
-    for make in (NormLoss, lambda **options: norm_loss(torch.zeros(2, 3), **options)):
-        with pytest.raises(ValueError, match="norm_loss: coefficient must be a finite number"):
-            make(coefficient=-1.0)
+def test_bad_models() -> None:
+    with pytest.raises(ValueError, match="norm_loss: coefficient must be a finite number"):
+        NormLoss(coefficient=-1.0)
     with pytest.raises(ValueError, match="NormLoss: model must have a layer of Linear, Conv1d, C"):
         NormLoss()(nn.LayerNorm(3))
     with pytest.raises(TypeError, match=r"NormLoss: model must be an nn\.Module"):

@@ -1,48 +1,24 @@
 """What reductions of the map of attention share: checks and the choice of an implementation."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from tilework import _checks, _operators
-from tilework._operators import Implementation, computation_dtype
+from tilework import _checks, _implementations
+from tilework._implementations import Implementation
+from tilework._operators import computation_dtype
 from tilework.attention._attention_map import operators
 from tilework.attention._tensors import cast_under_autocast, check_tensors
 
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 IMPLEMENTATIONS = (
-    Implementation(
-        "triton",
-        devices=("cuda",),
-        dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        memory="the result",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        needs="triton",
-        checked_on="Triton's interpreter",
+    Implementation.triton(
+        "the result",
+        refuses=lambda query: operators.refusal(query.shape[-1]),
+        when="up to 256 features",
     ),
-    Implementation(
-        "tiled",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="query and key in float32, and a few tiles of 4 MiB",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        checked_on="CPU",
-    ),
-    Implementation(
-        "reference",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="all scores, several times",
-        backward="every order and mode",
-        deterministic=True,
-        checked_on="CPU",
-    ),
+    Implementation("tiled", "query and key in float32, and a few tiles of 4 MiB"),
+    Implementation.reference("all scores, several times"),
 )
 CONSTANT = tuple(
     replace(entry, backward="none: the result is a constant") for entry in IMPLEMENTATIONS
@@ -51,7 +27,7 @@ CONSTANT = tuple(
 
 def prepare(
     function: str,
-    table: Sequence[Implementation],
+    table: _implementations.Table,
     query: Tensor,
     key: Tensor,
     lse: Tensor | None,
@@ -72,8 +48,7 @@ def prepare(
             accepted = f"{dtype} as query is {query.dtype}".replace("torch.", "")
             raise _checks.bad_type(function, "lse", accepted, lse)
         _checks.same_device(function, query=query, lse=lse)
-    limits = {"triton": lambda: operators.refusal(query.shape[-1])}
-    chosen = _operators.choose(function, table, implementation, query, limits)
+    chosen = _implementations.choose(function, table, implementation, query)
     return (
         query,
         key,

@@ -8,74 +8,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilework._operators import computation_dtype, without_autocast
+from tilework._operators import computation_dtype
+from tilework.attention._attention_map.common import (
+    Blocks,
+    Columns,
+    Entropy,
+    LogSumExp,
+    Mass,
+    Pooled,
+    Queries,
+    Rows,
+)
 
 
-@without_autocast
-def attention_lse(query: Tensor, key: Tensor, is_causal: bool, scale: float) -> Tensor:
+def attention_lse(given: Queries) -> LogSumExp:
     """The log-sum-exp of the scores of each query."""
-    scores, visible = _scores(query, key, is_causal, scale)
+    return LogSumExp(_lse(given))
+
+
+def attention_entropy(given: Rows) -> Entropy:
+    """The entropy of each query's row; ``lse`` moves with the log-sum-exp of the scores."""
+    exact = _lse(given)
+    logs, visible = _logs(given._replace(lse=given.lse + (exact - exact.detach())))
+    weights = logs.masked_fill(~visible, -torch.inf).exp()
+    entropy = -(weights * logs.masked_fill(~visible, 0)).sum(-1)
+    return Entropy(entropy, weights.detach().sum(-1))
+
+
+def attention_column_mass(given: Columns) -> Mass:
+    """The sum of each key's column over the queries from ``first_query`` on."""
+    return Mass(_map(given)[:, :, given.first_query :].sum(2))
+
+
+def block_pooled_attention(given: Blocks) -> Pooled:
+    """The largest entry of each block of the map, or the sum of its entries."""
+    weights, block_size = _map(given), (given.height, given.width)
+    missing = [-size % block for size, block in zip(weights.shape[2:], block_size, strict=True)]
+    blocks = F.pad(weights, (0, missing[1], 0, missing[0]))
+    shape = [size // block for size, block in zip(blocks.shape[2:], block_size, strict=True)]
+    blocks = blocks.view(*blocks.shape[:2], shape[0], block_size[0], shape[1], block_size[1])
+    return Pooled(blocks.amax((3, 5)) if given.largest else blocks.sum((3, 5)))
+
+
+def _scores(given: Queries | Rows | Columns | Blocks) -> tuple[Tensor, Tensor]:
+    """The scores of all queries and keys, and which keys each query sees."""
+    query, key = given.query, given.key
+    dtype = computation_dtype(query.dtype)
+    keys = key.to(dtype).repeat_interleave(query.shape[1] // max(1, key.shape[1]), 1)
+    scores = given.scale * (query.to(dtype) @ keys.mT)
+    visible = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device)
+    return scores, visible.tril() if given.is_causal else visible
+
+
+def _lse(given: Queries | Rows) -> Tensor:
+    scores, visible = _scores(given)
     if not scores.shape[-1]:
         return scores.sum(-1) - torch.inf
     return scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
 
 
-@without_autocast
-def attention_entropy(
-    query: Tensor, key: Tensor, lse: Tensor, is_causal: bool, scale: float
-) -> Tensor:
-    """The entropy of each query's row; ``lse`` moves with the log-sum-exp of the scores."""
-    exact = attention_lse(query, key, is_causal, scale)
-    logs, visible = _logs(query, key, lse + (exact - exact.detach()), is_causal, scale)
-    weights = logs.masked_fill(~visible, -torch.inf).exp()
-    return -(weights * logs.masked_fill(~visible, 0)).sum(-1)
-
-
-@without_autocast
-def attention_column_mass(
-    query: Tensor, key: Tensor, lse: Tensor, first_query: int, is_causal: bool, scale: float
-) -> Tensor:
-    """The sum of each key's column over the queries from ``first_query`` on."""
-    return _map(query, key, lse, is_causal, scale)[:, :, first_query:].sum(2)
-
-
-@without_autocast
-def block_pooled_attention(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    block_size: list[int],
-    largest: bool,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
-    """The largest entry of each block of the map, or the sum of its entries."""
-    weights = _map(query, key, lse, is_causal, scale)
-    missing = [-size % block for size, block in zip(weights.shape[2:], block_size, strict=True)]
-    blocks = F.pad(weights, (0, missing[1], 0, missing[0]))
-    shape = [size // block for size, block in zip(blocks.shape[2:], block_size, strict=True)]
-    blocks = blocks.view(*blocks.shape[:2], shape[0], block_size[0], shape[1], block_size[1])
-    return blocks.amax((3, 5)) if largest else blocks.sum((3, 5))
-
-
-def _scores(query: Tensor, key: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The scores of all queries and keys, and which keys each query sees."""
-    dtype = computation_dtype(query.dtype)
-    keys = key.to(dtype).repeat_interleave(query.shape[1] // max(1, key.shape[1]), 1)
-    scores = scale * (query.to(dtype) @ keys.mT)
-    visible = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device)
-    return scores, visible.tril() if is_causal else visible
-
-
-def _logs(
-    query: Tensor, key: Tensor, lse: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _logs(given: Rows | Columns | Blocks) -> tuple[Tensor, Tensor]:
     """The logarithm of the map where it is not 0, and where that is."""
-    scores, visible = _scores(query, key, is_causal, scale)
-    blind = (lse == -torch.inf)[..., None]
-    return scores - lse[..., None].masked_fill(blind, 0), visible & ~blind
+    scores, visible = _scores(given)
+    blind = (given.lse == -torch.inf)[..., None]
+    return scores - given.lse[..., None].masked_fill(blind, 0), visible & ~blind
 
 
-def _map(query: Tensor, key: Tensor, lse: Tensor, is_causal: bool, scale: float) -> Tensor:
-    logs, visible = _logs(query, key, lse, is_causal, scale)
+def _map(given: Columns | Blocks) -> Tensor:
+    logs, visible = _logs(given)
     return logs.masked_fill(~visible, -torch.inf).exp()

@@ -11,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilework._operators import computation_dtype
+from tilework._operators import Needed, computation_dtype
+from tilework.attention._attention_map.common import (
+    Blocks,
+    Columns,
+    Entropy,
+    LogSumExp,
+    Mass,
+    Pooled,
+    Queries,
+    Rows,
+    upstream_of_entropy,
+)
 
 SCORES = 2**20  # scores at a time: 4 MiB in float32, which stay in a CPU's cache
 QUERIES, KEYS = 128, 512  # of each head of a plane, at a time
@@ -19,9 +30,9 @@ QUERIES, KEYS = 128, 512  # of each head of a plane, at a time
 Index = tuple[slice, slice, slice]
 
 
-def attention_lse(query: Tensor, key: Tensor, is_causal: bool, scale: float) -> Tensor:
+def attention_lse(given: Queries) -> LogSumExp:
     """See ``reference``."""
-    planes = _Planes(query, key, None, is_causal, scale)
+    planes = _Planes(given, None)
     peak, total = planes.per_query(-torch.inf), planes.per_query(0.0)
     for tile in planes.tiles():
         scores = planes.scores(tile)
@@ -31,46 +42,36 @@ def attention_lse(query: Tensor, key: Tensor, is_causal: bool, scale: float) -> 
         weights = scores.sub_(base[..., None]).exp_().sum(-1)
         total[tile.queries] = total[tile.queries] * (old - base).exp_() + weights
         peak[tile.queries] = new
-    return total.log_().add_(_finite(peak)).view(query.shape[:3])
+    return LogSumExp(total.log_().add_(_finite(peak)).view(given.query.shape[:3]))
 
 
-def attention_entropy(
-    query: Tensor, key: Tensor, lse: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """See ``reference``; with the sum of each row of the map, which is 1 for the exact ``lse``."""
-    planes = _Planes(query, key, lse, is_causal, scale)
+def attention_entropy(given: Rows) -> Entropy:
+    """See ``reference``."""
+    planes = _Planes(given, given.lse)
     entropy, total = planes.per_query(0.0), planes.per_query(0.0)
     for tile in planes.tiles():
         weights, logs = planes.weights_and_logs(tile)
         total[tile.queries] += weights.sum(-1)
         entropy[tile.queries] -= logs.mul_(weights).sum(-1)
-    return entropy.view(query.shape[:3]), total.view(query.shape[:3])
+    shape = given.query.shape[:3]
+    return Entropy(entropy.view(shape), total.view(shape))
 
 
-def attention_column_mass(
-    query: Tensor, key: Tensor, lse: Tensor, first_query: int, is_causal: bool, scale: float
-) -> Tensor:
+def attention_column_mass(given: Columns) -> Mass:
     """See ``reference``."""
-    planes = _Planes(query, key, lse, is_causal, scale)
-    mass = planes.queries.new_zeros(*planes.queries.shape[:2], key.shape[2])
-    for tile in planes.tiles(first_query=first_query):
+    planes = _Planes(given, given.lse)
+    keys = given.key.shape[2]
+    mass = planes.queries.new_zeros(*planes.queries.shape[:2], keys)
+    for tile in planes.tiles(first_query=given.first_query):
         mass[tile.of_keys] += planes.logs(tile).exp_().sum(-2)
-    return mass.view(*query.shape[:2], key.shape[2])
+    return Mass(mass.view(*given.query.shape[:2], keys))
 
 
-def block_pooled_attention(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    block_size: list[int],
-    largest: bool,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
+def block_pooled_attention(given: Blocks) -> Pooled:
     """See ``reference``."""
-    planes = _Planes(query, key, lse, is_causal, scale)
-    height, width = block_size
-    shape = -(-query.shape[2] // height), -(-key.shape[2] // width)
+    planes = _Planes(given, given.lse)
+    height, width, largest = given.height, given.width, given.largest
+    shape = -(-given.query.shape[2] // height), -(-given.key.shape[2] // width)
     pooled = planes.queries.new_zeros(*planes.queries.shape[:2], *shape)
     for tile in planes.tiles(height, width):
         rows, columns = _blocks(tile.rows, height), _blocks(tile.columns, width)
@@ -80,20 +81,29 @@ def block_pooled_attention(
             torch.maximum(known, blocks, out=known)
         else:
             known += blocks
-    return pooled.view(*query.shape[:2], *shape)
+    return Pooled(pooled.view(*given.query.shape[:2], *shape))
 
 
-def backward(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    offset: Tensor,
-    slope: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def attention_lse_backward(
+    given: Queries, results: LogSumExp, grads: LogSumExp, _: Needed
+) -> dict[str, Tensor]:
+    """Gradients of query and key."""
+    return _backward(given, results.lse, grads.lse, None)
+
+
+def attention_entropy_backward(
+    given: Rows, results: Entropy, grads: Entropy, _: Needed
+) -> dict[str, Tensor]:
+    """Gradients of query and key."""
+    return _backward(given, given.lse, *upstream_of_entropy(grads.entropy, results))
+
+
+def _backward(
+    given: Queries | Rows, lse: Tensor, offset: Tensor, slope: Tensor | None
+) -> dict[str, Tensor]:
     """Gradients of query and key for ``p_ij * (offset_i + slope_i * log p_ij)`` of the scores."""
-    planes = _Planes(query, key, lse, is_causal, scale)
+    query, key = given.query, given.key
+    planes = _Planes(given, lse)
     offset = offset.reshape(planes.queries.shape[:3])
     slope = None if slope is None else slope.reshape(planes.queries.shape[:3])
     grad_queries, grad_keys = torch.zeros_like(planes.queries), torch.zeros_like(planes.keys)
@@ -109,8 +119,8 @@ def backward(
         grad = grad.flatten(1, 2)
         grad_queries[tile.queries] += (grad @ keys).view(queries.shape)
         grad_keys[tile.keys] += grad.mT @ queries.flatten(1, 2)
-    grad_query = grad_queries.mul_(scale).view(query.shape).to(query.dtype)
-    return grad_query, grad_keys.view(key.shape).to(key.dtype)
+    grad_query = grad_queries.mul_(given.scale).view(query.shape).to(query.dtype)
+    return {"query": grad_query, "key": grad_keys.view(key.shape).to(key.dtype)}
 
 
 class _Tile(NamedTuple):
@@ -139,19 +149,18 @@ class _Tile(NamedTuple):
 class _Planes:
     """Scaled queries, keys, and the tiles of scores that they make."""
 
-    def __init__(
-        self, query: Tensor, key: Tensor, lse: Tensor | None, is_causal: bool, scale: float
-    ) -> None:
+    def __init__(self, given: Queries | Rows | Columns | Blocks, lse: Tensor | None) -> None:
+        query, key = given.query, given.key
         batch, kv_heads, keys, features = key.shape
         group, count = query.shape[1] // max(1, kv_heads), batch * kv_heads
         dtype = computation_dtype(query.dtype)
         shape = count, group, query.shape[2]
-        self.queries = query.to(dtype).mul(scale).reshape(*shape, features)
+        self.queries = query.to(dtype).mul(given.scale).reshape(*shape, features)
         self.keys = key.to(dtype).reshape(count, keys, features)
         # Rows whose log-sum-exp is -inf get weights of exp(-inf).
         shift = self.per_query(0.0) if lse is None else lse.reshape(shape)
         self._shift = shift.masked_fill(shift == -torch.inf, torch.inf)
-        self._is_causal = is_causal
+        self._is_causal = given.is_causal
 
     def per_query(self, value: float) -> Tensor:
         """A number for each query."""

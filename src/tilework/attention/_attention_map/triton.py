@@ -15,61 +15,81 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
-from tilework._operators import HALF
+from tilework._operators import Needed
+from tilework._triton import Tuned
 from tilework.attention import _kernels
-from tilework.attention._kernels import MAX_FEATURES
+from tilework.attention._attention_map.common import (
+    Blocks,
+    Columns,
+    Entropy,
+    LogSumExp,
+    Mass,
+    Pooled,
+    Queries,
+    Rows,
+    upstream_of_entropy,
+)
+from tilework.attention._kernels import MAX_FEATURES, Tile
 
-# Queries and keys of a tile at most, warps and stages, for half precision and up to so many
-# features: the largest of those tried that do not spill registers.
-Tile = tuple[int, int, int, int]
-TILES: dict[str, dict[str, dict[int, Tile]]] = {
-    "rows": {
-        "sm_80": {256: (128, 64, 8, 3)},
-        "sm_100": {64: (128, 64, 8, 3), 128: (128, 64, 4, 3), 256: (128, 64, 8, 3)},
-        "gfx942": {128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
-    },
-    "columns": {
-        "sm_80": {256: (64, 128, 8, 3)},
-        "sm_100": {128: (128, 64, 8, 3), 256: (64, 128, 8, 3)},
-        "gfx942": {256: (32, 32, 4, 2)},
-    },
-    "pool": {
-        "sm_80": {256: (64, 64, 4, 3)},
-        "sm_100": {64: (64, 64, 4, 3), 256: (64, 64, 8, 3)},
-        "gfx942": {256: (16, 16, 4, 1)},
-    },
-    "query": {
-        "sm_80": {128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
-        "sm_90": {256: (128, 64, 8, 2)},
-        "sm_100": {256: (128, 64, 8, 2)},
-        "gfx942": {64: (128, 64, 8, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
-    },
-    "key": {
-        "sm_80": {64: (64, 64, 8, 2), 128: (32, 32, 4, 2), 256: (64, 64, 8, 2)},
-        "sm_90": {128: (64, 64, 8, 2), 256: (32, 64, 8, 2)},
-        "sm_100": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 2)},
-        "gfx942": {256: (16, 16, 4, 1)},
-    },
+_WIDE, _TALL, _DEEP = Tile(128, 64, 8, 2), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)
+_SQUARE, _LOW, _SMALL = Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(16, 16, 4, 1)
+_INTERPRETER = Tile(32, 32, 1, 1)
+# Up to so many features: the largest of those tried that do not spill registers. Products of
+# float32 take many: some spill.
+TILES = {
+    "rows": Tuned[Tile](
+        {
+            "interpreter": _INTERPRETER,
+            "sm_80": _DEEP,
+            "sm_100": {64: _DEEP, 128: Tile(128, 64, 4, 3), 256: _DEEP},
+            "gfx942": {128: _DEEP, 256: _WIDE},
+            "float32": Tile(32, 32, 8, 2),
+        },
+        otherwise="sm_80",
+    ),
+    "columns": Tuned[Tile](
+        {
+            "interpreter": _INTERPRETER,
+            "sm_80": _TALL,
+            "sm_100": {128: _DEEP, 256: _TALL},
+            "gfx942": Tile(32, 32, 4, 2),
+            "float32": Tile(32, 32, 4, 2),
+        },
+        otherwise="sm_80",
+    ),
+    "pool": Tuned[Tile](
+        {
+            "interpreter": _INTERPRETER,
+            "sm_80": Tile(64, 64, 4, 3),
+            "sm_100": {64: Tile(64, 64, 4, 3), 256: Tile(64, 64, 8, 3)},
+            "gfx942": _SMALL,
+            "float32": _SMALL,
+        },
+        otherwise="sm_80",
+    ),
+    "query": Tuned[Tile](
+        {
+            "interpreter": _INTERPRETER,
+            "sm_80": {128: _WIDE, 256: _SQUARE},
+            "sm_90": _WIDE,
+            "sm_100": _WIDE,
+            "gfx942": {64: _WIDE, 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2)},
+            "float32": _SMALL,
+        },
+        otherwise="sm_80",
+    ),
+    "key": Tuned[Tile](
+        {
+            "interpreter": _INTERPRETER,
+            "sm_80": {64: _SQUARE, 128: Tile(32, 32, 4, 2), 256: _SQUARE},
+            "sm_90": {128: _SQUARE, 256: _LOW},
+            "sm_100": {64: Tile(64, 64, 4, 2), 128: _SQUARE, 256: _LOW},
+            "gfx942": _SMALL,
+            "float32": _SMALL,
+        },
+        otherwise="sm_80",
+    ),
 }
-# Products of float32 take many registers: some spill.
-FLOAT32: dict[str, Tile] = {
-    "rows": (32, 32, 8, 2),
-    "columns": (32, 32, 4, 2),
-    "pool": (16, 16, 4, 1),
-    "query": (16, 16, 4, 1),
-    "key": (16, 16, 4, 1),
-}
-INTERPRETER: Tile = (32, 32, 1, 1)
-
-
-def choose_tile(kernel: str, arch: str, dtype: torch.dtype, features: int) -> Tile:
-    """The tile of an architecture, or that of the oldest where there is no entry."""
-    if arch == "interpreter":
-        return INTERPRETER
-    if dtype not in HALF:
-        return FLOAT32[kernel]
-    by_features = TILES[kernel].get(arch, TILES[kernel]["sm_80"])
-    return next(tile for most, tile in by_features.items() if features <= most)
 
 
 def refusal(features: int) -> str | None:
@@ -83,9 +103,8 @@ def refusal(features: int) -> str | None:
 def _rows(pointer, batch, head, strides, positions, length, num_features, FEATURES: tl.constexpr):
     """Rows of a head of query or key, zeros where there are none."""
     pointer += batch * strides[0] + head * strides[1]
-    features = tl.arange(0, FEATURES)
     return _kernels.tile(
-        pointer, positions, positions < length, features, num_features, strides[2], strides[3]
+        pointer, positions, positions < length, num_features, strides[2], strides[3], FEATURES
     )
 
 
@@ -256,7 +275,15 @@ def pool_kernel(
     TILE_KEYS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Largest entries or sums of a row of blocks of ``height`` queries and ``width`` keys."""
+    """Largest entries or sums of a row of blocks of ``height`` queries and ``width`` keys.
+
+    One block of keys after another, up to the diagonal: over the tiles of its queries, and for each
+    over the tiles of its keys, row ``i`` of a tile of queries gathers
+
+        l_i += sum_j p_ij,  m_i = max(m_i, max_j p_ij),  p_ij = exp(s_ij - lse_i)
+
+    of all queries that stand there, and the sum or the maximum of these is the block's.
+    """
     heads, group, num_queries, num_keys, num_features = sizes
     row = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -365,12 +392,7 @@ def query_gradient_kernel(
         )
         grad_scores = _grad_scores(scores, lse, offset, slope, SLOPED)
         grad = _triton.dot(grad_scores.to(keys.dtype), keys, grad, PRECISION, INTERPRETED)
-    features = tl.arange(0, FEATURES)
-    tl.store(
-        grad_ptr + rows[:, None] * num_features + features[None, :],
-        (grad * scale).to(grad_ptr.dtype.element_ty),
-        mask=valid[:, None] & (features < num_features)[None, :],
-    )
+    _kernels.store(grad_ptr, rows, valid, num_features, grad * scale)
 
 
 @triton.jit
@@ -393,7 +415,13 @@ def key_gradient_kernel(
     TILE_KEYS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Gradient of a tile of keys, from all heads of the group in turn."""
+    """Gradient of a tile of keys, from all heads of the group in turn.
+
+    For each over the tiles of queries, from the diagonal on, in their order, with ``p_ij =
+    exp(s_ij - lse_i)``,
+
+        grad_key_j = scale sum_i p_ij (offset_i + slope_i log p_ij) q_i
+    """
     heads, group, num_queries, num_keys, num_features = sizes
     first = tl.program_id(0) * TILE_KEYS
     kv_head = tl.program_id(1).to(tl.int64)
@@ -437,110 +465,104 @@ def key_gradient_kernel(
                 tl.trans(grad_scores.to(queries.dtype)), queries, grad, PRECISION, INTERPRETED
             )
     rows = (batch * (heads // group) + kv_head) * num_keys + columns
-    features = tl.arange(0, FEATURES)
-    tl.store(
-        grad_ptr + rows[:, None] * num_features + features[None, :],
-        (grad * scale).to(grad_ptr.dtype.element_ty),
-        mask=(columns < num_keys)[:, None] & (features < num_features)[None, :],
-    )
+    _kernels.store(grad_ptr, rows, columns < num_keys, num_features, grad * scale)
 
 
-def attention_lse(query: Tensor, key: Tensor, is_causal: bool, scale: float) -> Tensor:
+def attention_lse(given: Queries) -> LogSumExp:
     """See ``reference``."""
+    query, key = given.query, given.key
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if lse.numel():
-        arguments, constants = _arguments("rows", query, key, is_causal, scale)
+        arguments, constants = _arguments("rows", given)
         lse_kernel[_grid(query, constants["TILE_QUERIES"])](
             query, key, lse, *arguments, **constants
         )
-    return lse
+    return LogSumExp(lse)
 
 
-def attention_entropy(
-    query: Tensor, key: Tensor, lse: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """See ``reference``; with the sum of each row of the map."""
+def attention_entropy(given: Rows) -> Entropy:
+    """See ``reference``."""
+    query, key, lse = given.query, given.key, given.lse
     entropy, total = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
     if entropy.numel():
-        arguments, constants = _arguments("rows", query, key, is_causal, scale)
+        arguments, constants = _arguments("rows", given)
         entropy_kernel[_grid(query, constants["TILE_QUERIES"])](
             query, key, lse.contiguous(), entropy, total, *arguments, **constants
         )
-    return entropy, total
+    return Entropy(entropy, total)
 
 
-def attention_column_mass(
-    query: Tensor, key: Tensor, lse: Tensor, first_query: int, is_causal: bool, scale: float
-) -> Tensor:
+def attention_column_mass(given: Columns) -> Mass:
     """See ``reference``."""
+    query, key, lse = given.query, given.key, given.lse
     batch, heads = query.shape[:2]
     mass = query.new_empty(batch, heads, key.shape[2], dtype=torch.float32)
     if mass.numel():
-        arguments, constants = _arguments("columns", query, key, is_causal, scale)
+        arguments, constants = _arguments("columns", given)
         column_mass_kernel[triton.cdiv(key.shape[2], constants["TILE_KEYS"]), heads, batch](
-            query, key, lse.contiguous(), mass, first_query, *arguments, **constants
+            query, key, lse.contiguous(), mass, given.first_query, *arguments, **constants
         )
-    return mass
+    return Mass(mass)
 
 
-def block_pooled_attention(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    block_size: list[int],
-    largest: bool,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
+def block_pooled_attention(given: Blocks) -> Pooled:
     """See ``reference``."""
+    query, key, height, width = given.query, given.key, given.height, given.width
     batch, heads, queries, _ = query.shape
-    height, width = block_size
     rows, columns = triton.cdiv(queries, height), triton.cdiv(key.shape[2], width)
     pooled = query.new_zeros(batch, heads, rows, columns, dtype=torch.float32)
     if pooled.numel():
-        arguments, constants = _arguments("pool", query, key, is_causal, scale)
+        arguments, constants = _arguments("pool", given)
         for name, size in (("TILE_QUERIES", height), ("TILE_KEYS", width)):
             constants[name] = min(constants[name], max(16, triton.next_power_of_2(size)))
         pool_kernel[rows, heads, batch](
             query,
             key,
-            lse.contiguous(),
+            given.lse.contiguous(),
             pooled,
             *arguments,
             height,
             width,
-            LARGEST=largest,
+            LARGEST=given.largest,
             **constants,
         )
-    return pooled
+    return Pooled(pooled)
 
 
-def backward(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    offset: Tensor,
-    slope: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def attention_lse_backward(
+    given: Queries, results: LogSumExp, grads: LogSumExp, _: Needed
+) -> dict[str, Tensor]:
+    """Gradients of query and key."""
+    return _backward(given, results.lse, grads.lse, None)
+
+
+def attention_entropy_backward(
+    given: Rows, results: Entropy, grads: Entropy, _: Needed
+) -> dict[str, Tensor]:
+    """Gradients of query and key."""
+    return _backward(given, given.lse, *upstream_of_entropy(grads.entropy, results))
+
+
+def _backward(
+    given: Queries | Rows, lse: Tensor, offset: Tensor, slope: Tensor | None
+) -> dict[str, Tensor]:
     """Gradients of query and key for ``p_ij * (offset_i + slope_i * log p_ij)`` of the scores."""
+    query, key = given.query, given.key
     grad_query, grad_key = (
         torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key)
     )
-    if lse.numel() == 0 or key.numel() == 0:
-        return grad_query, grad_key
-    offset = offset.contiguous()
-    rows = lse.contiguous(), offset, offset if slope is None else slope.contiguous()
-    arguments, constants = _arguments("query", query, key, is_causal, scale)
-    query_gradient_kernel[_grid(query, constants["TILE_QUERIES"])](
-        query, key, *rows, grad_query, *arguments, SLOPED=slope is not None, **constants
-    )
-    arguments, constants = _arguments("key", query, key, is_causal, scale)
-    key_gradient_kernel[_grid(key, constants["TILE_KEYS"])](
-        query, key, *rows, grad_key, *arguments, SLOPED=slope is not None, **constants
-    )
-    return grad_query, grad_key
+    if lse.numel() and key.numel():
+        offset = offset.contiguous()
+        rows = lse.contiguous(), offset, offset if slope is None else slope.contiguous()
+        arguments, constants = _arguments("query", given)
+        query_gradient_kernel[_grid(query, constants["TILE_QUERIES"])](
+            query, key, *rows, grad_query, *arguments, SLOPED=slope is not None, **constants
+        )
+        arguments, constants = _arguments("key", given)
+        key_gradient_kernel[_grid(key, constants["TILE_KEYS"])](
+            query, key, *rows, grad_key, *arguments, SLOPED=slope is not None, **constants
+        )
+    return {"query": grad_query, "key": grad_key}
 
 
 def _grid(tensor: Tensor, tile: int) -> tuple[int, int, int]:
@@ -550,16 +572,17 @@ def _grid(tensor: Tensor, tile: int) -> tuple[int, int, int]:
 
 
 def _arguments(
-    kernel: str, query: Tensor, key: Tensor, is_causal: bool, scale: float
+    kernel: str, given: Queries | Rows | Columns | Blocks
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What all kernels take: sizes, strides and scale, and constants."""
+    query, key = given.query, given.key
     heads, features = query.shape[1], query.shape[3]
     sizes = heads, heads // key.shape[1], query.shape[2], key.shape[2], features
     padded = max(16, triton.next_power_of_2(features))
     arch = _triton.architecture(query.device)
-    queries, keys, warps, stages = choose_tile(kernel, arch, query.dtype, padded)
+    queries, keys, warps, stages = TILES[kernel].choose(arch, query.dtype, padded)
     constants = {
-        "IS_CAUSAL": is_causal,
+        "IS_CAUSAL": given.is_causal,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         "INTERPRETED": _triton.INTERPRETED,
         "TILE_QUERIES": queries,
@@ -568,4 +591,4 @@ def _arguments(
         "num_warps": 1 if _triton.INTERPRETED else warps,
         "num_stages": stages,
     }
-    return (sizes, query.stride(), key.stride(), scale), constants
+    return (sizes, query.stride(), key.stride(), given.scale), constants

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -13,21 +14,30 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from tilework import _checks
-from tilework.attention.block_layout import flex, lists, operators
-from tilework.attention.block_layout.grid import (
+from tilework.attention.block_layout import flex, operators, patterns, plot, sets
+from tilework.attention.block_layout.checks import (
     BlockSize,
-    Grid,
-    Lengths,
     block_pair,
-    ceil_div,
     check_broadcasts,
+    check_grid,
     check_integers,
+    check_lists,
     check_places,
     check_scores,
-    forced_and_live,
     grid_of,
     pair,
     per_head,
+)
+from tilework.attention.block_layout.common import (
+    Grid,
+    Lengths,
+    Lists,
+    TopK,
+    ceil_div,
+    count_up_to,
+    forced_and_live,
+    longest,
+    or_sentinel,
 )
 from tilework.catalog import implements
 
@@ -70,8 +80,7 @@ def causal_topk(num_blocks: int, density: float) -> int:
     Reference:
         As :class:`BlockLayout`.
     """
-    _checks.integer("causal_topk", "num_blocks", num_blocks)
-    _checks.at_least("causal_topk", "num_blocks", num_blocks, 0)
+    _checks.count("causal_topk", "num_blocks", num_blocks, 0)
     _checks.fraction("causal_topk", "density", density)
     return max(1, int((1 - math.sqrt(1 - density)) * num_blocks))
 
@@ -106,11 +115,7 @@ class BlockLayout:
     from a mask of a byte for each block, which is written and read; elsewhere, and where rows have
     at least 32 times as many blocks as ``kv_indices`` has places, by a sort of the entries.
 
-    Nothing waits for a CUDA device but what needs the length of the longest list: ``from_dense``,
-    ``from_scores_threshold``, ``from_documents``, a tensor ``k``, and the first use of
-    ``q_num_blocks`` or ``q_indices`` where they are sorted, or where there are more than
-    :math:`2^{24}` blocks; furthermore ``from_window``, which copies its options there,
-    ``from_flex(partial="error")``, ``==``, ``repr`` and ``plot``.
+    What waits for a CUDA device stands on the page on gates.
 
     Args:
         kv_num_blocks: int32 of shape ``(B, H, nq)``; this constructor trusts its arguments.
@@ -189,38 +194,10 @@ class BlockLayout:
         counts is not read. Values are checked on the CPU.
         """
         name = f"{_NAME}.from_indices"
-        for argument, tensor in {"kv_indices": kv_indices, "kv_num_blocks": kv_num_blocks}.items():
-            check_integers(name, argument, tensor)
-        _checks.integer(name, "num_kv_blocks", num_kv_blocks)
-        _checks.at_least(name, "num_kv_blocks", num_kv_blocks, 0)
-        if kv_indices.dim() != 4:
-            raise _checks.bad_value(name, "kv_indices", "of shape (B, H, nq, W)", kv_indices)
-        _checks.shape(name, "kv_num_blocks", kv_num_blocks, kv_indices.shape[:3])
-        _checks.same_device(name, kv_indices=kv_indices, kv_num_blocks=kv_num_blocks)
-        rows, width = kv_indices.shape[2:]
-        grid = Grid.checked(name, rows, num_kv_blocks, block_size, seq_lengths)
-
-        indices, counts = kv_indices.long(), kv_num_blocks.long()
-        inside = lists.first(counts, width)
-        reads = _checks.holds_values(kv_indices) and _checks.holds_values(kv_num_blocks)
-        if reads and ((counts < 0) | (counts > width)).any():
-            raise ValueError(
-                f"{name}: kv_num_blocks must be from 0 to {width}, "
-                f"got {counts.min()} to {counts.max()}"
-            )
-        if reads and (inside & ((indices < 0) | (indices >= num_kv_blocks))).any():
-            raise ValueError(
-                f"{name}: kv_indices must be from 0 to {num_kv_blocks - 1} within the counts, "
-                f"got {indices[inside].min()} to {indices[inside].max()}"
-            )
-        indices = indices.where(inside, num_kv_blocks).sort(dim=-1).values
-        repeated = (indices.diff(dim=-1) == 0) & (indices[..., 1:] < num_kv_blocks)
-        if reads and repeated.any():
-            raise ValueError(
-                f"{name}: kv_indices must be distinct within a row, got "
-                f"{indices[..., 1:][repeated][0]} more than once"
-            )
-        return cls._on(grid, counts, indices)
+        grid, lists = check_lists(
+            name, kv_indices, kv_num_blocks, num_kv_blocks, block_size, seq_lengths
+        )
+        return cls._on(grid, *lists)
 
     @classmethod
     def from_scores_topk(
@@ -247,39 +224,24 @@ class BlockLayout:
         places = None
         if isinstance(k, Tensor):
             places = check_places(name, k, scores).expand(scores.shape[:3])
-            most = min(max(lists.longest(places), 0), columns)
+            most = min(max(longest(places), 0), columns)
         else:
-            _checks.integer(name, "k", k)
-            _checks.at_least(name, "k", k, 0)
+            _checks.count(name, "k", k, 0)
             most = min(k, columns)
         kept = num_sink_blocks + (grid.most_diagonal if force_diagonal else 0)
         width = max(most, min(kept, columns))
-
-        if operators.take_scores(scores):
-            return cls._on(
-                grid,
-                *operators.topk(
-                    scores,
-                    places,
-                    most,
-                    width,
-                    *grid.block_size,
-                    grid.lengths[0],
-                    min(num_sink_blocks, columns),
-                    is_causal,
-                    force_diagonal,
-                ),
-            )
-        if places is None:
-            places = scores.new_full((1, 1, 1), most, dtype=torch.int32).expand(scores.shape[:3])
-        forced, live = forced_and_live(
-            grid,
-            scores.device,
-            is_causal=is_causal,
-            force_diagonal=force_diagonal,
-            num_sink_blocks=num_sink_blocks,
+        given = TopK(
+            scores,
+            places,
+            most,
+            width,
+            *grid.block_size,
+            grid.lengths[0],
+            min(num_sink_blocks, columns),
+            is_causal,
+            force_diagonal,
         )
-        return cls._on(grid, *lists.topk(scores, places, most, forced, live, width))
+        return cls._on(grid, *operators.topk(given))
 
     @classmethod
     def from_scores_threshold(
@@ -309,11 +271,7 @@ class BlockLayout:
             if math.isnan(threshold):
                 raise _checks.bad_value(name, "threshold", "a number or infinite", threshold)
         forced, live = forced_and_live(
-            grid,
-            scores.device,
-            is_causal=is_causal,
-            force_diagonal=force_diagonal,
-            num_sink_blocks=num_sink_blocks,
+            grid, scores.device, num_sink_blocks, is_causal, force_diagonal
         )
         eligible = (scores > -torch.inf) & live
         return cls._of_mask(grid, forced | eligible & (scores > threshold))
@@ -355,25 +313,7 @@ class BlockLayout:
                 accepted = f"from 0 to below {max(rows, columns)}"
                 raise _checks.bad_value(name, "global_blocks", accepted, block)
 
-        first_diagonal, last_diagonal = grid.diagonal(device)
-        first = (first_diagonal - _column(lefts, device)).clamp_min(0)
-        stop = (last_diagonal + 1 + _column(rights, device)).clamp_max(columns)
-        width = max(lefts) + max(rights) + grid.most_diagonal
-        if marked:
-            whole = torch.isin(
-                torch.arange(rows, device=device), torch.tensor(marked, device=device)
-            )
-            first, stop = first.masked_fill(whole, 0), stop.masked_fill(whole, columns)
-            width = columns
-        layout = cls._of_intervals(grid, first, stop, min(width, columns))
-        if any(sinks):
-            stop = _column(sinks, device).clamp_max(columns).expand(-1, rows)
-            width = min(max(sinks), columns)
-            layout |= cls._of_intervals(grid, torch.zeros_like(stop), stop, width)
-        held = [block for block in marked if block < columns]
-        if held:
-            indices = torch.tensor(held, device=device).expand(1, 1, rows, -1)
-            layout |= cls._on(grid, torch.full_like(indices[..., 0], len(held)), indices)
+        layout = cls._on(grid, *patterns.window(grid, lefts, rights, sinks, marked, device))
         return layout.trim_causal() if is_causal else layout
 
     @classmethod
@@ -395,18 +335,8 @@ class BlockLayout:
         check_integers(name, "document_ids", document_ids)
         if document_ids.dim() != 2:
             raise _checks.bad_value(name, "document_ids", "of shape (B, L)", document_ids)
-        batch, length = document_ids.shape
-        size = block_pair(name, block_size)
-        found, number = torch.unique(document_ids.long(), return_inverse=True)
-        position = torch.arange(length, device=document_ids.device)
-
-        def members(block: int) -> Tensor:
-            blocks = ceil_div(length, block)
-            place = position // block * len(found) + number
-            table = torch.zeros(batch, blocks * len(found), device=document_ids.device)
-            return table.scatter_(1, place, 1.0).reshape(batch, blocks, len(found))
-
-        mask = (members(size[0]) @ members(size[1]).mT > 0)[:, None]
+        size, length = block_pair(name, block_size), document_ids.shape[1]
+        mask = patterns.documents(document_ids, size)
         grid = Grid(mask.shape[2], mask.shape[3], size, (length, length))
         layout = cls._of_mask(grid, mask)
         return layout.trim_causal() if is_causal else layout
@@ -420,27 +350,14 @@ class BlockLayout:
         causal mask is recovered.
         """
         name = f"{_NAME}.from_flex"
-        if not isinstance(block_mask, BlockMask):
-            raise _checks.bad_type(name, "block_mask", "a BlockMask", block_mask)
-        _checks.one_of(name, "partial", partial, ("error", "keep"))
-        if partial == "error" and block_mask.kv_num_blocks.any():
-            raise ValueError(
-                f"{name}: block_mask must have no partial blocks with partial='error', got "
-                f"{int(block_mask.kv_num_blocks.sum())}"
-            )
+        parts = flex.parts(name, block_mask, partial)
         size, lengths = block_mask.BLOCK_SIZE, block_mask.seq_lengths
-
-        def layout(counts: Tensor, indices: Tensor) -> BlockLayout:
-            missing = (None,) * (4 - indices.dim())
-            blocks = ceil_div(lengths[1], size[1])
-            return cls.from_indices(
-                indices[missing], counts[missing], blocks, size, seq_lengths=lengths
-            )
-
-        result = layout(block_mask.kv_num_blocks, block_mask.kv_indices)
-        if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
-            result |= layout(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-        return result
+        columns = ceil_div(lengths[1], size[1])
+        layouts = (
+            cls.from_indices(indices, counts, columns, size, seq_lengths=lengths)
+            for counts, indices in parts
+        )
+        return reduce(or_, layouts)
 
     @classmethod
     def cat(cls, layouts: Sequence["BlockLayout"], dim: int) -> "BlockLayout":
@@ -493,12 +410,12 @@ class BlockLayout:
         return self._transposed[1]
 
     @cached_property
-    def _transposed(self) -> tuple[Tensor, Tensor]:
-        return lists.transposed(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks)
+    def _transposed(self) -> Lists:
+        return operators.transposed(*self._lists, self.num_kv_blocks)
 
     def to_dense(self) -> Bool[Tensor, "batch heads rows columns"]:
         """Bool of shape ``(B, H, nq, nk)``, True at the active blocks."""
-        return lists.dense(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks)
+        return operators.dense(*self._lists, self.num_kv_blocks)
 
     def to_elements(
         self, query_length: int | None = None, key_length: int | None = None
@@ -512,7 +429,7 @@ class BlockLayout:
         queries = queries if query_length is None else query_length
         keys = keys if key_length is None else key_length
         rows, columns = self.shape[2:]
-        grid = Grid.checked(name, rows, columns, self.block_size, (queries, keys))
+        grid = check_grid(name, rows, columns, self.block_size, (queries, keys))
         if self.seq_lengths is not None and grid.seq_lengths != self.seq_lengths:
             raise ValueError(
                 f"{name}: lengths must be those of the layout, {self.seq_lengths}, "
@@ -539,8 +456,7 @@ class BlockLayout:
                 raise _checks.bad_value(name, "num_heads", accepted, num_heads)
         return flex.block_mask(
             self.to_dense(),
-            self.kv_indices,
-            self.kv_num_blocks,
+            *self._lists,
             self._grid,
             is_causal=is_causal,
             group=1 if num_heads is None else num_heads // heads,
@@ -560,26 +476,22 @@ class BlockLayout:
     def trim_causal(self) -> "BlockLayout":
         """The live blocks alone."""
         last_diagonal = self._grid.diagonal(self.device)[1]
-        counts = lists.count_up_to(last_diagonal[:, None], self.kv_indices, self.kv_num_blocks)
+        counts = count_up_to(last_diagonal[:, None], *self._lists)
         return replace(self, kv_num_blocks=counts)
 
     def __or__(self, other: "BlockLayout") -> "BlockLayout":
         """The blocks of either layout; sizes of 1 of batch and heads broadcast."""
         if not isinstance(other, BlockLayout):
             return NotImplemented
-        grid, merged = self._merged(other, "|")
-        keep = merged < grid.columns
-        keep[..., 1:] &= merged.diff(dim=-1) > 0
-        return self._of_kept(grid, merged, keep, min(merged.shape[-1], grid.columns))
+        grid = self._shared_grid(other, "|")
+        return self._on(grid, *sets.union(self._lists, other._lists, grid.columns))
 
     def __and__(self, other: "BlockLayout") -> "BlockLayout":
         """The blocks of both layouts; sizes of 1 of batch and heads broadcast."""
         if not isinstance(other, BlockLayout):
             return NotImplemented
-        grid, merged = self._merged(other, "&")
-        keep = (merged[..., 1:] < grid.columns) & (merged.diff(dim=-1) == 0)
-        width = min(self.kv_indices.shape[-1], other.kv_indices.shape[-1])
-        return self._of_kept(grid, merged[..., 1:], keep, width)
+        grid = self._shared_grid(other, "&")
+        return self._on(grid, *sets.intersection(self._lists, other._lists, grid.columns))
 
     def to(self, device: torch.device | str) -> "BlockLayout":
         """The layout on a device, with the transposed lists if they exist."""
@@ -589,7 +501,7 @@ class BlockLayout:
             kv_indices=self.kv_indices.to(device),
         )
         if "_transposed" in self.__dict__:
-            moved.__dict__["_transposed"] = tuple(t.to(device) for t in self._transposed)
+            moved.__dict__["_transposed"] = Lists(*(t.to(device) for t in self._transposed))
         return moved
 
     def plot(self, batch: int = 0, head: int = 0, *, ax: Any = None) -> Any:
@@ -604,34 +516,13 @@ class BlockLayout:
             if not 0 <= index < self.shape[size]:
                 accepted = f"from 0 to below {self.shape[size]}"
                 raise _checks.bad_value(name, argument, accepted, index)
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError(
-                f"{name}: needs matplotlib: pip install 'tilework[bench]' ({error})"
-            ) from error
-        if ax is None:
-            ax = pyplot.subplots()[1]
         picture = replace(
             self,
             kv_num_blocks=self.kv_num_blocks[batch, head][None, None],
             kv_indices=self.kv_indices[batch, head][None, None],
         )
-        ax.imshow(
-            picture.to_dense()[0, 0].cpu().numpy(),
-            cmap="Greys",
-            vmin=0,
-            vmax=1,
-            interpolation="nearest",
-            aspect=self.block_size[0] / self.block_size[1],
-        )
-        bq, bk = self.block_size
-        ax.set(
-            xlabel=f"block of {bk} keys",
-            ylabel=f"block of {bq} queries",
-            title=f"batch {batch}, head {head}, density {picture.density():.3g}",
-        )
-        return ax
+        title = f"batch {batch}, head {head}, density {picture.density():.3g}"
+        return plot.draw(name, picture.to_dense()[0, 0], self.block_size, title, ax)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockLayout):
@@ -646,7 +537,10 @@ class BlockLayout:
         if not torch.equal(self.kv_num_blocks, other.kv_num_blocks):
             return False
         width = min(self.kv_indices.shape[-1], other.kv_indices.shape[-1])
-        ours, theirs = (layout._or_sentinel()[..., :width] for layout in (self, other))
+        ours, theirs = (
+            or_sentinel(*layout._lists, layout.num_kv_blocks)[..., :width]
+            for layout in (self, other)
+        )
         return torch.equal(ours, theirs)
 
     def __repr__(self) -> str:
@@ -662,34 +556,20 @@ class BlockLayout:
         return cls(counts, indices, grid.columns, grid.block_size, grid.seq_lengths)
 
     @classmethod
-    def _of_kept(cls, grid: Grid, values: Tensor, keep: Tensor, width: int) -> "BlockLayout":
-        """Of increasing columns with repetitions, those to keep; at most ``width`` in a row."""
-        counts, places = lists.positions(keep, width)
-        # What stands after the counts may be anything.
-        places = places.clamp(0, max(values.shape[-1] - 1, 0)).long()
-        return cls._on(grid, counts, values.gather(-1, places))
-
-    @classmethod
     def _of_mask(cls, grid: Grid, mask: Tensor) -> "BlockLayout":
-        return cls._on(grid, *lists.positions(mask, None))
+        return cls._on(grid, *operators.positions(mask, None))
 
-    @classmethod
-    def _of_intervals(cls, grid: Grid, first: Tensor, stop: Tensor, width: int) -> "BlockLayout":
-        """Rows of consecutive blocks, shape ``(H, nq)``, at most ``width`` of them."""
-        indices = first[..., None] + torch.arange(width, device=first.device)
-        return cls._on(grid, (stop - first).clamp_min(0)[None], indices[None])
+    @property
+    def _lists(self) -> Lists:
+        return Lists(self.kv_num_blocks, self.kv_indices)
 
     @property
     def _grid(self) -> Grid:
         rows, columns = self.shape[2:]
         return Grid(rows, columns, self.block_size, self.seq_lengths)
 
-    def _or_sentinel(self) -> Tensor:
-        """``kv_indices`` with the number of columns where nothing may be read."""
-        return lists.or_sentinel(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks)
-
-    def _merged(self, other: "BlockLayout", operation: str) -> tuple[Grid, Tensor]:
-        """Both layouts' columns in order, and the grid that they share."""
+    def _shared_grid(self, other: "BlockLayout", operation: str) -> Grid:
+        """The grid of both layouts; refuse what does not fit together."""
         name = f"{_NAME}.{operation}"
         pairs = list(zip(self.shape[:2], other.shape[:2], strict=True))
         lengths = {self.seq_lengths, other.seq_lengths} - {None}
@@ -704,11 +584,4 @@ class BlockLayout:
                 f"broadcast, got {self._describe()} and {other._describe()}"
             )
         _checks.same_device(name, left=self.kv_indices, right=other.kv_indices)
-        grid = replace(self._grid, seq_lengths=next(iter(lengths), None))
-        batch, heads = (b if a == 1 else a for a, b in pairs)
-        both = [layout._or_sentinel().expand(batch, heads, -1, -1) for layout in (self, other)]
-        return grid, torch.cat(both, -1).sort(dim=-1).values
-
-
-def _column(values: Sequence[int], device: torch.device | str | None) -> Tensor:
-    return torch.tensor(values, device=device)[:, None]
+        return replace(self._grid, seq_lengths=next(iter(lengths), None))

@@ -1,61 +1,83 @@
-"""The kernels that make lists of blocks, as operators. They do not differentiate."""
+"""Index lists by kernels where these take them, which do not differentiate, else by PyTorch."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from tilework import _operators
-from tilework._operators import Implementation
+from tilework import _implementations, _operators
+from tilework._implementations import FLOATING, TABLES, Implementation
+from tilework.attention.block_layout import tiled
+from tilework.attention.block_layout.common import Dense, Lists, Mask, Positions, TopK, longest
 
 MAX_COLUMNS = 8192  # whose scores one program holds in registers
 MAX_ELEMENTS = 2**30  # rows and entries are numbered in 32 bits
+WAITLESS = 2**24  # entries of columns' lists that need not be as short as can be: 64 MiB
+SPARSE = 32  # columns for an entry of a row, from which a sort of entries is less than a mask
 
-IMPLEMENTATIONS = _operators.TABLES["attention.BlockLayout"] = (
-    Implementation(
-        "triton",
-        devices=("cuda",),
-        dtypes=(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-        memory="the lists, those of columns with room for all rows up to 2**24 blocks; a byte for "
-        "each block while they are made",
+
+def _prefers_kernels(
+    tensor: Tensor, *, ranked: int = 0, blocks: int = 0, is_sparse: bool = False
+) -> bool:
+    """For scores of ``ranked`` columns, or lists from whose ``blocks`` a mask would be made."""
+    return not is_sparse and ranked <= MAX_COLUMNS and max(tensor.numel(), blocks) <= MAX_ELEMENTS
+
+
+_LISTS = (torch.bool, torch.int32, torch.int64)  # masks and lists of blocks
+IMPLEMENTATIONS = TABLES["attention.BlockLayout"] = (
+    Implementation.triton(
+        "the lists, those of columns with room for all rows up to 2**24 blocks; a byte for each "
+        "block while they are made",
+        dtypes=(*FLOATING, *_LISTS),
         backward="none",
-        deterministic=True,
-        needs="triton",
-        checked_on="Triton's interpreter",
+        prefers=_prefers_kernels,
+        when=f"highest scores of rows of up to {MAX_COLUMNS} blocks, and all else but lists of "
+        "columns of a sparse layout",
     ),
     Implementation(
-        "torch",
-        devices=(),
-        dtypes=(
-            torch.float16,
-            torch.bfloat16,
-            torch.float32,
-            torch.float64,
-            torch.float8_e4m3fn,
-            torch.float8_e5m2,
-        ),
-        memory="the lists; masks, ranks and running counts of all blocks, on a CPU of some heads",
+        "tiled",
+        "the lists; masks, ranks and running counts of all blocks, on a CPU of some heads",
+        dtypes=(*FLOATING, torch.float8_e4m3fn, torch.float8_e5m2, *_LISTS),
         backward="none",
-        deterministic=True,
-        checked_on="CPU",
     ),
 )
 
 
-def take(tensor: Tensor) -> bool:
-    """Whether the kernels take the masks, lists or scores of a device."""
-    kernels = IMPLEMENTATIONS[0]
-    return (
-        tensor.device.type in kernels.devices
-        and kernels.installed
-        and tensor.numel() <= MAX_ELEMENTS
-    )
+def topk(given: TopK) -> Lists:
+    """See ``tiled``."""
+    by_kernels = _takes(given.scores, ranked=given.scores.shape[-1])
+    return _topk(given) if by_kernels else tiled.topk(given)
 
 
-def take_scores(scores: Tensor) -> bool:
-    """Whether the kernel of the highest scores takes these."""
-    kernels = IMPLEMENTATIONS[0]
-    return take(scores) and scores.dtype in kernels.dtypes and scores.shape[-1] <= MAX_COLUMNS
+def positions(mask: Tensor, width: int | None) -> Lists:
+    """See ``tiled``; None is the width of the longest list, for which the host waits."""
+    if width is None:
+        width = longest(mask.sum(-1, dtype=torch.int32))
+    given = Positions(mask, width)
+    return _positions(given) if _takes(mask) else tiled.positions(given)
+
+
+def dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """See ``tiled``."""
+    if not _takes(indices):
+        return tiled.dense(counts, indices, columns)
+    return _dense(Dense(counts, indices, columns, False)).mask
+
+
+def transposed(counts: Tensor, indices: Tensor, columns: int) -> Lists:
+    """See ``tiled``."""
+    rows, width = indices.shape[2:]
+    blocks = counts.numel() * columns
+    if not _takes(counts, blocks=blocks, is_sparse=columns >= SPARSE * width):
+        return tiled.transposed(counts, indices, columns)
+    mask = _dense(Dense(counts, indices, columns, True)).mask
+    return positions(mask, rows if blocks <= WAITLESS else None)
+
+
+def _takes(tensor: Tensor, **given: Any) -> bool:
+    """Whether the kernels are the better choice for masks, lists or scores."""
+    chosen = _implementations.choose("BlockLayout", IMPLEMENTATIONS, None, tensor, **given)
+    return chosen == "triton"
 
 
 def _kernels() -> Any:
@@ -65,49 +87,49 @@ def _kernels() -> Any:
     return triton
 
 
-def _lists_fake(tensor: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    shape = tensor.shape[:3]
-    return (
-        tensor.new_empty(shape, dtype=torch.int32),
-        tensor.new_empty(*shape, width, dtype=torch.int32),
+def _topk_fake(given: TopK) -> Lists:
+    return _positions_fake(Positions(given.scores, given.width))
+
+
+def _positions_fake(given: Positions) -> Lists:
+    shape = given.mask.shape[:3]
+    return Lists(
+        given.mask.new_empty(shape, dtype=torch.int32),
+        given.mask.new_empty(*shape, given.width, dtype=torch.int32),
     )
 
 
-def _dense_fake(counts: Tensor, indices: Tensor, columns: int, is_transposed: bool) -> Tensor:
-    batch, heads, rows = counts.shape
-    shape = (columns, rows) if is_transposed else (rows, columns)
-    return counts.new_empty(batch, heads, *shape, dtype=torch.bool)
+def _dense_fake(given: Dense) -> Mask:
+    batch, heads, rows = given.counts.shape
+    shape = (given.columns, rows) if given.is_transposed else (rows, given.columns)
+    return Mask(given.counts.new_empty(batch, heads, *shape, dtype=torch.bool))
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
-
-
-def _refuse(ctx: Any, *_: Any) -> None:
+def _refuse(*_: Any) -> NoReturn:
     raise RuntimeError("BlockLayout: which blocks are active has no gradient")
 
 
-topk = _operators.define_by_position(
-    "block_layout_topk(Tensor scores, Tensor? places, SymInt most, SymInt width, SymInt bq, "
-    "SymInt bk, SymInt queries, SymInt num_sinks, bool is_causal, bool force_diagonal) "
-    "-> (Tensor, Tensor)",
-    lambda *args: _kernels().topk(*args),
-    lambda scores, places, most, width, *_: _lists_fake(scores, width),
-    setup_context=_save_nothing,
-    backward=_refuse,
+_topk = _operators.define(
+    "block_layout_topk",
+    TopK,
+    Lists,
+    lambda given: _kernels().topk(given),
+    _topk_fake,
+    derivative=_refuse,
 )
-positions = _operators.define_by_position(
-    "block_layout_positions(Tensor mask, SymInt width) -> (Tensor, Tensor)",
-    lambda *args: _kernels().positions(*args),
-    _lists_fake,
-    setup_context=_save_nothing,
-    backward=_refuse,
+_positions = _operators.define(
+    "block_layout_positions",
+    Positions,
+    Lists,
+    lambda given: _kernels().positions(given),
+    _positions_fake,
+    derivative=_refuse,
 )
-dense = _operators.define_by_position(
-    "block_layout_dense(Tensor counts, Tensor indices, SymInt columns, bool is_transposed) "
-    "-> Tensor",
-    lambda *args: _kernels().dense(*args),
+_dense = _operators.define(
+    "block_layout_dense",
+    Dense,
+    Mask,
+    lambda given: _kernels().dense(given),
     _dense_fake,
-    setup_context=_save_nothing,
-    backward=_refuse,
+    derivative=_refuse,
 )

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tilework.attention.block_layout.common import Dense, Lists, Mask, Positions, TopK
+
 ROW_TILE = 512  # columns of a row at a time, 16 of a thread
 ENTRY_TILE = (8, 64)  # rows, and entries of them at a time
 
@@ -20,24 +22,27 @@ _BITS = {
 @triton.jit
 def fill(
     bits_ptr,
+    stride,
     count_ptr,
     indices_ptr,
-    columns,
-    stride_column,
-    most,
-    num_sinks,
-    first,
-    last,
+    limits,
     IS_CAUSAL: tl.constexpr,
     FORCE_DIAGONAL: tl.constexpr,
     INFINITY: tl.constexpr,
     SIGNLESS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The list of a row: the forced columns, and as many of the highest scores as are missing."""
+    """The list of a row: the forced columns, and as many of the highest scores as are missing.
+
+    Scores are compared by integers ``key`` of the same order. While more than ``places`` of them
+    reach ``low``, and fewer reach ``high``, the half of what lies between is taken that keeps this
+    so. At the end all keys above ``low`` are listed, and of those equal to it the first, as far as
+    there is room.
+    """
+    columns, most, num_sinks, first, last = limits
     column = tl.arange(0, COLUMNS)
     inside = column < columns
-    bits = tl.load(bits_ptr + column.to(tl.int64) * stride_column, mask=inside, other=-1)
+    bits = tl.load(bits_ptr + column.to(tl.int64) * stride, mask=inside, other=-1)
     if bits.dtype == tl.int16:
         bits = bits.to(tl.int32)
     key = tl.where(bits < 0, bits ^ SIGNLESS, bits)
@@ -90,22 +95,10 @@ def topk_kernel(
     places_ptr,
     counts_ptr,
     indices_ptr,
-    heads,
-    rows,
-    columns,
-    width,
-    most,
-    query_block,
-    key_block,
-    queries,
-    num_sinks,
-    stride_batch,
-    stride_head,
-    stride_row,
-    stride_column,
-    places_stride_batch,
-    places_stride_head,
-    places_stride_row,
+    sizes,
+    rule,
+    strides,
+    places_strides,
     IS_CAUSAL: tl.constexpr,
     FORCE_DIAGONAL: tl.constexpr,
     INFINITY: tl.constexpr,
@@ -113,29 +106,28 @@ def topk_kernel(
     COLUMNS: tl.constexpr,
 ):
     """The list of a row, of a causal one in the upper half without the other half of columns."""
+    heads, rows, columns, width = sizes
+    most, query_block, key_block, queries, num_sinks = rule
     line = tl.program_id(0)
     row = (line % rows).to(tl.int64)
     head = (line // rows % heads).to(tl.int64)
     batch = (line // rows // heads).to(tl.int64)
-    bits_ptr += batch * stride_batch + head * stride_head + row * stride_row
+    bits_ptr += batch * strides[0] + head * strides[1] + row * strides[2]
     indices_ptr += line.to(tl.int64) * width
     if places_ptr is not None:
-        places_ptr += batch * places_stride_batch + head * places_stride_head
-        most = tl.minimum(tl.load(places_ptr + row * places_stride_row), columns).to(tl.int32)
+        places_ptr += batch * places_strides[0] + head * places_strides[1]
+        most = tl.minimum(tl.load(places_ptr + row * places_strides[2]), columns).to(tl.int32)
     first = tl.minimum(row * query_block // key_block, columns).to(tl.int32)
     last = (tl.minimum((row + 1) * query_block, queries) - 1) // key_block
     last = tl.minimum(last, columns).to(tl.int32)
+    limits = columns, most, num_sinks, first, last
     if IS_CAUSAL and last < COLUMNS // 2:
         fill(
             bits_ptr,
+            strides[3],
             counts_ptr + line,
             indices_ptr,
-            columns,
-            stride_column,
-            most,
-            num_sinks,
-            first,
-            last,
+            limits,
             IS_CAUSAL,
             FORCE_DIAGONAL,
             INFINITY,
@@ -145,14 +137,10 @@ def topk_kernel(
     else:
         fill(
             bits_ptr,
+            strides[3],
             counts_ptr + line,
             indices_ptr,
-            columns,
-            stride_column,
-            most,
-            num_sinks,
-            first,
-            last,
+            limits,
             IS_CAUSAL,
             FORCE_DIAGONAL,
             INFINITY,
@@ -166,26 +154,21 @@ def positions_kernel(
     mask_ptr,
     counts_ptr,
     indices_ptr,
-    heads,
-    rows,
-    columns,
-    width,
-    stride_batch,
-    stride_head,
-    stride_row,
-    stride_column,
+    sizes,
+    strides,
     COLUMNS: tl.constexpr,
 ):
     """The list of a row of a mask."""
+    heads, rows, columns, width = sizes
     line = tl.program_id(0)
-    mask_ptr += (line // rows // heads).to(tl.int64) * stride_batch
-    mask_ptr += (line // rows % heads).to(tl.int64) * stride_head
-    mask_ptr += (line % rows).to(tl.int64) * stride_row
+    mask_ptr += (line // rows // heads).to(tl.int64) * strides[0]
+    mask_ptr += (line // rows % heads).to(tl.int64) * strides[1]
+    mask_ptr += (line % rows).to(tl.int64) * strides[2]
     indices_ptr += line.to(tl.int64) * width
     count = 0
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        pointers = mask_ptr + column.to(tl.int64) * stride_column
+        pointers = mask_ptr + column.to(tl.int64) * strides[3]
         keep = tl.load(pointers, mask=column < columns, other=0).to(tl.int32)
         running = count + tl.cumsum(keep, 0)
         tl.store(indices_ptr + running - 1, column, mask=(keep != 0) & (running <= width))
@@ -198,101 +181,76 @@ def mark_kernel(
     counts_ptr,
     indices_ptr,
     mask_ptr,
-    lines,
-    rows,
-    columns,
-    width,
-    stride_row,
-    stride_column,
+    sizes,
+    strides,
     LINES: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
     """Mark what some rows' lists hold; all else is 0 already."""
+    lines, rows, columns, width = sizes
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     count = tl.load(counts_ptr + line, mask=line < lines, other=0)
     row_ptrs = mask_ptr + (line // rows).to(tl.int64) * rows * columns
-    row_ptrs += (line % rows).to(tl.int64) * stride_row
+    row_ptrs += (line % rows).to(tl.int64) * strides[0]
     list_ptrs = indices_ptr + line.to(tl.int64) * width
     for start in range(0, width, ENTRIES):
         entry = start + tl.arange(0, ENTRIES)
         listed = entry[None, :] < count[:, None]
         index = tl.load(list_ptrs[:, None] + entry[None, :], mask=listed, other=0)
         tl.store(
-            row_ptrs[:, None] + index.to(tl.int64) * stride_column,
+            row_ptrs[:, None] + index.to(tl.int64) * strides[1],
             tl.full((LINES, ENTRIES), 1, tl.int8),
             mask=listed,
         )
 
 
-def topk(
-    scores: Tensor,
-    places: Tensor | None,
-    most: int,
-    width: int,
-    query_block: int,
-    key_block: int,
-    queries: int,
-    num_sinks: int,
-    is_causal: bool,
-    force_diagonal: bool,
-) -> tuple[Tensor, Tensor]:
-    """See ``lists.topk``."""
-    batch, heads, rows, columns = scores.shape
-    counts = scores.new_empty(batch, heads, rows, dtype=torch.int32)
-    indices = scores.new_empty(batch, heads, rows, width, dtype=torch.int32)
-    if counts.numel() == 0:
-        return counts, indices
+def topk(given: TopK) -> Lists:
+    """See ``tiled``."""
+    scores, places = given.scores, given.places
+    _, heads, rows, columns = scores.shape
+    lists = _empty_lists(scores, given.width)
+    if lists.counts.numel() == 0:
+        return lists
     dtype, infinity, signless = _BITS[scores.dtype]
     padded = max(32, triton.next_power_of_2(columns))
-    topk_kernel[(counts.numel(),)](
+    topk_kernel[(lists.counts.numel(),)](
         scores.view(dtype),
         places,
-        counts,
-        indices,
-        heads,
-        rows,
-        columns,
-        width,
-        most,
-        query_block,
-        key_block,
-        queries,
-        num_sinks,
-        *scores.stride(),
-        *((0, 0, 0) if places is None else places.stride()),
-        IS_CAUSAL=is_causal,
-        FORCE_DIAGONAL=force_diagonal,
+        *lists,
+        (heads, rows, columns, given.width),
+        (given.most, given.query_block, given.key_block, given.queries, given.num_sinks),
+        scores.stride(),
+        (0, 0, 0) if places is None else places.stride(),
+        IS_CAUSAL=given.is_causal,
+        FORCE_DIAGONAL=given.force_diagonal,
         INFINITY=infinity,
         SIGNLESS=signless,
         COLUMNS=padded,
         num_warps=max(1, padded // ROW_TILE),
     )
-    return counts, indices
+    return lists
 
 
-def positions(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """See ``lists.positions``."""
-    batch, heads, rows, columns = mask.shape
-    counts = mask.new_empty(batch, heads, rows, dtype=torch.int32)
-    indices = mask.new_empty(batch, heads, rows, width, dtype=torch.int32)
-    if counts.numel():
-        positions_kernel[(counts.numel(),)](
+def positions(given: Positions) -> Lists:
+    """See ``tiled``."""
+    mask, width = given
+    _, heads, rows, columns = mask.shape
+    lists = _empty_lists(mask, width)
+    if lists.counts.numel():
+        positions_kernel[(lists.counts.numel(),)](
             mask.view(torch.int8),
-            counts,
-            indices,
-            heads,
-            rows,
-            columns,
-            width,
-            *mask.stride(),
+            *lists,
+            (heads, rows, columns, width),
+            mask.stride(),
             COLUMNS=min(ROW_TILE, max(32, triton.next_power_of_2(columns))),
             num_warps=1,
         )
-    return counts, indices
+    return lists
 
 
-def dense(counts: Tensor, indices: Tensor, columns: int, is_transposed: bool) -> Tensor:
-    """See ``lists.dense``."""
+def dense(given: Dense) -> Mask:
+    """See ``tiled``."""
+    counts, indices, columns, is_transposed = given
     batch, heads, rows, width = indices.shape
     shape = (columns, rows) if is_transposed else (rows, columns)
     mask = torch.zeros(batch, heads, *shape, dtype=torch.bool, device=counts.device)
@@ -302,12 +260,17 @@ def dense(counts: Tensor, indices: Tensor, columns: int, is_transposed: bool) ->
             counts,
             indices,
             mask.view(torch.int8),
-            counts.numel(),
-            rows,
-            columns,
-            width,
-            *((1, rows) if is_transposed else (columns, 1)),
+            (counts.numel(), rows, columns, width),
+            (1, rows) if is_transposed else (columns, 1),
             LINES=lines,
             ENTRIES=entries,
         )
-    return mask
+    return Mask(mask)
+
+
+def _empty_lists(tensor: Tensor, width: int) -> Lists:
+    shape = tensor.shape[:3]
+    return Lists(
+        tensor.new_empty(shape, dtype=torch.int32),
+        tensor.new_empty(*shape, width, dtype=torch.int32),
+    )

@@ -6,47 +6,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tilework import _checks, _operators
-from tilework._operators import Implementation
+from tilework import _checks, _implementations
+from tilework._implementations import TABLES, Implementation
 from tilework.attention._tensors import cast_under_autocast, check_tensors
 from tilework.attention.block_layout import BlockLayout
 from tilework.attention.block_sparse import operators
+from tilework.attention.block_sparse.common import Attention
 from tilework.catalog import implements
 
 __all__ = ["block_sparse_attention"]
 
 _NAME = "block_sparse_attention"
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BACKWARD = "first order; forward mode by the reference"
 
-IMPLEMENTATIONS = _operators.TABLES["attention.block_sparse_attention"] = (
-    Implementation(
-        "triton",
-        devices=("cuda",),
-        dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        memory="the log-sum-exp",
-        backward="first order; forward mode by the reference",
-        deterministic=True,
-        needs="triton",
-        checked_on="Triton's interpreter",
+IMPLEMENTATIONS = TABLES["attention.block_sparse_attention"] = (
+    Implementation.triton(
+        "the log-sum-exp",
+        backward=_BACKWARD,
+        refuses=lambda _, **sizes: operators.refusal(**sizes),
+        when="blocks of 16, 32, 64 or 128, up to 256 features",
     ),
     Implementation(
         "tiled",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="query, key and value in float32, and the blocks of a million scores",
-        backward="first order; forward mode by the reference",
-        deterministic=True,
-        checked_on="CPU",
+        "query, key and value in float32, and the blocks of a million scores",
+        backward=_BACKWARD,
     ),
-    Implementation(
-        "reference",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="all scores, several times",
-        backward="every order and mode",
-        deterministic=True,
-        checked_on="CPU",
-    ),
+    Implementation.reference("all scores, several times"),
 )
 
 
@@ -153,26 +138,34 @@ def attend(
     if scale is not None:
         _checks.number(function, "scale", scale)
     query, key, value = cast_under_autocast(query, key, value)
-    sizes = layout.block_size, query.shape[-1], value.shape[-1]
-    limits = {"triton": lambda: operators.refusal(*sizes)}
-    chosen = _operators.choose(function, IMPLEMENTATIONS, implementation, query, limits)
+    chosen = _implementations.choose(
+        function,
+        IMPLEMENTATIONS,
+        implementation,
+        query,
+        block_size=layout.block_size,
+        features=query.shape[-1],
+        values=value.shape[-1],
+    )
     # Only the kernels' backward pass walks columns.
     trains = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
     transposed = chosen == "triton" and trains
     return operators.attention(
-        query,
-        key,
-        value,
-        layout.kv_num_blocks,
-        layout.kv_indices,
-        layout.q_num_blocks if transposed else None,
-        layout.q_indices if transposed else None,
-        query_starts,
-        key_starts,
-        list(layout.block_size),
-        is_causal,
-        1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
-        chosen,
+        Attention(
+            query,
+            key,
+            value,
+            layout.kv_num_blocks,
+            layout.kv_indices,
+            layout.q_num_blocks if transposed else None,
+            layout.q_indices if transposed else None,
+            query_starts,
+            key_starts,
+            list(layout.block_size),
+            is_causal,
+            1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
+            chosen,
+        )
     )
 
 

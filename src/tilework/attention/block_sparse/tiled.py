@@ -13,30 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilework._operators import computation_dtype
+from tilework._operators import Needed, computation_dtype
+from tilework.attention.block_sparse.common import Attended, Attention
 
 SCORES = 2**18  # scores at a time for each thread; more of them fall out of its cache
 FUSED = ("cpu",)  # where torch has a fused attention that returns the log-sum-exp, for every dtype
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    q_num_blocks: Tensor | None,
-    q_indices: Tensor | None,
-    query_starts: Tensor | None,
-    key_starts: Tensor | None,
-    block_size: list[int],
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """See ``reference.block_sparse_attention``."""
-    grid = _Grid(
-        query, key, kv_num_blocks, kv_indices, query_starts, key_starts, block_size, is_causal
-    )
+def forward(given: Attention) -> Attended:
+    """See ``reference``."""
+    query, key, value = given.query, given.key, given.value
+    grid = _Grid(given)
     features = max(query.shape[-1], value.shape[-1])
     queries = grid.rows_of(query, features)
     keys, values = grid.blocks_of(key, features), grid.blocks_of(value, features)
@@ -49,44 +36,28 @@ def forward(
             batch.gather(keys, room[0]),
             batch.gather(values, room[1]),
             batch.mask,
-            scale,
+            given.scale,
         )
         if batch.may_be_blind and batch.mask is not None:
             log_sum = log_sum.masked_fill((batch.mask == -torch.inf).all(-1), -torch.inf)
         output.index_copy_(0, batch.rows, result)
         lse.index_copy_(0, batch.rows, log_sum)
-    return (
+    return Attended(
         grid.from_rows(output[..., : value.shape[-1]], query.dtype),
         grid.from_rows(lse[..., None], lse.dtype)[..., 0],
     )
 
 
-def backward(
-    grad_output: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    q_num_blocks: Tensor | None,
-    q_indices: Tensor | None,
-    query_starts: Tensor | None,
-    key_starts: Tensor | None,
-    block_size: list[int],
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(given: Attention, results: Attended, grads: Attended, _: Needed) -> dict[str, Tensor]:
     """Gradients of query, key and value."""
-    grid = _Grid(
-        query, key, kv_num_blocks, kv_indices, query_starts, key_starts, block_size, is_causal
-    )
-    if bool(grad_lse.any()):
+    query, key, value = given.query, given.key, given.value
+    output, lse = results
+    grid = _Grid(given)
+    grad_output = torch.zeros_like(output) if grads.output is None else grads.output
+    if grads.lse is not None and bool(grads.lse.any()):
         # One feature more, of which the values are 0, makes grad_output . output what it must be.
         grad_output = torch.cat([grad_output.to(lse.dtype), torch.ones_like(lse)[..., None]], -1)
-        output = torch.cat([output.to(lse.dtype), -grad_lse[..., None]], -1)
+        output = torch.cat([output.to(lse.dtype), -grads.lse[..., None]], -1)
     features = max(query.shape[-1], output.shape[-1])
     queries, outputs, upstream = (
         grid.rows_of(tensor, features) for tensor in (query, output, grad_output)
@@ -100,7 +71,7 @@ def backward(
         above, asked, result, log_sum = (
             tensor.index_select(0, batch.rows) for tensor in (upstream, queries, outputs, log_sums)
         )
-        grads = _attend_backward(
+        found = _attend_backward(
             above,
             asked,
             batch.gather(keys, room[0]),
@@ -108,16 +79,16 @@ def backward(
             result,
             log_sum,
             batch.mask,
-            scale,
+            given.scale,
         )
-        grad_queries.index_copy_(0, batch.rows, grads[0])
-        batch.scatter_add_(grad_keys, grads[1])
-        batch.scatter_add_(grad_values, grads[2])
-    return (
-        grid.from_rows(grad_queries[..., : query.shape[-1]], query.dtype),
-        grid.from_blocks(grad_keys, key),
-        grid.from_blocks(grad_values, value),
-    )
+        grad_queries.index_copy_(0, batch.rows, found[0])
+        batch.scatter_add_(grad_keys, found[1])
+        batch.scatter_add_(grad_values, found[2])
+    return {
+        "query": grid.from_rows(grad_queries[..., : query.shape[-1]], query.dtype),
+        "key": grid.from_blocks(grad_keys, key),
+        "value": grid.from_blocks(grad_values, value),
+    }
 
 
 def _attend(
@@ -194,24 +165,16 @@ class _Batch(NamedTuple):
 class _Grid:
     """The rows of queries, the blocks of keys, and which rows see which blocks."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        kv_num_blocks: Tensor,
-        kv_indices: Tensor,
-        query_starts: Tensor | None,
-        key_starts: Tensor | None,
-        block_size: list[int],
-        is_causal: bool,
-    ) -> None:
-        self._block_size = self._height, self._width = block_size
+    def __init__(self, given: Attention) -> None:
+        query, key, is_causal = given.query, given.key, given.is_causal
+        kv_num_blocks, kv_indices = given.kv_num_blocks, given.kv_indices
+        self._block_size = self._height, self._width = given.block_size
         self._dtype = computation_dtype(query.dtype)
         self._is_causal = is_causal
         self._batch, heads = query.shape[:2]
         self._kv_heads = key.shape[1]
-        self._rows = _Blocks(query, self._height, query_starts)
-        self._columns = _Blocks(key, self._width, key_starts)
+        self._rows = _Blocks(query, self._height, given.query_starts)
+        self._columns = _Blocks(key, self._width, given.key_starts)
         # Heads of a group are one row, unless each has a list of its own.
         self._lists = heads if kv_num_blocks.shape[1] == heads else self._kv_heads
         self._group = heads // max(1, self._lists)

@@ -8,7 +8,7 @@ Packed sequences are the elements of a batch: each has its span of the rows. Res
 as ``(batch, heads, rows)`` or, packed, as ``(rows, heads)``.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,20 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
+from tilework._operators import Needed
 from tilework._triton import Tuned
 from tilework.attention import _kernels
-from tilework.attention._kernels import LOG2_E, MAX_FEATURES
-from tilework.attention.block_sparse.results import empty_gradient, empty_results
-
-
-class Tile(NamedTuple):
-    """Queries (of all heads) and keys of a tile at most, and warps and stages of a program."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
+from tilework.attention._kernels import LOG2_E, MAX_FEATURES, Tile
+from tilework.attention.block_sparse.common import (
+    Attended,
+    Attention,
+    empty_gradient,
+    empty_results,
+)
 
 _WIDE, _SQUARE, _LOW = Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)
 _SHALLOW, _SMALL = Tile(128, 64, 8, 2), Tile(16, 16, 4, 1)
@@ -79,21 +75,46 @@ def refusal(block_size: tuple[int, int], features: int, values: int) -> str | No
 
 
 @triton.jit
-def _rows(first, num_queries, TILE_QUERIES: tl.constexpr, PACK: tl.constexpr):
-    """Head within the pack, position, and validity of each row of a tile of queries."""
-    row = tl.arange(0, PACK * TILE_QUERIES)
-    position = first + row % TILE_QUERIES
-    return row // TILE_QUERIES, position, position < num_queries
+def _sequence(starts, sizes, batch):
+    """Where the queries and keys of an element of the batch start, and its own sizes."""
+    if starts is None:
+        return (0, 0), sizes
+    else:
+        heads, group, _, _, num_features, num_values = sizes
+        query_start = tl.load(starts[0] + batch).to(tl.int64)
+        num_queries = (tl.load(starts[0] + batch + 1) - query_start).to(tl.int32)
+        key_start = tl.load(starts[1] + batch).to(tl.int64)
+        num_keys = (tl.load(starts[1] + batch + 1) - key_start).to(tl.int32)
+        sizes = heads, group, num_queries, num_keys, num_features, num_values
+        return (query_start, key_start), sizes
 
 
 @triton.jit
-def _span(starts_ptr, batch, length):
-    """Where the rows of an element of the batch start, and how many there are."""
-    start = 0
-    if starts_ptr is not None:
-        start = tl.load(starts_ptr + batch).to(tl.int64)
-        length = (tl.load(starts_ptr + batch + 1) - start).to(tl.int32)
-    return start, length
+def _head(pointer, strides, batch, head, start):
+    """The first row of a head, of a sequence that starts at a row."""
+    return pointer + batch * strides[0] + head * strides[1] + start * strides[2]
+
+
+@triton.jit
+def _list(
+    lists,
+    list_sizes,
+    batch,
+    head,
+    heads,
+    first,
+    length,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """How many blocks the block of a first position meets, and where their numbers stand."""
+    list_heads, stride_batch, list_rows, list_width = list_sizes
+    row = batch * stride_batch + head * list_heads // heads * list_rows + first // BLOCK
+    count = tl.load(lists[0] + row)
+    if PACKED:
+        # The lists are those of the longest sequence; a shorter one has fewer blocks.
+        count = tl.where(first < length, count, 0)
+    return count, lists[1] + row * list_width
 
 
 @triton.jit
@@ -106,38 +127,73 @@ def _results(batch, head, heads, start, positions, length, PACKED: tl.constexpr)
 
 
 @triton.jit
+def _queries(
+    pointer,
+    strides,
+    start,
+    sizes,
+    PACK: tl.constexpr,
+    TILE_QUERIES: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """The program's tile of queries of ``PACK`` heads.
+
+    With their positions, which of them there are, and the rows of their results.
+    """
+    heads, _, num_queries, _, num_features, _ = sizes
+    batch = tl.program_id(2).to(tl.int64)
+    row = tl.arange(0, PACK * TILE_QUERIES)
+    head = tl.program_id(1).to(tl.int64) * PACK + row // TILE_QUERIES
+    positions = tl.program_id(0) * TILE_QUERIES + row % TILE_QUERIES
+    valid = positions < num_queries
+    pointer += batch * strides[0] + start * strides[2]
+    offsets = head * strides[1] + positions.to(tl.int64) * strides[2]
+    queries = _kernels.tile(pointer, offsets, valid, num_features, 1, strides[3], FEATURES)
+    rows = _results(batch, head, heads, start, positions, num_queries, PACKED)
+    return queries, positions, valid, rows
+
+
+@triton.jit
+def _blocks_of_keys(
+    tensors,
+    lists,
+    start,
+    sizes,
+    list_sizes,
+    strides,
+    PACK: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    TILE_QUERIES: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """The keys and values that the program's tile of queries may see.
+
+    With the length and the place of the list of blocks, and the last position of the tile.
+    """
+    heads, group, num_queries, _, _, _ = sizes
+    first = tl.program_id(0) * TILE_QUERIES
+    head = tl.program_id(1).to(tl.int64) * PACK
+    batch = tl.program_id(2).to(tl.int64)
+    key_ptr = _head(tensors[1], strides[1], batch, head // group, start)
+    value_ptr = _head(tensors[2], strides[2], batch, head // group, start)
+    count, list_ptr = _list(
+        lists, list_sizes, batch, head, heads, first, num_queries, QUERY_BLOCK, PACKED
+    )
+    last = tl.minimum(first + TILE_QUERIES, num_queries) - 1
+    return key_ptr, value_ptr, count, list_ptr, last
+
+
+@triton.jit
 def forward_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    counts_ptr,
-    indices_ptr,
-    query_starts_ptr,
-    key_starts_ptr,
+    tensors,
+    lists,
+    starts,
     output_ptr,
     lse_ptr,
-    heads,
-    group,
-    num_queries,
-    num_keys,
-    num_features,
-    num_values,
-    list_heads,
-    list_stride_batch,
-    list_rows,
-    list_width,
-    query_stride_batch,
-    query_stride_head,
-    query_stride_row,
-    query_stride_feature,
-    key_stride_batch,
-    key_stride_head,
-    key_stride_row,
-    key_stride_feature,
-    value_stride_batch,
-    value_stride_head,
-    value_stride_row,
-    value_stride_feature,
+    sizes,
+    list_sizes,
+    strides,
     scale,
     IS_CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -150,52 +206,51 @@ def forward_kernel(
     FEATURES: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Output and log-sum-exp of a tile of queries, of ``PACK`` heads."""
-    first = tl.program_id(0) * TILE_QUERIES
-    first_head = tl.program_id(1).to(tl.int64) * PACK
-    batch = tl.program_id(2).to(tl.int64)
-    PACKED: tl.constexpr = query_starts_ptr is not None
-    query_start, num_queries = _span(query_starts_ptr, batch, num_queries)
-    key_start, num_keys = _span(key_starts_ptr, batch, num_keys)
-    head, positions, valid = _rows(first, num_queries, TILE_QUERIES, PACK)
-    features = tl.arange(0, FEATURES)
-    values = tl.arange(0, VALUES)
-    query_ptr += batch * query_stride_batch + query_start * query_stride_row
-    query_rows = (first_head + head) * query_stride_head + positions.to(tl.int64) * query_stride_row
-    queries = _kernels.tile(
-        query_ptr, query_rows, valid, features, num_features, 1, query_stride_feature
-    )
-    kv_head = first_head // group
-    key_ptr += batch * key_stride_batch + kv_head * key_stride_head + key_start * key_stride_row
-    value_ptr += batch * value_stride_batch + kv_head * value_stride_head
-    value_ptr += key_start * value_stride_row
-    list_row = batch * list_stride_batch + first_head * list_heads // heads * list_rows
-    list_row += first // QUERY_BLOCK
-    count = tl.load(counts_ptr + list_row)
-    if PACKED:
-        count = tl.where(first < num_queries, count, 0)
-    last = tl.minimum(first + TILE_QUERIES, num_queries) - 1
+    """Output and log-sum-exp of a tile of queries, of ``PACK`` heads.
 
+    A row has a peak ``m``, a sum ``l`` of weights and one ``o`` of weighted values, from -inf, 0
+    and 0. Each tile of keys, in the order of the list, with scores ``s_j`` to the base of 2, makes
+
+        m' = max(m, max_j s_j),  w_j = 2^(s_j - m'),  d = 2^(m - m'),
+        l' = d l + sum_j w_j,    o' = d o + sum_j w_j v_j
+
+    of them. At the end the output is ``o / l``, and the log-sum-exp ``(m + log2 l) / log2 e``.
+    """
+    PACKED: tl.constexpr = starts is not None
+    _, key_strides, value_strides = strides
+    starts, sizes = _sequence(starts, sizes, tl.program_id(2).to(tl.int64))
+    _, _, _, num_keys, num_features, num_values = sizes
+    queries, positions, valid, rows = _queries(
+        tensors[0], strides[0], starts[0], sizes, PACK, TILE_QUERIES, FEATURES, PACKED
+    )
+    key_ptr, value_ptr, count, list_ptr, last = _blocks_of_keys(
+        tensors,
+        lists,
+        starts[1],
+        sizes,
+        list_sizes,
+        strides,
+        PACK,
+        QUERY_BLOCK,
+        TILE_QUERIES,
+        PACKED,
+    )
     peak = tl.full((PACK * TILE_QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((PACK * TILE_QUERIES,), tl.float32)
     result = tl.zeros((PACK * TILE_QUERIES, VALUES), tl.float32)
     for place in range(count):
-        block = tl.load(indices_ptr + list_row * list_width + place)
+        block = tl.load(list_ptr + place)
         width = KEY_BLOCK
         if PACKED:
+            # The last block of a sequence may have fewer tiles.
             width = tl.minimum(KEY_BLOCK, num_keys - block * KEY_BLOCK)
         for start in range(0, width, TILE_KEYS):
             columns = block * KEY_BLOCK + start + tl.arange(0, TILE_KEYS)
             present = columns < num_keys
+            # Behind the diagonal of all rows a tile of an active block has nothing to see.
             if (not IS_CAUSAL) or block * KEY_BLOCK + start <= last:
                 keys = _kernels.tile(
-                    key_ptr,
-                    columns,
-                    present,
-                    features,
-                    num_features,
-                    key_stride_row,
-                    key_stride_feature,
+                    key_ptr, columns, present, num_features, *key_strides[2:], FEATURES
                 )
                 scores = _kernels.scores(
                     queries,
@@ -216,13 +271,7 @@ def forward_kernel(
                 total = total * decay + tl.sum(weights, 1)
                 peak = new_peak
                 chosen = _kernels.tile(
-                    value_ptr,
-                    columns,
-                    present,
-                    values,
-                    num_values,
-                    value_stride_row,
-                    value_stride_feature,
+                    value_ptr, columns, present, num_values, *value_strides[2:], VALUES
                 )
                 result = _triton.dot(
                     weights.to(chosen.dtype),
@@ -232,54 +281,21 @@ def forward_kernel(
                     INTERPRETED,
                 )
     result /= tl.where(total == 0, 1.0, total)[:, None]
-    output_rows = _results(
-        batch, first_head + head, heads, query_start, positions, num_queries, PACKED
-    )
-    output_offsets = output_rows[:, None] * num_values + values[None, :]
-    tl.store(
-        output_ptr + output_offsets,
-        result.to(output_ptr.dtype.element_ty),
-        mask=valid[:, None] & (values < num_values)[None, :],
-    )
+    _kernels.store(output_ptr, rows, valid, num_values, result)
     lse = tl.where(total == 0, float("-inf"), (peak + tl.log2(total)) / LOG2_E)
-    tl.store(lse_ptr + output_rows, lse, mask=valid)
+    tl.store(lse_ptr + rows, lse, mask=valid)
 
 
 @triton.jit
 def query_gradient_kernel(
-    grad_ptr,
-    offset_ptr,
-    lse_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    counts_ptr,
-    indices_ptr,
-    query_starts_ptr,
-    key_starts_ptr,
+    upstream,
+    tensors,
+    lists,
+    starts,
     grad_query_ptr,
-    heads,
-    group,
-    num_queries,
-    num_keys,
-    num_features,
-    num_values,
-    list_heads,
-    list_stride_batch,
-    list_rows,
-    list_width,
-    query_stride_batch,
-    query_stride_head,
-    query_stride_row,
-    query_stride_feature,
-    key_stride_batch,
-    key_stride_head,
-    key_stride_row,
-    key_stride_feature,
-    value_stride_batch,
-    value_stride_head,
-    value_stride_row,
-    value_stride_feature,
+    sizes,
+    list_sizes,
+    strides,
     scale,
     IS_CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -292,39 +308,40 @@ def query_gradient_kernel(
     FEATURES: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Gradient of a tile of queries, of ``PACK`` heads."""
-    first = tl.program_id(0) * TILE_QUERIES
-    first_head = tl.program_id(1).to(tl.int64) * PACK
-    batch = tl.program_id(2).to(tl.int64)
-    PACKED: tl.constexpr = query_starts_ptr is not None
-    query_start, num_queries = _span(query_starts_ptr, batch, num_queries)
-    key_start, num_keys = _span(key_starts_ptr, batch, num_keys)
-    head, positions, valid = _rows(first, num_queries, TILE_QUERIES, PACK)
-    features = tl.arange(0, FEATURES)
-    values = tl.arange(0, VALUES)
-    query_ptr += batch * query_stride_batch + query_start * query_stride_row
-    query_rows = (first_head + head) * query_stride_head + positions.to(tl.int64) * query_stride_row
-    queries = _kernels.tile(
-        query_ptr, query_rows, valid, features, num_features, 1, query_stride_feature
+    """Gradient of a tile of queries, of ``PACK`` heads.
+
+    With the gradient ``g_i`` of the output, ``offset_i = g_i o_i - h_i`` and the gradient ``h_i``
+    of the log-sum-exp, over the tiles of keys in the order of the list,
+
+        w_ij = 2^(s_ij - lse_i),  e_ij = w_ij (g_i v_j - offset_i),
+        grad_query_i = scale sum_j e_ij k_j
+    """
+    grad_ptr, offset_ptr, lse_ptr = upstream
+    PACKED: tl.constexpr = starts is not None
+    _, key_strides, value_strides = strides
+    starts, sizes = _sequence(starts, sizes, tl.program_id(2).to(tl.int64))
+    _, _, _, num_keys, num_features, num_values = sizes
+    queries, positions, valid, rows = _queries(
+        tensors[0], strides[0], starts[0], sizes, PACK, TILE_QUERIES, FEATURES, PACKED
     )
-    rows = _results(batch, first_head + head, heads, query_start, positions, num_queries, PACKED)
-    grads = _kernels.tile(grad_ptr, rows, valid, values, num_values, num_values, 1)
+    grads = _kernels.tile(grad_ptr, rows, valid, num_values, num_values, 1, VALUES)
     offsets = tl.load(offset_ptr + rows, mask=valid, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=valid, other=0.0) * LOG2_E
-    kv_head = first_head // group
-    key_ptr += batch * key_stride_batch + kv_head * key_stride_head + key_start * key_stride_row
-    value_ptr += batch * value_stride_batch + kv_head * value_stride_head
-    value_ptr += key_start * value_stride_row
-    list_row = batch * list_stride_batch + first_head * list_heads // heads * list_rows
-    list_row += first // QUERY_BLOCK
-    count = tl.load(counts_ptr + list_row)
-    if PACKED:
-        count = tl.where(first < num_queries, count, 0)
-    last = tl.minimum(first + TILE_QUERIES, num_queries) - 1
-
+    key_ptr, value_ptr, count, list_ptr, last = _blocks_of_keys(
+        tensors,
+        lists,
+        starts[1],
+        sizes,
+        list_sizes,
+        strides,
+        PACK,
+        QUERY_BLOCK,
+        TILE_QUERIES,
+        PACKED,
+    )
     result = tl.zeros((PACK * TILE_QUERIES, FEATURES), tl.float32)
     for place in range(count):
-        block = tl.load(indices_ptr + list_row * list_width + place)
+        block = tl.load(list_ptr + place)
         width = KEY_BLOCK
         if PACKED:
             width = tl.minimum(KEY_BLOCK, num_keys - block * KEY_BLOCK)
@@ -333,13 +350,7 @@ def query_gradient_kernel(
             present = columns < num_keys
             if (not IS_CAUSAL) or block * KEY_BLOCK + start <= last:
                 keys = _kernels.tile(
-                    key_ptr,
-                    columns,
-                    present,
-                    features,
-                    num_features,
-                    key_stride_row,
-                    key_stride_feature,
+                    key_ptr, columns, present, num_features, *key_strides[2:], FEATURES
                 )
                 scores = _kernels.scores(
                     queries,
@@ -354,13 +365,7 @@ def query_gradient_kernel(
                 )
                 weights = tl.exp2(scores - lse[:, None])
                 chosen = _kernels.tile(
-                    value_ptr,
-                    columns,
-                    present,
-                    values,
-                    num_values,
-                    value_stride_row,
-                    value_stride_feature,
+                    value_ptr, columns, present, num_values, *value_strides[2:], VALUES
                 )
                 products = tl.zeros((PACK * TILE_QUERIES, TILE_KEYS), tl.float32)
                 products = _triton.dot(grads, tl.trans(chosen), products, PRECISION, INTERPRETED)
@@ -368,50 +373,20 @@ def query_gradient_kernel(
                 result = _triton.dot(
                     grad_scores.to(keys.dtype), keys, result, PRECISION, INTERPRETED
                 )
-    offsets = rows[:, None] * num_features + features[None, :]
-    tl.store(
-        grad_query_ptr + offsets,
-        (result * scale).to(grad_query_ptr.dtype.element_ty),
-        mask=valid[:, None] & (features < num_features)[None, :],
-    )
+    _kernels.store(grad_query_ptr, rows, valid, num_features, result * scale)
 
 
 @triton.jit
 def key_gradient_kernel(
-    grad_ptr,
-    offset_ptr,
-    lse_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    counts_ptr,
-    indices_ptr,
-    query_starts_ptr,
-    key_starts_ptr,
+    upstream,
+    tensors,
+    lists,
+    starts,
     grad_key_ptr,
     grad_value_ptr,
-    heads,
-    group,
-    num_queries,
-    num_keys,
-    num_features,
-    num_values,
-    list_heads,
-    list_stride_batch,
-    list_rows,
-    list_width,
-    query_stride_batch,
-    query_stride_head,
-    query_stride_row,
-    query_stride_feature,
-    key_stride_batch,
-    key_stride_head,
-    key_stride_row,
-    key_stride_feature,
-    value_stride_batch,
-    value_stride_head,
-    value_stride_row,
-    value_stride_feature,
+    sizes,
+    list_sizes,
+    strides,
     scale,
     IS_CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -423,38 +398,38 @@ def key_gradient_kernel(
     FEATURES: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Gradients of a tile of keys and values, from all heads of the group in turn."""
+    """Gradients of a tile of keys and values, from all heads of the group in turn.
+
+    With the weights and gradients of scores of ``query_gradient_kernel``, over the heads of the
+    group and for each over the tiles of queries in the order of the transposed list,
+
+        grad_value_j = sum_i w_ij g_i,  grad_key_j = scale sum_i e_ij q_i
+    """
+    grad_ptr, offset_ptr, lse_ptr = upstream
+    PACKED: tl.constexpr = starts is not None
+    query_strides, key_strides, value_strides = strides
     first_key = tl.program_id(0) * TILE_KEYS
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    PACKED: tl.constexpr = query_starts_ptr is not None
-    query_start, num_queries = _span(query_starts_ptr, batch, num_queries)
-    key_start, num_keys = _span(key_starts_ptr, batch, num_keys)
-    features = tl.arange(0, FEATURES)
-    values = tl.arange(0, VALUES)
+    starts, sizes = _sequence(starts, sizes, batch)
+    query_start, key_start = starts
+    heads, group, num_queries, num_keys, num_features, num_values = sizes
     columns = first_key + tl.arange(0, TILE_KEYS)
     present = columns < num_keys
-    key_ptr += batch * key_stride_batch + kv_head * key_stride_head + key_start * key_stride_row
-    value_ptr += batch * value_stride_batch + kv_head * value_stride_head
-    value_ptr += key_start * value_stride_row
-    query_ptr += batch * query_stride_batch + query_start * query_stride_row
-    keys = _kernels.tile(
-        key_ptr, columns, present, features, num_features, key_stride_row, key_stride_feature
-    )
-    chosen = _kernels.tile(
-        value_ptr, columns, present, values, num_values, value_stride_row, value_stride_feature
-    )
+    key_ptr = _head(tensors[1], key_strides, batch, kv_head, key_start)
+    value_ptr = _head(tensors[2], value_strides, batch, kv_head, key_start)
+    query_ptr = _head(tensors[0], query_strides, batch, 0, query_start)
+    keys = _kernels.tile(key_ptr, columns, present, num_features, *key_strides[2:], FEATURES)
+    chosen = _kernels.tile(value_ptr, columns, present, num_values, *value_strides[2:], VALUES)
     grad_keys = tl.zeros((TILE_KEYS, FEATURES), tl.float32)
     grad_values = tl.zeros((TILE_KEYS, VALUES), tl.float32)
     for member in range(group):
         head = kv_head * group + member
-        list_row = batch * list_stride_batch + head * list_heads // heads * list_rows
-        list_row += first_key // KEY_BLOCK
-        count = tl.load(counts_ptr + list_row)
-        if PACKED:
-            count = tl.where(first_key < num_keys, count, 0)
+        count, list_ptr = _list(
+            lists, list_sizes, batch, head, heads, first_key, num_keys, KEY_BLOCK, PACKED
+        )
         for place in range(count):
-            block = tl.load(indices_ptr + list_row * list_width + place)
+            block = tl.load(list_ptr + place)
             height = QUERY_BLOCK
             if PACKED:
                 height = tl.minimum(QUERY_BLOCK, num_queries - block * QUERY_BLOCK)
@@ -462,18 +437,19 @@ def key_gradient_kernel(
                 positions = block * QUERY_BLOCK + start + tl.arange(0, TILE_QUERIES)
                 valid = positions < num_queries
                 last = block * QUERY_BLOCK + start + TILE_QUERIES - 1
+                # Before the diagonal of all columns a tile of an active block sees nothing.
                 if (not IS_CAUSAL) or first_key <= last:
                     queries = _kernels.tile(
-                        query_ptr + head * query_stride_head,
+                        query_ptr + head * query_strides[1],
                         positions,
                         valid,
-                        features,
                         num_features,
-                        query_stride_row,
-                        query_stride_feature,
+                        *query_strides[2:],
+                        FEATURES,
                     )
                     rows = _results(batch, head, heads, query_start, positions, num_queries, PACKED)
-                    grads = _kernels.tile(grad_ptr, rows, valid, values, num_values, num_values, 1)
+                    # Queries past the end have weights of 1, but upstream gradients of 0.
+                    grads = _kernels.tile(grad_ptr, rows, valid, num_values, num_values, 1, VALUES)
                     offsets = tl.load(offset_ptr + rows, mask=valid, other=0.0)
                     lse = tl.load(lse_ptr + rows, mask=valid, other=0.0) * LOG2_E
                     scores = _kernels.scores(
@@ -507,174 +483,131 @@ def key_gradient_kernel(
                         PRECISION,
                         INTERPRETED,
                     )
-    kv_rows = _results(batch, kv_head, heads // group, key_start, columns, num_keys, PACKED)
-    tl.store(
-        grad_key_ptr + kv_rows[:, None] * num_features + features[None, :],
-        (grad_keys * scale).to(grad_key_ptr.dtype.element_ty),
-        mask=present[:, None] & (features < num_features)[None, :],
-    )
-    tl.store(
-        grad_value_ptr + kv_rows[:, None] * num_values + values[None, :],
-        grad_values.to(grad_value_ptr.dtype.element_ty),
-        mask=present[:, None] & (values < num_values)[None, :],
-    )
+    rows = _results(batch, kv_head, heads // group, key_start, columns, num_keys, PACKED)
+    _kernels.store(grad_key_ptr, rows, present, num_features, grad_keys * scale)
+    _kernels.store(grad_value_ptr, rows, present, num_values, grad_values)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    q_num_blocks: Tensor | None,
-    q_indices: Tensor | None,
-    query_starts: Tensor | None,
-    key_starts: Tensor | None,
-    block_size: list[int],
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """See ``reference.block_sparse_attention``."""
-    packed = query_starts is not None
-    output, lse = empty_results(query, value, packed)
-    if lse.numel() == 0:
-        return output, lse
-    sizes, constants = _arguments("forward", query, key, value, kv_indices, block_size, is_causal)
-    pack = _pack(query, key, kv_indices, constants)
-    rows = min(query.shape[2], kv_indices.shape[2] * block_size[0])
-    batch = query.shape[0] if query_starts is None else len(query_starts) - 1
-    forward_kernel[triton.cdiv(rows, constants["TILE_QUERIES"]), query.shape[1] // pack, batch](
-        query,
-        key,
-        value,
-        kv_num_blocks.contiguous(),
-        kv_indices.contiguous(),
-        query_starts,
-        key_starts,
-        output,
-        lse,
+def forward(given: Attention) -> Attended:
+    """See ``reference``."""
+    results = empty_results(given)
+    if results.lse.numel() == 0:
+        return results
+    lists, starts, *sizes = _arguments(given, given.kv_num_blocks, given.kv_indices)
+    constants = _constants("forward", given)
+    pack = _pack(given, constants)
+    forward_kernel[_grid(given, constants, pack)](
+        (given.query, given.key, given.value),
+        lists,
+        starts,
+        *results,
         *sizes,
-        *_strides(packed, query, key, value),
-        scale,
+        given.scale,
         PACK=pack,
         **constants,
     )
-    return output, lse
+    return results
 
 
-def backward(
-    grad_output: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    q_num_blocks: Tensor,
-    q_indices: Tensor,
-    query_starts: Tensor | None,
-    key_starts: Tensor | None,
-    block_size: list[int],
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(given: Attention, results: Attended, grads: Attended, _: Needed) -> dict[str, Tensor]:
     """Gradients of query, key and value."""
-    packed = query_starts is not None
-    grad_query, grad_key, grad_value = (empty_gradient(t, packed) for t in (query, key, value))
+    tensors = given.query, given.key, given.value
+    packed = given.query_starts is not None
+    grad_query, grad_key, grad_value = (empty_gradient(t, packed) for t in tensors)
     grad_key.zero_()
     grad_value.zero_()
-    if lse.numel() == 0:
-        return grad_query, grad_key, grad_value
-    offset = (grad_output.float() * output.float()).sum(-1) - grad_lse
-    upstream = [grad_output, offset, lse.masked_fill(lse == -torch.inf, 0)]
-    upstream = [(t.transpose(1, 2) if packed else t).contiguous() for t in upstream]
-    strides = _strides(packed, query, key, value)
-    batch = query.shape[0] if query_starts is None else len(query_starts) - 1
+    found = {"query": grad_query, "key": grad_key, "value": grad_value}
+    if results.lse.numel() == 0:
+        return found
+    grad_output = torch.zeros_like(results.output) if grads.output is None else grads.output
+    offset = (grad_output.float() * results.output.float()).sum(-1)
+    if grads.lse is not None:
+        offset -= grads.lse
+    # Where nothing is seen the scores are -inf too, and the weights must be 0, not nan.
+    rows = grad_output, offset, results.lse.masked_fill(results.lse == -torch.inf, 0)
+    upstream = tuple((t.transpose(1, 2) if packed else t).contiguous() for t in rows)
 
-    sizes, constants = _arguments("query", query, key, value, kv_indices, block_size, is_causal)
-    pack = _pack(query, key, kv_indices, constants)
-    rows = min(query.shape[2], kv_indices.shape[2] * block_size[0])
-    grid = triton.cdiv(rows, constants["TILE_QUERIES"]), query.shape[1] // pack, batch
-    query_gradient_kernel[grid](
-        *upstream,
-        query,
-        key,
-        value,
-        kv_num_blocks.contiguous(),
-        kv_indices.contiguous(),
-        query_starts,
-        key_starts,
+    lists, starts, *sizes = _arguments(given, given.kv_num_blocks, given.kv_indices)
+    constants = _constants("query", given)
+    pack = _pack(given, constants)
+    query_gradient_kernel[_grid(given, constants, pack)](
+        upstream,
+        tensors,
+        lists,
+        starts,
         grad_query,
         *sizes,
-        *strides,
-        scale,
+        given.scale,
         PACK=pack,
         **constants,
     )
-    if key.numel() == 0:
-        return grad_query, grad_key, grad_value
-    sizes, constants = _arguments("key", query, key, value, q_indices, block_size, is_causal)
+    if given.key.numel() == 0:
+        return found
+    counts, indices = given.q_num_blocks, given.q_indices
+    assert counts is not None  # where there are gradients, there are transposed lists
+    assert indices is not None
+    lists, starts, *sizes = _arguments(given, counts, indices)
+    constants = _constants("key", given)
     constants.pop("ROWS")
-    rows = min(key.shape[2], q_indices.shape[2] * block_size[1])
-    key_gradient_kernel[triton.cdiv(rows, constants["TILE_KEYS"]), key.shape[1], batch](
-        *upstream,
-        query,
-        key,
-        value,
-        q_num_blocks.contiguous(),
-        q_indices.contiguous(),
-        query_starts,
-        key_starts,
+    length = min(given.key.shape[2], indices.shape[2] * given.block_size[1])
+    grid = triton.cdiv(length, constants["TILE_KEYS"]), given.key.shape[1], _batch(given)
+    key_gradient_kernel[grid](
+        upstream,
+        tensors,
+        lists,
+        starts,
         grad_key,
         grad_value,
         *sizes,
-        *strides,
-        scale,
+        given.scale,
         **constants,
     )
-    return grad_query, grad_key, grad_value
+    return found
 
 
-def _strides(packed: bool, *tensors: Tensor) -> list[int]:
-    """The strides of tensors; packed sequences have none between them."""
-    return [
-        0 if packed and dim == 0 else stride
-        for tensor in tensors
-        for dim, stride in enumerate(tensor.stride())
-    ]
+def _batch(given: Attention) -> int:
+    """The elements of the batch, or the packed sequences."""
+    starts = given.query_starts
+    return given.query.shape[0] if starts is None else len(starts) - 1
 
 
-def _arguments(
-    kernel: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor,
-    block_size: list[int],
-    is_causal: bool,
-) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """What all kernels take: sizes of the tensors and of the lists, and constants."""
+def _grid(given: Attention, constants: dict[str, Any], pack: int) -> tuple[int, int, int]:
+    """A program for each tile of queries of each pack of heads."""
+    _, heads, queries, _ = given.query.shape
+    length = min(queries, given.kv_indices.shape[2] * given.block_size[0])
+    return triton.cdiv(length, constants["TILE_QUERIES"]), heads // pack, _batch(given)
+
+
+def _arguments(given: Attention, counts: Tensor, indices: Tensor) -> tuple[Any, ...]:
+    """The lists, where packed sequences start, sizes of tensors and of lists, and strides."""
+    query, key, value = given.query, given.key, given.value
     heads, kv_heads = query.shape[1], key.shape[1]
+    sizes = heads, heads // kv_heads, query.shape[2], key.shape[2], query.shape[3], value.shape[3]
     list_batch, list_heads, list_rows, list_width = indices.shape
-    sizes = (
-        heads,
-        heads // kv_heads,
-        query.shape[2],
-        key.shape[2],
-        query.shape[3],
-        value.shape[3],
-        list_heads,
-        0 if list_batch == 1 else list_heads * list_rows,
-        list_rows,
-        list_width,
+    stride_batch = 0 if list_batch == 1 else list_heads * list_rows
+    strides: tuple[tuple[int, ...], ...] = query.stride(), key.stride(), value.stride()
+    starts = None
+    if given.query_starts is not None:
+        starts = given.query_starts, given.key_starts
+        # There is one element of the batch, in which the sequences lie.
+        strides = tuple((0, *one[1:]) for one in strides)
+    return (
+        (counts.contiguous(), indices.contiguous()),
+        starts,
+        sizes,
+        (list_heads, stride_batch, list_rows, list_width),
+        strides,
     )
-    features, values = (max(16, triton.next_power_of_2(t.shape[-1])) for t in (query, value))
+
+
+def _constants(kernel: str, given: Attention) -> dict[str, Any]:
+    """The constants of a kernel, and the rows of a tile of all heads."""
+    query, block_size = given.query, given.block_size
+    features, values = (max(16, triton.next_power_of_2(t.shape[-1])) for t in (query, given.value))
     arch = _triton.architecture(query.device)
     rows, keys, warps, stages = TILES[kernel].choose(arch, query.dtype, max(features, values))
-    constants = {
-        "IS_CAUSAL": is_causal,
+    return {
+        "IS_CAUSAL": given.is_causal,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         "INTERPRETED": _triton.INTERPRETED,
         "QUERY_BLOCK": block_size[0],
@@ -687,12 +620,12 @@ def _arguments(
         "num_warps": 1 if _triton.INTERPRETED else warps,
         "num_stages": stages,
     }
-    return sizes, constants
 
 
-def _pack(query: Tensor, key: Tensor, indices: Tensor, constants: dict[str, Any]) -> int:
+def _pack(given: Attention, constants: dict[str, Any]) -> int:
     """How many heads of a group go together: a power of 2, as they share keys and a list."""
-    heads, kv_heads, list_heads = query.shape[1], key.shape[1], indices.shape[1]
+    heads, kv_heads = given.query.shape[1], given.key.shape[1]
+    list_heads = given.kv_indices.shape[1]
     group = heads // kv_heads
     rows = constants.pop("ROWS")
     if list_heads not in (1, kv_heads):

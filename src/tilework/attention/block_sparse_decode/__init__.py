@@ -7,15 +7,16 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from tilework import _checks, _operators
-from tilework._operators import Implementation
-from tilework.attention.block_layout.grid import ceil_div, check_integers
+from tilework import _checks, _implementations
+from tilework._implementations import TABLES, Implementation
+from tilework.attention.block_layout.checks import check_integers
+from tilework.attention.block_layout.common import ceil_div
 from tilework.attention.block_sparse_decode import operators
+from tilework.attention.block_sparse_decode.common import Decoding
 from tilework.catalog import implements
 
 __all__ = ["block_sparse_decode", "paged_block_sparse_decode"]
 
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PAPER = implements(
     "SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs",
     year=2024,
@@ -23,37 +24,22 @@ _PAPER = implements(
 )
 
 IMPLEMENTATIONS = (
-    Implementation(
-        "triton",
-        devices=("cuda",),
-        dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        memory="an output in float32 for each part of the keys",
+    Implementation.triton(
+        "an output in float32 for each part of the keys",
         backward="none",
-        deterministic=True,
-        needs="triton",
-        checked_on="Triton's interpreter",
+        refuses=lambda _, **sizes: operators.refusal(**sizes),
+        when="up to 256 features",
     ),
     Implementation(
-        "tiled",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="4 MiB of gathered keys and values, and 4 MiB of scores",
-        backward="none",
-        deterministic=True,
-        checked_on="CPU",
+        "tiled", "4 MiB of gathered keys and values, and 4 MiB of scores", backward="none"
     ),
-    Implementation(
-        "reference",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="keys and values in float32 for each query token, and all scores, several times",
+    Implementation.reference(
+        "keys and values in float32 for each query token, and all scores, several times",
         backward="none",
-        deterministic=True,
-        checked_on="CPU",
     ),
 )
 for _name in ("block_sparse_decode", "paged_block_sparse_decode"):
-    _operators.TABLES[f"attention.{_name}"] = IMPLEMENTATIONS
+    TABLES[f"attention.{_name}"] = IMPLEMENTATIONS
 
 
 @_PAPER
@@ -276,8 +262,7 @@ def paged_block_sparse_decode(
     if block_table.dim() != 2 or block_table.shape[0] != batch:
         raise _checks.bad_value(name, "block_table", f"of shape ({batch}, max_pages)", block_table)
     _checks.same_device(name, query=query, block_table=block_table)
-    _checks.integer(name, "block_size", block_size)
-    _checks.at_least(name, "block_size", block_size, 1)
+    _checks.count(name, "block_size", block_size)
     if page_size == 0 or (block_size % page_size and page_size % block_size):
         expected = f"a multiple or a divisor of the page size {page_size}"
         raise _checks.bad_value(name, "block_size", expected, block_size)
@@ -325,20 +310,27 @@ def _decode(
             f"{name}: it is for inference and has no gradients; call it under torch.no_grad() or "
             "with tensors that require none"
         )
-    features, values = query.shape[-1], value_cache.shape[-1]
-    limits = {"triton": lambda: operators.refusal(features, values)}
-    chosen = _operators.choose(name, IMPLEMENTATIONS, implementation, query, limits)
-    output, lse = operators.decode(
+    chosen = _implementations.choose(
+        name,
+        IMPLEMENTATIONS,
+        implementation,
         query,
-        key_cache,
-        value_cache,
-        block_table,
-        seq_lengths,
-        kv_indices,
-        kv_num_blocks,
-        block_size,
-        1 / math.sqrt(max(1, features)) if scale is None else float(scale),
-        chosen,
+        features=query.shape[-1],
+        values=value_cache.shape[-1],
+    )
+    output, lse = operators.decode(
+        Decoding(
+            query,
+            key_cache,
+            value_cache,
+            block_table,
+            seq_lengths,
+            kv_indices,
+            kv_num_blocks,
+            block_size,
+            1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
+            chosen,
+        )
     )
     return (output, lse) if return_lse else output
 
@@ -385,8 +377,7 @@ def _check_lists(
     tokens: int,
     block_size: int,
 ) -> None:
-    _checks.integer(name, "block_size", block_size)
-    _checks.at_least(name, "block_size", block_size, 1)
+    _checks.count(name, "block_size", block_size)
     if kv_indices is None:
         if kv_num_blocks is not None:
             raise _checks.bad_value(name, "kv_num_blocks", "None without kv_indices", kv_num_blocks)

@@ -1,110 +1,66 @@
 """The operator of block-sparse decoding. It does not differentiate."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from tilework import _operators
-from tilework._operators import computation_dtype
-from tilework.attention.block_sparse_decode import reference, tiled
-
-
-def decode(*args: Any) -> tuple[Tensor, Tensor]:
-    """See ``reference.block_sparse_decode``; the implementation comes last."""
-    *arguments, implementation = args
-    if implementation == "reference" or _operators.only_reference():
-        return reference.block_sparse_decode(*arguments)
-    results: tuple[Tensor, Tensor] = _decode(*args)
-    return results
+from tilework.attention.block_sparse_decode import reference
+from tilework.attention.block_sparse_decode.common import Decoded, Decoding, empty_results
 
 
 def refusal(features: int, values: int) -> str | None:
     """Why the kernels do not take these sizes, if they do not."""
-    reason: str | None = _kernels("triton").refusal(features, values)
+    from tilework.attention.block_sparse_decode import triton
+
+    reason: str | None = triton.refusal(features, values)
     return reason
 
 
-def _kernels(implementation: str) -> Any:
-    """The module of an implementation; that of Triton is imported on its first use."""
-    if implementation == "triton":
-        from tilework.attention.block_sparse_decode import triton
-
-        return triton
-    return tiled
+_of_implementation = _operators.of_rooms(__package__, "forward")
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    *arguments, implementation = args
-    forward = _kernels(implementation).forward
-    kv_indices = arguments[5]
-    has_lists_of_tokens = kv_indices is not None and kv_indices.dim() == 4
-    run = partial(_by_token, forward) if has_lists_of_tokens else forward
-    results: tuple[Tensor, Tensor] = run(*arguments)
+def _forward(given: Decoding) -> Decoded:
+    if given.kv_indices is not None and given.kv_indices.dim() == 4:
+        return _by_token(given, given.kv_indices)
+    results: Decoded = _of_implementation(given)
     return results
 
 
-def _by_token(
-    forward: Callable[..., tuple[Tensor, Tensor]],
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor | None,
-    seq_lengths: Tensor | None,
-    kv_indices: Tensor,
-    kv_num_blocks: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
+def _by_token(given: Decoding, kv_indices: Tensor) -> Decoded:
     """Tokens with lists of their own share no keys: each is the last one of a sequence."""
+    query, counts = given.query, given.kv_num_blocks
     batch, heads, length, _ = query.shape
 
     def split(tensor: Tensor) -> Tensor:
         return tensor.transpose(1, 2).flatten(0, 1)
 
-    if block_table is None:
-        block_table = torch.arange(batch, device=query.device)[:, None]
-    end = query.new_full((batch,), key_cache.shape[1], dtype=torch.int64)
-    end = (end if seq_lengths is None else seq_lengths.long())[:, None]
-    output, lse = forward(
-        split(query)[:, :, None],
-        key_cache,
-        value_cache,
-        block_table.repeat_interleave(length, 0),
-        (end - length + 1 + torch.arange(length, device=query.device)).flatten(),
-        split(kv_indices),
-        None if kv_num_blocks is None else split(kv_num_blocks),
-        *options,
+    table = given.block_table
+    if table is None:
+        table = torch.arange(batch, device=query.device)[:, None]
+    end = query.new_full((batch,), given.key_cache.shape[1], dtype=torch.int64)
+    end = (end if given.seq_lengths is None else given.seq_lengths.long())[:, None]
+    output, lse = _of_implementation(
+        given._replace(
+            query=split(query)[:, :, None],
+            block_table=table.repeat_interleave(length, 0),
+            seq_lengths=(end - length + 1 + torch.arange(length, device=query.device)).flatten(),
+            kv_indices=split(kv_indices),
+            kv_num_blocks=None if counts is None else split(counts),
+        )
     )
-    output = output.view(batch, length, heads, output.shape[-1])
-    return output.transpose(1, 2).contiguous(), lse.view(batch, length, heads).mT.contiguous()
+    output = output.view(batch, length, heads, output.shape[-1]).transpose(1, 2)
+    return Decoded(output.contiguous(), lse.view(batch, length, heads).mT.contiguous())
 
 
-def _forward_fake(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    shape = query.shape[:3]
-    return (
-        query.new_empty(*shape, value_cache.shape[-1]),
-        query.new_empty(shape, dtype=computation_dtype(query.dtype)),
-    )
-
-
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
-
-
-def _refuse(ctx: Any, *_: Any) -> None:
+def _refuse(*_: Any) -> NoReturn:
     raise RuntimeError("block_sparse_decode: it is for inference and has no gradients")
 
 
-_decode = _operators.define_by_position(
-    "block_sparse_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? block_table, "
-    "Tensor? seq_lengths, Tensor? kv_indices, Tensor? kv_num_blocks, int block_size, float scale, "
-    "str implementation) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    setup_context=_save_nothing,
-    backward=_refuse,
+decode = _operators.or_reference(
+    _operators.define(
+        "block_sparse_decode", Decoding, Decoded, _forward, empty_results, derivative=_refuse
+    ),
+    reference.forward,
 )

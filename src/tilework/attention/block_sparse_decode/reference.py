@@ -3,53 +3,41 @@
 import torch
 from torch import Tensor
 
-from tilework._operators import computation_dtype, without_autocast
+from tilework._operators import computation_dtype
+from tilework.attention.block_sparse_decode.common import Decoded, Decoding
 
 
-@without_autocast
-def block_sparse_decode(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor | None,
-    seq_lengths: Tensor | None,
-    kv_indices: Tensor | None,
-    kv_num_blocks: Tensor | None,
-    block_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the output, in the query's dtype, and the log-sum-exp.
-
-    The caches are pages ``(num_pages, page_size, Hkv, E)``; token ``t`` of sequence ``b`` lies in
-    page ``block_table[b, t // page_size]``. Without a table, page ``b`` is the whole sequence.
-    Without ``seq_lengths`` the pages are full, without ``kv_indices`` all tokens are selected.
-    """
+def forward(given: Decoding) -> Decoded:
+    """Return the output and the log-sum-exp."""
+    query, seq_lengths = given.query, given.seq_lengths
     dtype = computation_dtype(query.dtype)
     batch, heads, length, features = query.shape
-    kv_heads = key_cache.shape[2]
+    kv_heads = given.key_cache.shape[2]
     keys, values = (
-        _sequences(cache, block_table, seq_lengths) for cache in (key_cache, value_cache)
+        _sequences(cache, given.block_table, seq_lengths)
+        for cache in (given.key_cache, given.value_cache)
     )
     token = torch.arange(keys.shape[2], device=query.device)
     end = len(token) if seq_lengths is None else seq_lengths.long()[:, None, None, None]
     position = end - length + torch.arange(length, device=query.device)[:, None]
     selected = (token <= position).expand(batch, kv_heads, length, len(token))
-    if kv_indices is not None:
-        selected = selected & _listed(token // block_size, kv_indices, kv_num_blocks)
+    if given.kv_indices is not None:
+        blocks = token // given.block_size
+        selected = selected & _listed(blocks, given.kv_indices, given.kv_num_blocks)
     # What is not selected may hold nan, so that each query token has keys and values of its own.
     keys, values = (
         tensor.to(dtype)[:, :, None].masked_fill(~selected[..., None], 0)
         for tensor in (keys, values)
     )
     grouped = query.to(dtype).reshape(batch, kv_heads, heads // kv_heads, length, features)
-    scores = scale * (grouped.transpose(2, 3) @ keys.mT)
+    scores = given.scale * (grouped.transpose(2, 3) @ keys.mT)
     blind = ~selected.any(-1)[..., None, None]
     scores = scores.masked_fill(~selected[:, :, :, None], -torch.inf).masked_fill(blind, 0)
     weights = scores.softmax(-1).masked_fill(~selected[:, :, :, None], 0)
     lse = scores.logsumexp(-1) if len(token) else scores.sum(-1)
     lse = lse.masked_fill(blind[..., 0], -torch.inf)
     output = (weights @ values).to(query.dtype).transpose(2, 3)
-    return (
+    return Decoded(
         output.reshape(batch, heads, length, values.shape[-1]),
         lse.transpose(2, 3).reshape(batch, heads, length),
     )

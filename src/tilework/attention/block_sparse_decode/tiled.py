@@ -4,68 +4,50 @@ import torch
 from torch import Tensor
 
 from tilework._operators import computation_dtype
+from tilework.attention.block_sparse_decode.common import Decoded, Decoding, empty_results
 
 # Of keys and values at a time, and of scores: 4 MiB in float32, which stay in a CPU's cache.
 ELEMENTS = 2**20
 PLACES = 256  # of a list at a time, before sequences are computed one after another
 
 
-def forward(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor | None,
-    seq_lengths: Tensor | None,
-    kv_indices: Tensor | None,
-    kv_num_blocks: Tensor | None,
-    block_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """See ``reference.block_sparse_decode``."""
-    batch, heads, length, _ = query.shape
-    _, kv_heads, num_values = value_cache.shape[1:]
-    output = query.new_empty(batch, heads, length, num_values)
-    lse = query.new_empty(batch, heads, length, dtype=computation_dtype(query.dtype))
-    per_place = kv_heads * max(query.shape[3] + num_values, heads // kv_heads * length)
+def forward(given: Decoding) -> Decoded:
+    """See ``reference``."""
+    batch, heads, length, features = given.query.shape
+    _, kv_heads, num_values = given.value_cache.shape[1:]
+    results = empty_results(given)
+    per_place = kv_heads * max(features + num_values, heads // kv_heads * length)
     together = max(1, ELEMENTS // max(1, PLACES * per_place))
     for first in range(0, batch, together):
         some = slice(first, first + together)
-        pages = some if block_table is None else slice(None)
-        output[some], lse[some] = _some_sequences(
-            query[some],
-            key_cache[pages],
-            value_cache[pages],
-            _part(block_table, some),
-            _part(seq_lengths, some),
-            _part(kv_indices, some),
-            _part(kv_num_blocks, some),
-            block_size,
-            scale,
+        pages = some if given.block_table is None else slice(None)
+        part = given._replace(
+            query=given.query[some],
+            key_cache=given.key_cache[pages],
+            value_cache=given.value_cache[pages],
+            block_table=_part(given.block_table, some),
+            seq_lengths=_part(given.seq_lengths, some),
+            kv_indices=_part(given.kv_indices, some),
+            kv_num_blocks=_part(given.kv_num_blocks, some),
         )
-    return output, lse
+        results.output[some], results.lse[some] = _some_sequences(part)
+    return results
 
 
 def _part(tensor: Tensor | None, some: slice) -> Tensor | None:
     return None if tensor is None else tensor[some]
 
 
-def _some_sequences(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor | None,
-    seq_lengths: Tensor | None,
-    kv_indices: Tensor | None,
-    kv_num_blocks: Tensor | None,
-    block_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _some_sequences(given: Decoding) -> Decoded:
+    query, key_cache, value_cache = given.query, given.key_cache, given.value_cache
+    block_table, seq_lengths = given.block_table, given.seq_lengths
+    kv_indices, kv_num_blocks, block_size = given.kv_indices, given.kv_num_blocks, given.block_size
     dtype = computation_dtype(query.dtype)
     batch, heads, length, features = query.shape
     page_size, kv_heads, num_values = value_cache.shape[1:]
     # The tokens of the query heads of a group are rows: they share their keys.
     group = heads // kv_heads
-    queries = query.to(dtype).reshape(batch, kv_heads, group * length, features) * scale
+    queries = query.to(dtype).reshape(batch, kv_heads, group * length, features) * given.scale
 
     # Places are numbered through the selected blocks of a list, or through the sequence.
     lengths = query.new_full((batch,), page_size, dtype=torch.int64)
@@ -123,7 +105,7 @@ def _some_sequences(
         peak = new_peak
     output = result / total.where(total != 0, 1)[..., None]
     lse = peak + total.log()
-    return (
+    return Decoded(
         output.to(query.dtype).reshape(batch, heads, length, num_values),
         lse.reshape(batch, heads, length),
     )

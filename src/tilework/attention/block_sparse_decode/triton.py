@@ -13,31 +13,23 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
-from tilework._operators import HALF
-from tilework.attention._kernels import LOG2_E, MAX_FEATURES
+from tilework._triton import Tuned
+from tilework.attention._kernels import LOG2_E, MAX_FEATURES, Tile
+from tilework.attention.block_sparse_decode.common import Decoded, Decoding, empty_results
 
-# Rows and keys of a tile at most, warps and stages, for half precision and up to so many features:
-# tiles that do not spill registers.
-Tile = tuple[int, int, int, int]
-TILES: dict[str, dict[int, Tile]] = {
-    "sm_80": {128: (32, 64, 4, 3), 256: (32, 32, 4, 2)},
-    "sm_90": {128: (32, 64, 4, 3), 256: (32, 64, 8, 2)},
-    "sm_100": {128: (32, 64, 4, 3), 256: (32, 64, 8, 2)},
-    "gfx942": {128: (32, 64, 4, 2), 256: (32, 32, 8, 2)},
-}
-FLOAT32: dict[int, Tile] = {64: (16, 32, 4, 2), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)}
-FLOAT32_SEVERAL: dict[int, Tile] = {64: (16, 16, 4, 1), 256: (16, 16, 8, 1)}
-
-
-def choose_tile(arch: str, dtype: torch.dtype, features: int, several: bool = False) -> Tile:
-    """The tile of an architecture, or that of the oldest where there is no entry.
-
-    ``several`` is whether sequences have more than one query token.
-    """
-    by_features = FLOAT32_SEVERAL if several else FLOAT32
-    if dtype in HALF:
-        by_features = TILES.get(arch, TILES["sm_80"])
-    return next(tile for most, tile in by_features.items() if features <= most)
+_WIDE, _SMALL = Tile(32, 64, 4, 3), Tile(16, 16, 4, 1)
+# Up to so many features, for one query token and for several: tiles that do not spill registers.
+ONE = Tuned(
+    {
+        "sm_80": {128: _WIDE, 256: Tile(32, 32, 4, 2)},
+        "sm_90": {128: _WIDE, 256: Tile(32, 64, 8, 2)},
+        "sm_100": {128: _WIDE, 256: Tile(32, 64, 8, 2)},
+        "gfx942": {128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 8, 2)},
+        "float32": {64: Tile(16, 32, 4, 2), 128: Tile(16, 16, 8, 1), 256: _SMALL},
+    },
+    otherwise="sm_80",
+)
+SEVERAL = ONE | {"float32": {64: _SMALL, 256: Tile(16, 16, 8, 1)}}
 
 
 def refusal(features: int, values: int) -> str | None:
@@ -49,43 +41,13 @@ def refusal(features: int, values: int) -> str | None:
 
 @triton.jit
 def split_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    table_ptr,
-    lengths_ptr,
-    indices_ptr,
-    counts_ptr,
+    tensors,
+    lists,
     output_ptr,
     lse_ptr,
-    heads,
-    group,
-    num_queries,
-    num_features,
-    num_values,
-    page_size,
-    width,
-    block_size,
-    query_stride_batch,
-    query_stride_head,
-    query_stride_token,
-    query_stride_feature,
-    key_stride_page,
-    key_stride_slot,
-    key_stride_head,
-    key_stride_feature,
-    value_stride_page,
-    value_stride_slot,
-    value_stride_head,
-    value_stride_feature,
-    table_stride_batch,
-    table_stride_page,
-    lengths_stride,
-    indices_stride_batch,
-    indices_stride_head,
-    indices_stride_place,
-    counts_stride_batch,
-    counts_stride_head,
+    sizes,
+    strides,
+    list_strides,
     scale,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -95,7 +57,21 @@ def split_kernel(
     FEATURES: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Output and log-sum-exp of up to ``ROWS`` rows of a group over a part of their places."""
+    """Output and log-sum-exp of up to ``ROWS`` rows of a group over a part of their places.
+
+    A row has a peak ``m``, a sum ``l`` of weights and one ``o`` of weighted values, from -inf, 0
+    and 0. Each tile of places, in their order, with scores ``s_t`` to the base of 2, makes
+
+        m' = max(m, max_t s_t),  w_t = 2^(s_t - m'),  d = 2^(m - m'),
+        l' = d l + sum_t w_t,    o' = d o + sum_t w_t v_t
+
+    of them. At the end the output is ``o / l``, and the log-sum-exp ``(m + log2 l) / log2 e``.
+    """
+    query_ptr, key_ptr, value_ptr = tensors
+    table_ptr, lengths_ptr, indices_ptr, counts_ptr = lists
+    heads, group, num_queries, num_features, num_values, page_size, width, block_size = sizes
+    query_strides, key_strides, value_strides = strides
+    table_strides, lengths_strides, indices_strides, counts_strides = list_strides
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     group_rows = group * num_queries
@@ -112,32 +88,34 @@ def split_kernel(
     some_features = (features < num_features)[None, :]
     some_values = (values < num_values)[None, :]
     query_rows = (
-        batch * query_stride_batch
-        + head * query_stride_head
-        + query_token.to(tl.int64) * query_stride_token
+        batch * query_strides[0]
+        + head * query_strides[1]
+        + query_token.to(tl.int64) * query_strides[2]
     )
     queries = tl.load(
-        query_ptr + query_rows[:, None] + features[None, :] * query_stride_feature,
+        query_ptr + query_rows[:, None] + features[None, :] * query_strides[3],
         mask=valid[:, None] & some_features,
         other=0.0,
     )
-    key_ptr += kv_head.to(tl.int64) * key_stride_head
-    value_ptr += kv_head.to(tl.int64) * value_stride_head
+    key_ptr += kv_head.to(tl.int64) * key_strides[2]
+    value_ptr += kv_head.to(tl.int64) * value_strides[2]
 
+    # Without lengths a page is full, without lists all tokens are selected.
     length = page_size
     if lengths_ptr is not None:
-        length = tl.load(lengths_ptr + batch * lengths_stride).to(tl.int32)
+        length = tl.load(lengths_ptr + batch * lengths_strides[0]).to(tl.int32)
     position = length - num_queries + query_token
     places = length
     if indices_ptr is not None:
-        indices_ptr += batch * indices_stride_batch + kv_head * indices_stride_head
+        indices_ptr += batch * indices_strides[0] + kv_head * indices_strides[1]
         count = width
         if counts_ptr is not None:
-            counts_ptr += batch * counts_stride_batch + kv_head * counts_stride_head
+            counts_ptr += batch * counts_strides[0] + kv_head * counts_strides[1]
             count = tl.load(counts_ptr).to(tl.int32)
         places = count * block_size
     if table_ptr is not None:
-        table_ptr += batch * table_stride_batch
+        table_ptr += batch * table_strides[0]
+    # Parts are whole tiles, so that no place is in two.
     part = tl.cdiv(tl.cdiv(places, TILE_KEYS), splits) * TILE_KEYS
     first = split * part
 
@@ -150,18 +128,18 @@ def split_kernel(
         token = place
         if indices_ptr is not None:
             entry = (place // block_size).to(tl.int64)
-            block = tl.load(indices_ptr + entry * indices_stride_place, mask=selected, other=0)
+            block = tl.load(indices_ptr + entry * indices_strides[2], mask=selected, other=0)
             token = block.to(tl.int32) * block_size + place % block_size
             selected = selected & (token < length)
         page = batch
         if table_ptr is not None:
             entry = (token // page_size).to(tl.int64)
-            page = tl.load(table_ptr + entry * table_stride_page, mask=selected, other=0)
+            page = tl.load(table_ptr + entry * table_strides[1], mask=selected, other=0)
             page = page.to(tl.int64)
         slot = (token % page_size).to(tl.int64)
-        key_rows = page * key_stride_page + slot * key_stride_slot
+        key_rows = page * key_strides[0] + slot * key_strides[1]
         keys = tl.load(
-            key_ptr + key_rows[:, None] + features[None, :] * key_stride_feature,
+            key_ptr + key_rows[:, None] + features[None, :] * key_strides[3],
             mask=selected[:, None] & some_features,
             other=0.0,
         )
@@ -178,9 +156,9 @@ def split_kernel(
         decay = tl.exp2(peak - base)
         total = total * decay + tl.sum(weights, 1)
         peak = new_peak
-        value_rows = page * value_stride_page + slot * value_stride_slot
+        value_rows = page * value_strides[0] + slot * value_strides[1]
         chosen = tl.load(
-            value_ptr + value_rows[:, None] + values[None, :] * value_stride_feature,
+            value_ptr + value_rows[:, None] + values[None, :] * value_strides[3],
             mask=selected[:, None] & some_values,
             other=0.0,
         )
@@ -236,34 +214,24 @@ def merge_kernel(
     tl.store(lse_ptr + row, peak + tl.log(divisor))
 
 
-def forward(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor | None,
-    seq_lengths: Tensor | None,
-    kv_indices: Tensor | None,
-    kv_num_blocks: Tensor | None,
-    block_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """See ``reference.block_sparse_decode``."""
+def forward(given: Decoding) -> Decoded:
+    """See ``reference``."""
+    query, block_table, kv_indices = given.query, given.block_table, given.kv_indices
     batch, heads, length, num_features = query.shape
-    page_size, kv_heads, num_values = value_cache.shape[1:]
-    output = query.new_empty(batch, heads, length, num_values)
-    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    page_size, kv_heads, num_values = given.value_cache.shape[1:]
+    output, lse = results = empty_results(given)
     if lse.numel() == 0:
-        return output, lse
+        return results
     features, values = (max(16, triton.next_power_of_2(n)) for n in (num_features, num_values))
     group = heads // kv_heads
     arch = _triton.architecture(query.device)
-    tile = choose_tile(arch, query.dtype, max(features, values), length > 1)
-    most_rows, tile_keys, warps, stages = tile
+    table = SEVERAL if length > 1 else ONE
+    most_rows, tile_keys, warps, stages = table.choose(arch, query.dtype, max(features, values))
     rows = min(most_rows, max(16, triton.next_power_of_2(group * length)))
 
     most = page_size * (1 if block_table is None else block_table.shape[1])
     if kv_indices is not None:
-        most = min(most, kv_indices.shape[2] * block_size)
+        most = min(most, kv_indices.shape[2] * given.block_size)
     programs = batch * kv_heads * triton.cdiv(group * length, rows)
     splits = count_splits(programs, triton.cdiv(most, tile_keys), query.device)
     parts, part_lse = output, lse
@@ -282,38 +250,35 @@ def forward(
         "num_stages": stages,
     }
     split_kernel[programs, splits](
-        query,
-        key_cache,
-        value_cache,
-        block_table,
-        seq_lengths,
-        kv_indices,
-        kv_num_blocks,
+        (query, given.key_cache, given.value_cache),
+        (block_table, given.seq_lengths, kv_indices, given.kv_num_blocks),
         parts,
         part_lse,
-        heads,
-        group,
-        length,
-        num_features,
-        num_values,
-        page_size,
-        0 if kv_indices is None else kv_indices.shape[2],
-        block_size,
-        *query.stride(),
-        *key_cache.stride(),
-        *value_cache.stride(),
-        *_strides(block_table, 2),
-        *_strides(seq_lengths, 1),
-        *_strides(kv_indices, 3),
-        *_strides(kv_num_blocks, 2),
-        scale,
+        (
+            heads,
+            group,
+            length,
+            num_features,
+            num_values,
+            page_size,
+            0 if kv_indices is None else kv_indices.shape[2],
+            given.block_size,
+        ),
+        (query.stride(), given.key_cache.stride(), given.value_cache.stride()),
+        (
+            _strides(block_table, 2),
+            _strides(given.seq_lengths, 1),
+            _strides(kv_indices, 3),
+            _strides(given.kv_num_blocks, 2),
+        ),
+        given.scale,
         **constants,
     )
     if splits > 1:
         merge_kernel[(lse.numel(),)](
             parts, part_lse, output, lse, splits, num_values, VALUES=values, num_warps=1
         )
-    return output, lse
+    return results
 
 
 def count_splits(programs: int, tiles: int, device: torch.device) -> int:

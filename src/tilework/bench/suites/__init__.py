@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilework import _operators
+from tilework import _implementations
 
 Inputs = dict[str, Tensor]
 Results = dict[str, Tensor]
@@ -164,28 +164,25 @@ def discover() -> dict[str, Suite]:
 def implementations(
     operator: str,
     call: Callable[[Case, Inputs, str], Callable[[], Results]],
-    default: Callable[[Case, Inputs], str] | None = None,
+    given: Callable[[Case, Inputs], Mapping[str, Any]] = lambda case, inputs: {},
 ) -> tuple[Candidate, ...]:
     """The candidates that stand in an operator's table of implementations.
 
     Args:
-        operator: The key in ``tilework._operators.TABLES``.
+        operator: The key in ``tilework._implementations.TABLES``.
         call: Binds the implementation of that name.
-        default: The one that is chosen for a case, if the table alone does not say.
+        given: What the choice of one depends on besides the first floating-point tensor.
     """
-    table = _operators.TABLES[operator]
+    table = _implementations.TABLES[operator]
 
-    def candidate(entry: _operators.Implementation) -> Candidate:
+    def candidate(entry: _implementations.Implementation) -> Candidate:
         def build(case: Case, inputs: Inputs) -> Step:
             tensor = next(tensor for tensor in inputs.values() if tensor.is_floating_point())
-            reason = _operators.refusal(entry, tensor)
+            rest = given(case, inputs)
+            reason = _implementations.refusal(entry, (tensor,), rest)
             if reason is not None:
                 raise Unavailable(reason)
-            chosen = (
-                default(case, inputs)
-                if default
-                else _operators.choose(operator, table, None, tensor)
-            )
+            chosen = _implementations.choose(operator, table, None, tensor, **rest)
             return Step(
                 call(case, inputs, entry.name),
                 f"tilework {operator} {entry.name}",

@@ -5,6 +5,7 @@ queries sees. Where ``K`` is all blocks, this is dense causal attention.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +161,11 @@ def _ours(case: Case, inputs: Inputs, implementation: str) -> Callable[[], Resul
     return _run(case, inputs, attention)
 
 
+def _given(case: Case, inputs: Inputs) -> dict[str, Any]:
+    features = case.sizes["E"]
+    return {"block_size": (BLOCK, BLOCK), "features": features, "values": features}
+
+
 def _masked(case: Case, inputs: Inputs) -> Step:
     visible = _layout(inputs).to_elements().tril()
 
@@ -200,7 +206,7 @@ SUITE = Suite(
     cases=cases,
     inputs=inputs,
     candidates=(
-        *implementations("attention.block_sparse_attention", _ours),
+        *implementations("attention.block_sparse_attention", _ours, _given),
         Candidate("torch sdpa (mask)", _masked),
         Candidate("torch sdpa (causal)", _causal),
         Candidate("torch flex_attention (compiled)", _flex),

@@ -204,6 +204,10 @@ def _dense(case: Case, inputs: Inputs) -> Step:
     return Step(_run(lambda: _torch(inputs, _in_order)), "F.scaled_dot_product_attention")
 
 
+def _given(case: Case, inputs: Inputs) -> dict[str, int]:
+    return dict.fromkeys(("features", "values"), case.sizes["E"])
+
+
 def _masked(case: Case, inputs: Inputs) -> Step:
     batch, tokens, heads, kv_heads, *_ = case.sizes.values()
     query, blocks = inputs["query"], inputs["blocks"]
@@ -253,8 +257,8 @@ SUITE = Suite(
     candidates=(
         *by_kind(
             {
-                CONTIGUOUS: implementations("attention.block_sparse_decode", _ours),
-                PAGED: implementations("attention.paged_block_sparse_decode", _ours),
+                CONTIGUOUS: implementations("attention.block_sparse_decode", _ours, _given),
+                PAGED: implementations("attention.paged_block_sparse_decode", _ours, _given),
             }
         ),
         Candidate("torch sdpa (mask)", _masked),

@@ -7,12 +7,12 @@ fall by 2 for each e-fold of a class's rank, so that few classes count, as in a 
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilework import _operators
 from tilework.bench.suites import (
     Candidate,
     Case,
@@ -27,7 +27,6 @@ from tilework.bench.suites import (
 )
 from tilework.losses import linear_cross_entropy
 from tilework.losses._classes.kept import noted
-from tilework.losses.linear_cross_entropy import schedule
 
 FORWARD, TRAINING, PEAKED = "forward", "forward+backward", "forward+backward, peaked"
 FILTER = 1e-3
@@ -176,12 +175,8 @@ def _filtered(implementation: str) -> Callable[[Case, Inputs], Step]:
     return build
 
 
-def _default(case: Case, inputs: Inputs) -> str:
-    input, weight = inputs["input"], inputs["weight"]
-    if case.kind != FORWARD and schedule.prefers_chunks(input, weight):
-        return "chunked"
-    operator = "losses.linear_cross_entropy"
-    return _operators.choose(operator, _operators.TABLES[operator], None, input)
+def _given(case: Case, inputs: Inputs) -> dict[str, Any]:
+    return {"linear_weight": inputs["weight"], "is_sum": True}
 
 
 def _torch_eager(case: Case, inputs: Inputs) -> Step:
@@ -271,7 +266,7 @@ SUITE = Suite(
     cases=cases,
     inputs=inputs,
     candidates=(
-        *implementations("losses.linear_cross_entropy", _ours, _default),
+        *implementations("losses.linear_cross_entropy", _ours, _given),
         *(
             Candidate(
                 f"tilework {implementation} (filter)",

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilework import _operators
 from tilework.bench.suites import (
     Candidate,
     Case,
@@ -25,7 +24,6 @@ from tilework.bench.suites import (
     implementations,
 )
 from tilework.norms import layer_norm, rms_norm
-from tilework.norms._row_norm import tiled
 
 EPS = 1e-5
 ROWS = 32768
@@ -190,15 +188,9 @@ def _ours(case: Case, inputs: Inputs, implementation: str) -> Callable[[], Resul
     return _step(norm, case, inputs, "").run
 
 
-def _default(case: Case, inputs: Inputs) -> str:
-    input, operator = inputs["input"], "norms.rms_norm"
-    chosen = _operators.choose(operator, _operators.TABLES[operator], None, input)
-    parameters = (inputs["weight"], inputs.get("bias"))
-    with torch.set_grad_enabled("backward" in case.kind):
-        better = tiled.preferred(
-            input, inputs.get("residual"), *parameters, centered="layer" in case.kind
-        )
-    return "tiled" if chosen == "torch" and better else chosen
+def _given(case: Case, inputs: Inputs) -> dict[str, Any]:
+    tensors = {name: inputs.get(name) for name in ("residual", "weight", "bias")}
+    return {**tensors, "centered": "layer" in case.kind}
 
 
 def _eager(case: Case, inputs: Inputs) -> Step:
@@ -285,7 +277,7 @@ SUITE = Suite(
     cases=cases,
     inputs=inputs,
     candidates=(
-        *implementations("norms.rms_norm", _ours, _default),
+        *implementations("norms.rms_norm", _ours, _given),
         Candidate("torch eager", _eager),
         Candidate("torch compile", _compiled),
         _peer("liger-kernel", _liger, "liger_kernel"),

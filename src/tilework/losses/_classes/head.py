@@ -6,50 +6,6 @@ import torch
 from torch import Tensor
 
 from tilework import _checks, _operators
-from tilework._operators import Implementation
-
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-IMPLEMENTATIONS = (
-    Implementation(
-        "triton",
-        devices=("cuda",),
-        dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        memory="gradients and 64 MiB of logit gradients",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        needs="triton",
-        checked_on="Triton's interpreter",
-    ),
-    Implementation(
-        "tiled",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="gradients and three tiles of 2048 x 1024 logits",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        checked_on="CPU",
-    ),
-    Implementation(
-        "chunked",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="gradients and the logits of 512 tokens (CPU) or 4096 (CUDA)",
-        backward="of sums and means, in the forward pass; others, and float16, as above",
-        deterministic=True,
-        checked_on="CPU",
-    ),
-    Implementation(
-        "reference",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="the logits, three times in training",
-        backward="every order and mode",
-        deterministic=True,
-        checked_on="CPU",
-    ),
-)
-_operators.TABLES["losses.linear_cross_entropy"] = IMPLEMENTATIONS
 
 
 def check(
@@ -85,11 +41,8 @@ def check(
 
 def check_filter(function: str, gradient_filter: float | None) -> None:
     """Refuse what is neither None nor a number between 0 and 1."""
-    if gradient_filter is None:
-        return
-    if not 0 < _checks.number(function, "gradient_filter", gradient_filter) < 1:
-        accepted = "None or a number above 0 and below 1"
-        raise _checks.bad_value(function, "gradient_filter", accepted, gradient_filter)
+    if gradient_filter is not None:
+        _checks.open_fraction(function, "gradient_filter", gradient_filter)
 
 
 def cast_under_autocast(

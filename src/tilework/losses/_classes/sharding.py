@@ -17,7 +17,9 @@ from torch import Tensor
 from tilework import _checks
 from tilework.catalog import implements
 from tilework.losses._classes.linear import operators
-from tilework.losses._classes.tiles import Statistics, merge_exponentials
+from tilework.losses._classes.linear.common import LinearStats
+from tilework.losses._classes.statistics import Statistics, masked
+from tilework.losses._classes.tiles import merge_exponentials
 
 __all__ = ["VocabShard"]
 
@@ -79,7 +81,7 @@ class VocabShard:
             )
         gathered: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(gathered, (self.start, self.stop), self.group)
-        self._set_ranges(gathered)
+        object.__setattr__(self, "ranges", tuple(gathered))
         end = 0
         for start, stop in sorted(gathered):
             if start != end:
@@ -89,8 +91,14 @@ class VocabShard:
                 )
             end = stop
 
-    def _set_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
-        object.__setattr__(self, "ranges", tuple(ranges))
+    @classmethod
+    def _of_ranges(
+        cls, start: int, stop: int, group: Any, ranges: Sequence[tuple[int, int]]
+    ) -> "VocabShard":
+        """One whose group's ranges are known, so that nothing is gathered."""
+        shard = cls.__new__(cls)
+        vars(shard).update(start=start, stop=stop, group=group, ranges=tuple(ranges))
+        return shard
 
     @property
     def classes(self) -> int:
@@ -252,88 +260,59 @@ def _shard_of(function: str, name: str, linear_weight: Any, mesh: Any, dim: int)
             f"{function}: {name} must give each process the classes of torch.chunk, at "
             f"least one, got {tuple(linear_weight.shape)} over {processes}"
         )
-    shard: VocabShard = object.__new__(VocabShard)
-    for name, value in (("start", start), ("stop", stop), ("group", mesh.get_group(dim))):
-        object.__setattr__(shard, name, value)
-    shard._set_ranges(ranges)
-    return shard
+    return VocabShard._of_ranges(start, stop, mesh.get_group(dim), ranges)
 
 
-def logit_stats(
-    shard: VocabShard | None,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    class_weight: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    moments: bool,
-    gradient_filter: float | None,
-    implementation: str,
-) -> Statistics:
+def logit_stats(shard: VocabShard | None, given: LinearStats) -> Statistics:
     """``operators.logit_stats`` over the classes of all processes; class weights are of all."""
     if shard is None:
-        return operators.logit_stats(
-            input,
-            linear_weight,
-            target,
-            linear_bias,
-            class_weight,
-            softcap,
-            temperature,
-            ignore_index,
-            moments,
-            gradient_filter,
-            implementation,
-        )
+        return operators.logit_stats(given)
+    target, class_weight = given.target, given.class_weight
     held = (target >= shard.start) & (target < shard.stop)
-    kept = target != ignore_index
-    shift, total, target_gap, class_gap, moment, top, argmax = operators.logit_stats(
-        sum_gradient(input, shard.group),
-        linear_weight,
-        (target - shard.start).where(held, 0).where(kept, _NEVER),
-        linear_bias,
-        None if class_weight is None else class_weight[shard.start : shard.stop],
-        softcap,
-        temperature,
-        _NEVER,
-        moments,
-        gradient_filter,
-        implementation,
+    kept = target != given.ignore_index
+    # A target of another process is no class here, so that its logit is nan, and the place of it.
+    elsewhere = shard.stop - shard.start
+    mine = operators.logit_stats(
+        given._replace(
+            input=sum_gradient(given.input, shard.group),
+            target=(target - shard.start).where(held, elsewhere).where(kept, _NEVER),
+            class_weight=None if class_weight is None else class_weight[shard.start : shard.stop],
+            ignore_index=_NEVER,
+        )
     )
-    mine = [shift, total, target_gap, class_gap]
-    if moments:
-        # A class's place within a shard is exact in float32 up to 2**24.
-        mine += [moment, top, argmax.to(top.dtype)]
-    shifts, totals, target_gaps, class_gaps, *extra = gather(torch.stack(mine), shard).unbind(1)
+    # A class's place within a shard is exact in float32 up to 2**24.
+    mine = mine._replace(argmax=mine.argmax.to(mine.shift.dtype))
+    names = [name for name, values in mine._asdict().items() if values.numel() or not len(target)]
+    gathered = gather(torch.stack([getattr(mine, name) for name in names]), shard)
+    parts = mine._replace(**dict(zip(names, gathered.unbind(1), strict=True)))
 
     # The first of equal maxima is that of the lowest classes.
     ranges = sorted(shard.ranges)
     starts, stops = target.new_tensor(ranges).T[..., None]
-    shift, total, gaps, decays = merge_exponentials(shifts, totals)
+    shift, total, gaps, decays = merge_exponentials(parts.shift, parts.total)
     holds = (target >= starts) & (target < stops)
-    target_gap = (target_gaps + gaps).where(holds, 0).sum(0).where(holds.any(0), torch.nan)
-    class_gap = torch.zeros_like(total)
+    merged = mine._replace(
+        shift=shift,
+        total=total,
+        target_gap=(parts.target_gap + gaps).where(holds, 0).sum(0).where(holds.any(0), torch.nan),
+        class_gap=torch.zeros_like(total),
+        argmax=target[:0],
+    )
     if class_weight is not None:
         weights = torch.stack([class_weight[slice(*classes)].sum() for classes in ranges])[:, None]
-        class_gap = (class_gaps + weights * gaps).sum(0)
-    if moments:
-        momenta, tops, places = extra
-        moment = (momenta * decays + totals * (decays * gaps).where(totals != 0, 0)).sum(0)
-        top, rank = tops.detach().max(0)
-        argmax = (places.detach().to(torch.int64) + starts).gather(0, rank[None])[0]
-        moment, top, argmax = (values.where(kept, 0) for values in (moment, top, argmax))
-    return (
-        shift.where(kept, 0),
-        total.where(kept, 1),
-        target_gap.where(kept, 0),
-        class_gap.where(kept, 0),
-        moment,
-        top,
-        argmax,
-    )
+        merged = merged._replace(class_gap=(parts.class_gap + weights * gaps).sum(0))
+    if given.squares:
+        merged = merged._replace(squares=parts.squares.sum(0))
+    if given.moments:
+        changes = parts.total * (decays * gaps).where(parts.total != 0, 0)
+        top, rank = parts.top.detach().max(0)
+        places = parts.argmax.detach().to(torch.int64) + starts
+        merged = merged._replace(
+            moment=(parts.moment * decays + changes).sum(0),
+            top=top,
+            argmax=places.gather(0, rank[None])[0],
+        )
+    return masked(merged, kept)
 
 
 def gather(value: Tensor, shard: VocabShard) -> Tensor:

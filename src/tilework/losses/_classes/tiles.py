@@ -20,10 +20,6 @@ def slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-# The statistics of rows, in the order of ``reference.linear_logit_stats``.
-Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
 def product_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of the matrix products: half precision only where the processor multiplies it."""
     if tensor.device.type != "cpu":

@@ -1,9 +1,12 @@
 """Calibeating: predict the mean outcome of similar predictions."""
 
+from dataclasses import field
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tilework import _checks
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 
 __all__ = ["Calibeating"]
@@ -12,7 +15,7 @@ _NAME = "Calibeating"
 
 
 @implements("Online Platt Scaling with Calibeating", year=2023, arxiv="2305.00070")
-class Calibeating(nn.Module):
+class Calibeating(OptionsModule):
     r"""Replace a probability by the mean of past outcomes in its bin.
 
     With :math:`B` = ``num_bins`` bins of equal width:
@@ -46,15 +49,17 @@ class Calibeating(nn.Module):
         As :class:`OnlinePlattScaling`.
     """
 
-    counts: Tensor
-    positives: Tensor
+    num_bins: int = 10
+    counts: Tensor = field(init=False)
+    positives: Tensor = field(init=False)
 
-    def __init__(self, *, num_bins: int = 10) -> None:
-        super().__init__()
-        _checks.count(_NAME, "num_bins", num_bins)
-        self.num_bins = num_bins
-        self.register_buffer("counts", torch.zeros(num_bins, dtype=torch.int64))
-        self.register_buffer("positives", torch.zeros(num_bins, dtype=torch.int64))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.register_buffer("counts", torch.zeros(self.num_bins, dtype=torch.int64))
+        self.register_buffer("positives", torch.zeros(self.num_bins, dtype=torch.int64))
+
+    def _check(self) -> None:
+        _checks.count(_NAME, "num_bins", self.num_bins)
 
     def predict(self, probability: float) -> float:
         """Return the mean outcome of the probability's bin, or itself while that is empty."""
@@ -69,10 +74,6 @@ class Calibeating(nn.Module):
             raise _checks.bad_value(f"{_NAME}.update", "target", "0 or 1", target)
         self.counts[bin] += 1
         self.positives[bin] += int(target)
-
-    def extra_repr(self) -> str:
-        """Return the number of bins."""
-        return f"num_bins={self.num_bins}"
 
     def _bin(self, method: str, probability: float) -> int:
         _checks.fraction(f"{_NAME}.{method}", "probability", probability)

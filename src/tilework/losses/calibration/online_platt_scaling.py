@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import field
 
 import torch
 from jaxtyping import Float64
-from torch import Tensor, nn
+from torch import Tensor
 
 from tilework import _checks
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 
 __all__ = ["OnlinePlattScaling"]
@@ -18,7 +20,7 @@ _TOLERANCE = 1e-12
 
 
 @implements("Online Platt Scaling with Calibeating", year=2023, arxiv="2305.00070")
-class OnlinePlattScaling(nn.Module):
+class OnlinePlattScaling(OptionsModule):
     r"""Calibrate the probabilities of a binary classifier while its outcomes arrive.
 
     With the features :math:`x` of a probability :math:`p`, clipped to :math:`[\epsilon, 1 -
@@ -73,35 +75,29 @@ class OnlinePlattScaling(nn.Module):
         Chirag Gupta, Aaditya Ramdas. Online Platt Scaling with Calibeating. 2023. arXiv:2305.00070.
     """
 
-    theta: Tensor
-    matrix: Tensor
+    kind: str = "platt"
+    beta: float = 0.1
+    diameter: float | None = None
+    radius: float = 100.0
+    eps: float = 1e-6
+    theta: Tensor = field(init=False)
+    matrix: Tensor = field(init=False)
 
-    def __init__(
-        self,
-        *,
-        kind: str = "platt",
-        beta: float = 0.1,
-        diameter: float | None = None,
-        radius: float = 100.0,
-        eps: float = 1e-6,
-    ) -> None:
-        super().__init__()
-        _checks.one_of(_NAME, "kind", kind, KINDS)
-        if diameter is None:
-            diameter = 1.0 if kind == "platt" else 2.0
-        for argument, value in (("beta", beta), ("diameter", diameter), ("radius", radius)):
-            _checks.positive(_NAME, argument, value)
-        if not 0 < _checks.number(_NAME, "eps", eps) < 0.5:
-            raise _checks.bad_value(_NAME, "eps", "a number above 0 and below 0.5", eps)
-        self.kind = kind
-        self.beta = beta
-        self.diameter = diameter
-        self.radius = radius
-        self.eps = eps
-        identity = [1.0, 0.0] if kind == "platt" else [1.0, 1.0, 0.0]
+    def __post_init__(self) -> None:
+        _checks.one_of(_NAME, "kind", self.kind, KINDS)
+        if self.diameter is None:
+            self.diameter = 1.0 if self.kind == "platt" else 2.0
+        super().__post_init__()
+        identity = [1.0, 0.0] if self.kind == "platt" else [1.0, 1.0, 0.0]
         self.register_buffer("theta", torch.tensor(identity, dtype=torch.float64))
-        matrix = torch.eye(len(identity), dtype=torch.float64) / (beta * diameter) ** 2
+        matrix = torch.eye(len(identity), dtype=torch.float64) / (self.beta * self.diameter) ** 2
         self.register_buffer("matrix", matrix)
+
+    def _check(self) -> None:
+        for argument in ("beta", "diameter", "radius"):
+            _checks.positive(_NAME, argument, getattr(self, argument))
+        if not 0 < _checks.number(_NAME, "eps", self.eps) < 0.5:
+            raise _checks.bad_value(_NAME, "eps", "a number above 0 and below 0.5", self.eps)
 
     def predict(self, probability: float) -> float:
         """Return the calibrated probability."""
@@ -136,13 +132,6 @@ class OnlinePlattScaling(nn.Module):
             predictions.append(self.predict(probability))
             self.update(probability, target)
         return torch.tensor(predictions, dtype=torch.float64)
-
-    def extra_repr(self) -> str:
-        """Return the options."""
-        return (
-            f"kind={self.kind!r}, beta={self.beta}, diameter={self.diameter}, "
-            f"radius={self.radius}, eps={self.eps}"
-        )
 
     def _features(self, method: str, probability: float) -> Tensor:
         _checks.fraction(f"{_NAME}.{method}", "probability", probability)

@@ -1,15 +1,16 @@
 """The temperature that calibrates logits after training."""
 
 import math
+from dataclasses import field
 
 import torch
 from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
-from tilework.losses._criterion import Criterion
 
 __all__ = ["TemperatureScaling"]
 
@@ -22,7 +23,7 @@ _TOLERANCE = 1e-10
     year=2023,
     arxiv="2306.00740",
 )
-class TemperatureScaling(Criterion):
+class TemperatureScaling(OptionsModule):
     r"""Divide logits by the temperature that suits held-out rows best.
 
     ``fit`` finds, with the logits :math:`z_i` of a row and its class :math:`y_i`,
@@ -63,18 +64,20 @@ class TemperatureScaling(Criterion):
         Overlaps. 2023. arXiv:2306.00740.
     """
 
-    temperature: Tensor
+    min_temperature: float = 0.01
+    max_temperature: float = 100.0
+    temperature: Tensor = field(init=False)
 
-    def __init__(self, *, min_temperature: float = 0.01, max_temperature: float = 100.0) -> None:
-        super().__init__()
-        _checks.positive(_NAME, "min_temperature", min_temperature)
-        _checks.positive(_NAME, "max_temperature", max_temperature)
-        if max_temperature <= min_temperature:
-            accepted = f"above min_temperature={min_temperature}"
-            raise _checks.bad_value(_NAME, "max_temperature", accepted, max_temperature)
-        self.min_temperature = min_temperature
-        self.max_temperature = max_temperature
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
+
+    def _check(self) -> None:
+        _checks.positive(_NAME, "min_temperature", self.min_temperature)
+        _checks.positive(_NAME, "max_temperature", self.max_temperature)
+        if self.max_temperature <= self.min_temperature:
+            accepted = f"above min_temperature={self.min_temperature}"
+            raise _checks.bad_value(_NAME, "max_temperature", accepted, self.max_temperature)
 
     @torch.no_grad()
     def fit(

@@ -10,17 +10,9 @@ from tilework._operators import computation_dtype
 def check_range(function: str, min_value: float, max_value: float) -> None:
     """Refuse what is no interval."""
     for name, value in (("min_value", min_value), ("max_value", max_value)):
-        if not abs(_checks.number(function, name, value)) < float("inf"):
-            raise _checks.bad_value(function, name, "a finite number", value)
+        _checks.finite(function, name, value)
     if max_value <= min_value:
         raise _checks.bad_value(function, "max_value", f"above min_value={min_value}", max_value)
-
-
-def check_num_bins(function: str, num_bins: int) -> None:
-    """Refuse fewer than two."""
-    _checks.integer(function, "num_bins", num_bins)
-    if num_bins < 2:
-        raise _checks.bad_value(function, "num_bins", "at least 2", num_bins)
 
 
 def check_input(function: str, argument: str, input: Tensor) -> None:

@@ -5,10 +5,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework import _checks
+from tilework._implementations import TABLES
+from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
-from tilework.losses._classes.positions import linear_positions
-from tilework.losses._criterion import Criterion
+from tilework.losses._classes.linear import IMPLEMENTATIONS
+from tilework.losses._classes.positions import of_head, of_logits
+from tilework.losses._classes.sharding import VocabShard
+from tilework.losses._classes.statistics import Rows, Statistics, formula
 
 __all__ = [
     "CompSumLoss",
@@ -20,6 +24,7 @@ __all__ = [
 _NAME = "comp_sum_loss"
 _ADVERSARIAL = "smooth_adversarial_comp_sum_loss"
 _LINEAR = "linear_comp_sum_loss"
+TABLES[f"losses.{_LINEAR}"] = IMPLEMENTATIONS
 _PAPER = implements(
     "Cross-Entropy Loss Functions: Theoretical Analysis and Applications",
     year=2023,
@@ -90,22 +95,18 @@ def comp_sum_loss(
         and Applications. 2023. arXiv:2304.07288.
     """
     _check_options(_NAME, tau, ignore_index, reduction)
-    positions = class_index.positions(_NAME, input, target, ignore_index, weight=weight)
-    return positions.reduce(positions.weights * _phi(positions.nll(), tau), reduction)
+    positions = of_logits(_NAME, input, target, ignore_index, weight=weight)
+    return positions.loss(_NAME, (tau,), reduction)
+
+
+@formula(_NAME)
+def _comp_sum(statistics: Statistics, rows: Rows, tau: float) -> Tensor:
+    return rows.target_weight * _phi(statistics.nll, tau)
 
 
 @_PAPER
-class CompSumLoss(Criterion):
+class CompSumLoss(OptionsModule):
     """:func:`comp_sum_loss` as a module.
-
-    Args:
-        weight: A weight for each class, shape ``(C)``; a buffer.
-        tau: Which loss of the family, at least 0.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above.
 
     Example:
         >>> import torch
@@ -113,38 +114,19 @@ class CompSumLoss(Criterion):
         >>> criterion = CompSumLoss(tau=2.0)
         >>> criterion(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
         tensor(0.9000)
-
-    Reference:
-        As :func:`comp_sum_loss`.
     """
 
-    weight: Tensor | None
+    weight: Tensor | None = buffer(default=None, kw_only=False)
+    tau: float = 1.0
+    ignore_index: int = -100
+    reduction: str = "mean"
 
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        tau: float = 1.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        _check_options(_NAME, tau, ignore_index, reduction)
-        self.register_buffer("weight", weight)
-        self.tau = tau
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+    def _check(self) -> None:
+        _check_options(_NAME, **self.options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`comp_sum_loss`."""
-        return comp_sum_loss(
-            input,
-            target,
-            self.weight,
-            tau=self.tau,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return comp_sum_loss(input, target, self.weight, **self.options())
 
 
 @_PAPER
@@ -158,7 +140,10 @@ def linear_comp_sum_loss(
     tau: float = 1.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    token_weight: Float[Tensor, "*tokens"] | None = None,
+    shift: int = 0,
     implementation: str | None = None,
+    vocab_parallel: VocabShard | None = None,
 ) -> Float[Tensor, "..."]:
     """:func:`comp_sum_loss` of ``F.linear(input, linear_weight, linear_bias)`` without storing it.
 
@@ -171,7 +156,12 @@ def linear_comp_sum_loss(
         tau: Which loss of the family, at least 0.
         ignore_index: Targets of this value do not count.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        implementation: As in :func:`linear_log_probs`.
+        token_weight: A weight for each position, of ``target``'s shape, any floating dtype; a
+            constant.
+        shift: With ``k`` above 0, position ``t`` predicts ``target[:, t + k]``; needs 3-D input.
+        implementation: As in :func:`linear_cross_entropy`.
+        vocab_parallel: The classes that this process holds of a head spread over processes, as in
+            :func:`linear_cross_entropy`.
 
     Returns:
         A scalar, or for ``"none"`` the shape of ``target`` with zeros where ignored; float32 for
@@ -198,7 +188,7 @@ def linear_comp_sum_loss(
         As :func:`comp_sum_loss`.
     """
     _check_options(_LINEAR, tau, ignore_index, reduction)
-    positions = linear_positions(
+    positions = of_head(
         _LINEAR,
         input,
         linear_weight,
@@ -207,9 +197,12 @@ def linear_comp_sum_loss(
         ignore_index,
         implementation,
         weight=weight,
+        token_weight=token_weight,
+        shift=shift,
+        vocab_parallel=vocab_parallel,
+        is_sum=reduction != "none",
     )
-    losses = positions.weights * _phi(positions.statistics().nll, tau)
-    return positions.reduce(losses, reduction)
+    return positions.loss(_NAME, (tau,), reduction)
 
 
 @_PAPER

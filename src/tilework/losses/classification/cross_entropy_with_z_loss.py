@@ -5,10 +5,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework import _checks
+from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
 from tilework.losses._classes.class_index import Positions
-from tilework.losses._criterion import Criterion
+from tilework.losses._classes.cross_entropy import cross_entropy
+from tilework.losses._classes.positions import of_logits
 
 __all__ = ["CrossEntropyWithZLoss", "cross_entropy_with_z_loss"]
 
@@ -82,13 +84,12 @@ def cross_entropy_with_z_loss(
         large-scale Transformer training instabilities. 2023. arXiv:2309.14322.
     """
     _check_options(ignore_index, reduction, label_smoothing, z_loss)
-    if isinstance(target, Tensor) and target.is_floating_point():
-        positions, likelihood = _soft(input, target, weight, ignore_index, label_smoothing)
-    else:
-        positions = class_index.positions(_NAME, input, target, ignore_index, weight=weight)
-        likelihood = positions.cross_entropy(label_smoothing)
-    log_sum = torch.logsumexp(positions.logits, positions.dim)
-    return positions.reduce(likelihood + z_loss * log_sum.square(), reduction)
+    if not isinstance(target, Tensor) or not target.is_floating_point():
+        positions = of_logits(_NAME, input, target, ignore_index, weight=weight)
+        return cross_entropy(positions, reduction, label_smoothing, z_loss)
+    soft, likelihood = _soft(input, target, weight, ignore_index, label_smoothing)
+    log_sum = torch.logsumexp(soft.logits, soft.dim)
+    return soft.reduce(likelihood + z_loss * log_sum.square(), reduction)
 
 
 def _soft(
@@ -113,18 +114,8 @@ def _soft(
 
 
 @_PAPER
-class CrossEntropyWithZLoss(Criterion):
+class CrossEntropyWithZLoss(OptionsModule):
     """:func:`cross_entropy_with_z_loss` as a module, in place of ``nn.CrossEntropyLoss``.
-
-    Args:
-        weight: A weight for each class, shape ``(C)``; a buffer.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        label_smoothing: The part of the target that is spread evenly over the classes.
-        z_loss: Coefficient of the penalty, at least 0.
-
-    Raises:
-        ValueError: An option is not one of those above.
 
     Example:
         >>> import torch
@@ -132,41 +123,20 @@ class CrossEntropyWithZLoss(Criterion):
         >>> criterion = CrossEntropyWithZLoss(label_smoothing=0.1)
         >>> criterion(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
         tensor(2.3031)
-
-    Reference:
-        As :func:`cross_entropy_with_z_loss`.
     """
 
-    weight: Tensor | None
+    weight: Tensor | None = buffer(default=None, kw_only=False)
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    z_loss: float = 1e-4
 
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        z_loss: float = 1e-4,
-    ) -> None:
-        super().__init__()
-        _check_options(ignore_index, reduction, label_smoothing, z_loss)
-        self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
+    def _check(self) -> None:
+        _check_options(**self.options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`cross_entropy_with_z_loss`."""
-        return cross_entropy_with_z_loss(
-            input,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-        )
+        return cross_entropy_with_z_loss(input, target, self.weight, **self.options())
 
 
 def _check_options(

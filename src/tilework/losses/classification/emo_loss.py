@@ -5,9 +5,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework import _checks, _operators
+from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
-from tilework.losses._criterion import Criterion
 
 __all__ = ["EMOLoss", "emo_loss"]
 
@@ -124,18 +124,8 @@ def _similarity(cost_embedding: Tensor, target: Tensor, dtype: torch.dtype) -> T
 
 
 @_PAPER
-class EMOLoss(Criterion):
-    """:func:`emo_loss` as a module.
-
-    Args:
-        cost_embedding: One row for each class, shape ``(C, features)``; copied into a buffer.
-        eps: Added to the distance that the likelihood is divided by, above 0.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: A shape or option is not one of those above.
-        TypeError: ``cost_embedding`` is not of a floating dtype.
+class EMOLoss(OptionsModule):
+    """:func:`emo_loss` as a module, with a copy of ``cost_embedding`` in a buffer.
 
     Example:
         >>> import torch
@@ -144,39 +134,24 @@ class EMOLoss(Criterion):
         >>> criterion = EMOLoss(embedding.weight)
         >>> criterion(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
         tensor(2.3026)
-
-    Reference:
-        As :func:`emo_loss`.
     """
 
-    cost_embedding: Tensor
+    cost_embedding: Tensor = buffer(kw_only=False)
+    eps: float = 1e-10
+    ignore_index: int = -100
+    reduction: str = "mean"
 
-    def __init__(
-        self,
-        cost_embedding: Tensor,
-        *,
-        eps: float = 1e-10,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        _check_options(eps, ignore_index, reduction)
-        _check_embedding(cost_embedding)
-        self.register_buffer("cost_embedding", cost_embedding.detach().clone())
-        self.eps = eps
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.cost_embedding = self.cost_embedding.detach().clone()
+
+    def _check(self) -> None:
+        _check_options(**self.options())
+        _check_embedding(self.cost_embedding)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`emo_loss`."""
-        return emo_loss(
-            input,
-            target,
-            self.cost_embedding,
-            eps=self.eps,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return emo_loss(input, target, self.cost_embedding, **self.options())
 
 
 def _check_options(eps: float, ignore_index: int, reduction: str) -> None:

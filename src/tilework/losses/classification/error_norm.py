@@ -1,17 +1,21 @@
 """The error norm of a prediction, and cross-entropy without the positions where it is large."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework import _checks
+from tilework._implementations import TABLES
+from tilework._options import OptionsModule
 from tilework.catalog import implements
-from tilework.losses._classes import class_index
-from tilework.losses._classes.class_index import Positions
-from tilework.losses._classes.positions import LinearPositions, linear_positions
-from tilework.losses._criterion import Criterion
-from tilework.losses.linear_cross_entropy import linear_cross_entropy
+from tilework.losses._classes import blocks, class_index
+from tilework.losses._classes.cross_entropy import cross_entropy
+from tilework.losses._classes.linear import IMPLEMENTATIONS
+from tilework.losses._classes.positions import OfHead, OfLogits, Positions, of_head, of_logits
+from tilework.losses._classes.sharding import VocabShard
 
 __all__ = [
     "ErrorNormTruncationLoss",
@@ -23,6 +27,7 @@ __all__ = [
 _NORM = "error_norm"
 _NAME = "error_norm_truncation_loss"
 _LINEAR = "linear_error_norm_truncation_loss"
+TABLES[f"losses.{_LINEAR}"] = IMPLEMENTATIONS
 _PAPER = implements(
     "Error Norm Truncation: Robust Training in the Presence of Data Noise for Text Generation "
     "Models",
@@ -79,7 +84,7 @@ def error_norm(
         arXiv:2310.00840.
     """
     _checks.integer(_NORM, "ignore_index", ignore_index)
-    positions = class_index.positions(_NORM, input, target, ignore_index)
+    positions = of_logits(_NORM, input, target, ignore_index)
     return positions.reduce(_error_norms(positions), "none")
 
 
@@ -145,31 +150,16 @@ def error_norm_truncation_loss(
     _check_options(
         _NAME, threshold, fraction, denominator, ignore_index, reduction, label_smoothing
     )
-    positions = class_index.positions(_NAME, input, target, ignore_index)
-    survives = positions.kept
-    if threshold is not None or fraction is not None:
-        norms = _error_norms(positions)
-        survives = _survivors(norms, positions.kept, threshold, fraction)
-    losses = positions.cross_entropy(label_smoothing).where(survives, 0)
-    if denominator == "kept":
-        positions = positions._replace(weights=survives.to(positions.weights.dtype))
-    return positions.reduce(losses, reduction)
+    positions = of_logits(_NAME, input, target, ignore_index)
+    truncates = threshold is not None or fraction is not None
+    norms = _error_norms(positions) if truncates else None
+    survives = _survivors(norms, positions.kept, threshold, fraction)
+    return _truncated(positions, survives, denominator, reduction, label_smoothing)
 
 
 @_PAPER
-class ErrorNormTruncationLoss(Criterion):
-    """:func:`error_norm_truncation_loss` as a module. Its options may be changed between calls.
-
-    Args:
-        threshold: The largest norm that survives, at least 0.
-        fraction: The largest part of the kept targets to drop, at least 0 and below 1.
-        denominator: What ``"mean"`` divides by: ``"tokens"`` or ``"kept"``.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        label_smoothing: The part of the target that is spread evenly over the classes.
-
-    Raises:
-        ValueError: An option is not one of those above.
+class ErrorNormTruncationLoss(OptionsModule):
+    """:func:`error_norm_truncation_loss` as a module.
 
     Example:
         >>> import torch
@@ -177,44 +167,21 @@ class ErrorNormTruncationLoss(Criterion):
         >>> criterion = ErrorNormTruncationLoss(fraction=0.25)
         >>> criterion(torch.tensor([[0.0, 0.0]] * 3 + [[0.0, 9.0]]), torch.tensor([0, 1, 0, 0]))
         tensor(0.5199)
-
-    Reference:
-        As :func:`error_norm`.
     """
 
-    def __init__(
-        self,
-        *,
-        threshold: float | None = None,
-        fraction: float | None = None,
-        denominator: str = "tokens",
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-    ) -> None:
-        super().__init__()
-        _check_options(
-            _NAME, threshold, fraction, denominator, ignore_index, reduction, label_smoothing
-        )
-        self.threshold = threshold
-        self.fraction = fraction
-        self.denominator = denominator
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
+    threshold: float | None = None
+    fraction: float | None = None
+    denominator: str = "tokens"
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+
+    def _check(self) -> None:
+        _check_options(_NAME, **self.options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`error_norm_truncation_loss`."""
-        return error_norm_truncation_loss(
-            input,
-            target,
-            threshold=self.threshold,
-            fraction=self.fraction,
-            denominator=self.denominator,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
+        return error_norm_truncation_loss(input, target, **self.options())
 
 
 @_PAPER
@@ -230,7 +197,9 @@ def linear_error_norm_truncation_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    shift: int = 0,
     implementation: str | None = None,
+    vocab_parallel: VocabShard | None = None,
 ) -> Float[Tensor, "..."]:
     r""":func:`error_norm_truncation_loss` of a linear layer's output without storing it.
 
@@ -253,7 +222,10 @@ def linear_error_norm_truncation_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: The part of the target, from 0 to 1, that is spread evenly over the
             classes.
+        shift: With ``k`` above 0, position ``t`` predicts ``target[:, t + k]``; needs 3-D input.
         implementation: As in :func:`linear_cross_entropy`.
+        vocab_parallel: The classes that this process holds of a head spread over processes, as in
+            :func:`linear_cross_entropy`.
 
     Returns:
         A scalar, or for ``"none"`` the shape of ``target`` with zeros where ignored or dropped;
@@ -284,55 +256,76 @@ def linear_error_norm_truncation_loss(
     _check_options(
         _LINEAR, threshold, fraction, denominator, ignore_index, reduction, label_smoothing
     )
-    positions = linear_positions(
-        _LINEAR, input, linear_weight, target, linear_bias, ignore_index, implementation
+    positions = of_head(
+        _LINEAR,
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        ignore_index,
+        implementation,
+        shift=shift,
+        vocab_parallel=vocab_parallel,
+        is_sum=reduction != "none",
     )
-    survives = positions.kept
-    if threshold is not None or fraction is not None:
-        norms = _linear_error_norms(positions.detached())
-        survives = _survivors(norms, positions.kept, threshold, fraction)
-    counted = survives.to(positions.weights.dtype)
-    among_survivors = denominator == "kept" and reduction == "mean"
-    losses = linear_cross_entropy(
-        positions.input,
-        positions.linear_weight,
-        positions.target,
-        linear_bias=positions.linear_bias,
-        token_weight=counted,
-        ignore_index=positions.ignore_index,
-        reduction="mean" if among_survivors else "none" if reduction == "none" else "sum",
-        label_smoothing=label_smoothing,
-        implementation=implementation,
-    )
-    if reduction == "none":
-        return losses.reshape(positions.shape)
-    return losses if reduction == "sum" or among_survivors else losses / positions.weights.sum()
+    if fraction is not None and positions.layout.token_groups:
+        raise ValueError(
+            f"{_LINEAR}: fraction must be None for tokens that are spread over processes, as it is "
+            f"one of all of them, got {fraction!r}"
+        )
+    truncates = threshold is not None or fraction is not None
+    norms = _linear_error_norms(positions.detached()) if truncates else None
+    survives = _survivors(norms, positions.kept, threshold, fraction)
+    return _truncated(positions, survives, denominator, reduction, label_smoothing)
 
 
-def _error_norms(positions: Positions) -> Tensor:
+def _truncated(
+    positions: Positions,
+    survives: Tensor,
+    denominator: str,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    """The reduced cross-entropy of the survivors."""
+    counted = positions.counting(survives)
+    if denominator == "kept" or reduction != "mean":
+        return cross_entropy(counted, reduction, label_smoothing)
+    exact = replace(counted, dtype=counted.weight.dtype)
+    total = cross_entropy(exact, "sum", label_smoothing)
+    return (total / positions.total_weight).to(positions.dtype)
+
+
+def _error_norms(positions: OfLogits) -> Tensor:
     """The error norm of each position, exact for confident ones: 1 - p would lose its digits."""
-    dim = positions.dim
-    probabilities = positions.logits.detach().softmax(dim)
-    wrong = probabilities.scatter(dim, positions.target.unsqueeze(dim), 0)
-    total = wrong.sum(dim)
-    # Shares of the total, as squares of small probabilities underflow.
-    shares = wrong / total.where(total > 0, 1).unsqueeze(dim)
-    return total * (1 + shares.square().sum(dim)).sqrt()
+    dtype = positions.weight.dtype
+
+    def norms(logits: Tensor, target: Tensor) -> Tensor:
+        known = (target >= 0) & (target < logits.shape[1])
+        probabilities = logits.to(dtype).softmax(1)
+        wrong = probabilities.scatter(1, target.where(known, 0).unsqueeze(1), 0)
+        total = wrong.sum(1)
+        # Shares of the total, as squares of small probabilities underflow.
+        shares = wrong / total.where(total > 0, 1).unsqueeze(1)
+        return (total * (1 + shares.square().sum(1)).sqrt()).where(known, torch.nan)
+
+    return blocks.by_blocks(norms, positions.input.detach(), positions.target)
 
 
-def _linear_error_norms(positions: LinearPositions) -> Tensor:
+def _linear_error_norms(positions: OfHead) -> Tensor:
     """The error norm of each position from sums of exponentials and of their squares."""
-    _, total, gap = positions.statistics()
-    _, total_square, gap_square = positions.statistics(0.5)
+    _, total, gap, *_ = positions.statistics()
+    _, total_square, gap_square, *_ = positions.statistics(temperature=0.5)
     wrong = total - (-gap).exp()
     squares = (total_square - (-gap_square).exp()).clamp(min=0)  # a kernel may round otherwise
     return (squares + wrong.square()).sqrt() / total
 
 
 def _survivors(
-    norms: Tensor, kept: Tensor, threshold: float | None, fraction: float | None
+    norms: Tensor | None, kept: Tensor, threshold: float | None, fraction: float | None
 ) -> Tensor:
     """Which kept positions are not dropped; one of nan is not."""
+    if norms is None:
+        return kept
     if threshold is not None:
         return kept & ~(norms > threshold)
     # Ranks are tensors, so that the host need not wait for a count.

@@ -1,6 +1,7 @@
 """Regression by classification into bins, with a Gaussian around the true value as target."""
 
 import math
+from dataclasses import field
 
 import torch
 from jaxtyping import Float
@@ -8,9 +9,9 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
-from tilework.losses._criterion import Criterion
 from tilework.losses._reduction import reduce
 from tilework.losses.classification import _value_bins
 from tilework.losses.classification.categorical_value import categorical_value
@@ -77,7 +78,7 @@ def hl_gauss_targets(
     name = "hl_gauss_targets"
     _checks.floating(name, "target", target)
     _check_options(name, min_value, max_value, sigma)
-    _value_bins.check_num_bins(name, num_bins)
+    _checks.count(name, "num_bins", num_bins, 2)
     return _targets(target, min_value, max_value, num_bins, sigma).to(target.dtype)
 
 
@@ -148,19 +149,10 @@ def hl_gauss_loss(
 
 
 @_PAPER
-class HLGaussLoss(Criterion):
+class HLGaussLoss(OptionsModule):
     """:func:`hl_gauss_loss` as a module, which also encodes and decodes values.
 
-    Args:
-        min_value: Lower edge of the first bin.
-        max_value: Upper edge of the last bin.
-        num_bins: Number of bins, at least 2.
-        sigma: Standard deviation in the units of values; None for three quarters of a bin's width.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above.
-        TypeError: An option is no number.
+    The number of bins, ``num_bins``, is at least 2.
 
     Example:
         >>> import torch
@@ -171,29 +163,18 @@ class HLGaussLoss(Criterion):
         tensor(3.9318)
         >>> criterion.value(criterion.targets(target).log())
         tensor([-1.0000,  0.3000,  7.0000])
-
-    Reference:
-        As :func:`hl_gauss_loss`.
     """
 
-    def __init__(
-        self,
-        min_value: float,
-        max_value: float,
-        num_bins: int,
-        *,
-        sigma: float | None = None,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        _check_options(_NAME, min_value, max_value, sigma)
-        _value_bins.check_num_bins(_NAME, num_bins)
-        _checks.one_of(_NAME, "reduction", reduction, _checks.REDUCTIONS)
-        self.min_value = min_value
-        self.max_value = max_value
-        self.num_bins = num_bins
-        self.sigma = sigma
-        self.reduction = reduction
+    min_value: float = field(kw_only=False)
+    max_value: float = field(kw_only=False)
+    num_bins: int = field(kw_only=False)
+    sigma: float | None = None
+    reduction: str = "mean"
+
+    def _check(self) -> None:
+        _check_options(_NAME, self.min_value, self.max_value, self.sigma)
+        _checks.count(_NAME, "num_bins", self.num_bins, 2)
+        _checks.one_of(_NAME, "reduction", self.reduction, _checks.REDUCTIONS)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`hl_gauss_loss`."""
@@ -203,8 +184,7 @@ class HLGaussLoss(Criterion):
             target,
             min_value=self.min_value,
             max_value=self.max_value,
-            sigma=self.sigma,
-            reduction=self.reduction,
+            **self.options(),
         )
 
     def targets(self, target: Tensor) -> Tensor:

@@ -7,17 +7,21 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework import _checks
+from tilework._implementations import TABLES
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
 from tilework.losses._classes.class_index import Positions
-from tilework.losses._classes.positions import linear_positions
-from tilework.losses._criterion import Criterion
+from tilework.losses._classes.linear import IMPLEMENTATIONS
+from tilework.losses._classes.positions import of_head
+from tilework.losses._classes.sharding import VocabShard
 
 __all__ = ["ALDRKLLoss", "LDRKLLoss", "aldr_kl_loss", "ldr_kl_loss", "linear_ldr_kl_loss"]
 
 _NAME = "ldr_kl_loss"
 _ADAPTIVE = "aldr_kl_loss"
 _LINEAR = "linear_ldr_kl_loss"
+TABLES[f"losses.{_LINEAR}"] = IMPLEMENTATIONS
 _LIMITS = 1e-30, 1e30  # temperatures that are 0 and infinite to rounding, but divide
 _PAPER = implements(
     "Label Distributionally Robust Losses for Multi-class Classification: Consistency, Robustness "
@@ -96,17 +100,8 @@ def ldr_kl_loss(
 
 
 @_PAPER
-class LDRKLLoss(Criterion):
+class LDRKLLoss(OptionsModule):
     """:func:`ldr_kl_loss` as a module.
-
-    Args:
-        temperature: At least 0, or infinite.
-        margin: What is added to the logits of the wrong classes, at least 0.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above.
 
     Example:
         >>> import torch
@@ -114,36 +109,19 @@ class LDRKLLoss(Criterion):
         >>> criterion = LDRKLLoss(temperature=0.0, margin=0.5)
         >>> criterion(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
         tensor(0.5000)
-
-    Reference:
-        As :func:`ldr_kl_loss`.
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        margin: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        _check_options(temperature, margin, ignore_index, reduction)
-        self.temperature = temperature
-        self.margin = margin
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+    temperature: float = 1.0
+    margin: float = 0.0
+    ignore_index: int = -100
+    reduction: str = "mean"
+
+    def _check(self) -> None:
+        _check_options(**self.options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`ldr_kl_loss`."""
-        return ldr_kl_loss(
-            input,
-            target,
-            temperature=self.temperature,
-            margin=self.margin,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return ldr_kl_loss(input, target, **self.options())
 
 
 @_PAPER
@@ -156,7 +134,10 @@ def linear_ldr_kl_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    token_weight: Float[Tensor, "*tokens"] | None = None,
+    shift: int = 0,
     implementation: str | None = None,
+    vocab_parallel: VocabShard | None = None,
 ) -> Float[Tensor, "..."]:
     r""":func:`ldr_kl_loss` of ``F.linear(input, linear_weight, linear_bias)`` without storing it.
 
@@ -168,7 +149,12 @@ def linear_ldr_kl_loss(
         temperature: Above 0 and finite; the logits divided by it must be finite too.
         ignore_index: Targets of this value do not count.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        token_weight: A weight for each position, of ``target``'s shape, any floating dtype; a
+            constant.
+        shift: With ``k`` above 0, position ``t`` predicts ``target[:, t + k]``; needs 3-D input.
         implementation: As in :func:`linear_log_probs`.
+        vocab_parallel: The classes that this process holds of a head spread over processes, as in
+            :func:`linear_cross_entropy`.
 
     Returns:
         A scalar, or for ``"none"`` the shape of ``target`` with zeros where ignored; float32 for
@@ -199,14 +185,24 @@ def linear_ldr_kl_loss(
     """
     _checks.positive(_LINEAR, "temperature", temperature)
     class_index.check_options(_LINEAR, ignore_index, reduction)
-    positions = linear_positions(
-        _LINEAR, input, linear_weight, target, linear_bias, ignore_index, implementation
+    positions = of_head(
+        _LINEAR,
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        ignore_index,
+        implementation,
+        token_weight=token_weight,
+        shift=shift,
+        vocab_parallel=vocab_parallel,
+        is_sum=False,
     )
-    statistics = positions.statistics(temperature)
+    statistics = positions.statistics(temperature=temperature)
     # log(total / C), not log(total) - log(C), keeps the error below that of log(C).
-    log_mean = (statistics.total / linear_weight.shape[0]).log()
-    losses = temperature * (statistics.target_gap + log_mean)
-    return positions.reduce(positions.weights * losses, reduction)
+    log_mean = (statistics.total / positions.classes).log()
+    losses = positions.weight * temperature * (statistics.target_gap + log_mean)
+    return positions.reduce(losses, reduction)
 
 
 @_PAPER
@@ -299,20 +295,8 @@ def aldr_kl_loss(
 
 
 @_PAPER
-class ALDRKLLoss(Criterion):
+class ALDRKLLoss(OptionsModule):
     """:func:`aldr_kl_loss` as a module.
-
-    Args:
-        temperature: The largest temperature, above 0.
-        alpha: How closely temperatures are held to the largest one, above 1.
-        margin: What is added to the logits of the wrong classes, at least 0.
-        num_steps: How many times the temperatures are improved, at least 0.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above.
-        TypeError: ``num_steps`` is not an int.
 
     Example:
         >>> import torch
@@ -320,42 +304,21 @@ class ALDRKLLoss(Criterion):
         >>> criterion = ALDRKLLoss(alpha=4.0)
         >>> criterion(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
         tensor(0.)
-
-    Reference:
-        As :func:`ldr_kl_loss`.
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        alpha: float = 2.0,
-        margin: float = 0.0,
-        num_steps: int = 10,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        _check_adaptive_options(temperature, alpha, margin, num_steps, ignore_index, reduction)
-        self.temperature = temperature
-        self.alpha = alpha
-        self.margin = margin
-        self.num_steps = num_steps
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+    temperature: float = 1.0
+    alpha: float = 2.0
+    margin: float = 0.0
+    num_steps: int = 10
+    ignore_index: int = -100
+    reduction: str = "mean"
+
+    def _check(self) -> None:
+        _check_adaptive_options(**self.options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`aldr_kl_loss`."""
-        return aldr_kl_loss(
-            input,
-            target,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            margin=self.margin,
-            num_steps=self.num_steps,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return aldr_kl_loss(input, target, **self.options())
 
 
 def _gaps(positions: Positions, margin: float) -> Tensor:
@@ -404,6 +367,5 @@ def _check_adaptive_options(
     if not 1 < _checks.number(_ADAPTIVE, "alpha", alpha) < math.inf:
         raise _checks.bad_value(_ADAPTIVE, "alpha", "a finite number above 1", alpha)
     _checks.at_least(_ADAPTIVE, "margin", margin, 0)
-    _checks.integer(_ADAPTIVE, "num_steps", num_steps)
-    _checks.at_least(_ADAPTIVE, "num_steps", num_steps, 0)
+    _checks.count(_ADAPTIVE, "num_steps", num_steps, 0)
     class_index.check_options(_ADAPTIVE, ignore_index, reduction)

@@ -1,5 +1,6 @@
 """Losses that see how far apart the numbers are that tokens stand for."""
 
+from dataclasses import field, replace
 from typing import Any
 
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
+from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
-from tilework.losses._criterion import Criterion
+from tilework.losses._classes.cross_entropy import cross_entropy
+from tilework.losses._classes.positions import of_logits
 
 __all__ = [
     "NumberTokenCrossEntropyLoss",
@@ -174,21 +177,16 @@ def number_token_cross_entropy(
     )
 
 
-class _NumberTokens(Criterion):
+class _NumberTokens(OptionsModule):
     """The buffers of the modules: the values, and the index of the tokens that have one."""
 
-    token_values: Tensor
-    numbers: Tensor
+    token_values: Tensor = buffer(kw_only=False)
+    numbers: Tensor = field(init=False)
 
-    def __init__(self, function: str, token_values: Tensor) -> None:
-        super().__init__()
-        _checks.floating(function, "token_values", token_values)
-        if token_values.dim() != 1:
-            raise _checks.bad_value(function, "token_values", "of shape (classes,)", token_values)
-        values = token_values.detach()
-        _check_values(function, values)
-        self.register_buffer("token_values", values)
-        self.register_buffer("numbers", _numbers(values), persistent=False)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.token_values = self.token_values.detach()
+        self.register_buffer("numbers", _numbers(self.token_values), persistent=False)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -202,42 +200,21 @@ class NumberTokenLoss(_NumberTokens):
     It selects the logits of numbers by an index that it makes once. On a GPU that is faster than
     the function, which cannot know their number without a synchronization and masks the others.
 
-    Args:
-        token_values: The number that each token stands for, nan for other tokens, shape ``(C)``; a
-            buffer.
-        kind: ``"wasserstein"`` or ``"mse"``.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above, or ``token_values`` is not of shape
-            ``(C)``, has an infinity or no number.
-        TypeError: ``token_values`` is not of a floating dtype.
-
     Example:
         >>> import torch
         >>> from tilework.losses import NumberTokenLoss
         >>> criterion = NumberTokenLoss(torch.tensor([torch.nan, 4.0, 5.0, 6.0]))
         >>> criterion(torch.zeros(1, 4), torch.tensor([2]))
         tensor(0.6667)
-
-    Reference:
-        As :func:`number_token_loss`.
     """
 
-    def __init__(
-        self,
-        token_values: Tensor,
-        *,
-        kind: str = "wasserstein",
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__("number_token_loss", token_values)
-        _check_options("number_token_loss", kind, ignore_index, reduction)
-        self.kind = kind
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+    kind: str = "wasserstein"
+    ignore_index: int = -100
+    reduction: str = "mean"
+
+    def _check(self) -> None:
+        _check_token_values("number_token_loss", self.token_values)
+        _check_options("number_token_loss", **self.options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`number_token_loss`."""
@@ -247,9 +224,7 @@ class NumberTokenLoss(_NumberTokens):
             target,
             self.token_values,
             self.numbers,
-            self.kind,
-            self.ignore_index,
-            self.reduction,
+            **self.options(),
         )
         return loss.to(class_index.result_dtype(input))
 
@@ -258,64 +233,29 @@ class NumberTokenLoss(_NumberTokens):
 class NumberTokenCrossEntropyLoss(_NumberTokens):
     """:func:`number_token_cross_entropy` as a module, with the index of :class:`NumberTokenLoss`.
 
-    Args:
-        token_values: The number that each token stands for, nan for other tokens, shape ``(C)``; a
-            buffer.
-        ntl_weight: The weight of the number token loss, at least 0.
-        kind: ``"wasserstein"`` or ``"mse"``.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        label_smoothing: The part of the cross-entropy's target that is spread evenly over the
-            classes.
-
-    Raises:
-        ValueError: An option is not one of those above, or ``token_values`` is not of shape
-            ``(C)``, has an infinity or no number.
-        TypeError: ``token_values`` is not of a floating dtype.
-
     Example:
         >>> import torch
         >>> from tilework.losses import NumberTokenCrossEntropyLoss
         >>> criterion = NumberTokenCrossEntropyLoss(torch.tensor([torch.nan, 4.0, 5.0, 6.0]))
         >>> criterion(torch.zeros(2, 4), torch.tensor([2, 0]))
         tensor(1.5863)
-
-    Reference:
-        As :func:`number_token_loss`.
     """
 
-    def __init__(
-        self,
-        token_values: Tensor,
-        *,
-        ntl_weight: float = 0.3,
-        kind: str = "wasserstein",
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-    ) -> None:
-        super().__init__("number_token_cross_entropy", token_values)
-        _check_options("number_token_cross_entropy", kind, ignore_index, reduction)
-        _check_more_options(ntl_weight, label_smoothing)
-        self.ntl_weight = ntl_weight
-        self.kind = kind
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
+    ntl_weight: float = 0.3
+    kind: str = "wasserstein"
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+
+    def _check(self) -> None:
+        name = "number_token_cross_entropy"
+        _check_token_values(name, self.token_values)
+        _check_options(name, self.kind, self.ignore_index, self.reduction)
+        _check_more_options(self.ntl_weight, self.label_smoothing)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`number_token_cross_entropy`."""
-        return _cross_entropy(
-            input,
-            target,
-            self.token_values,
-            self.numbers,
-            self.ntl_weight,
-            self.kind,
-            self.ignore_index,
-            self.reduction,
-            self.label_smoothing,
-        )
+        return _cross_entropy(input, target, self.token_values, self.numbers, **self.options())
 
 
 def _check_options(function: str, kind: str, ignore_index: int, reduction: str) -> None:
@@ -326,6 +266,14 @@ def _check_options(function: str, kind: str, ignore_index: int, reduction: str) 
 def _check_more_options(ntl_weight: float, label_smoothing: float) -> None:
     _checks.at_least("number_token_cross_entropy", "ntl_weight", ntl_weight, 0)
     _checks.fraction("number_token_cross_entropy", "label_smoothing", label_smoothing)
+
+
+def _check_token_values(function: str, token_values: Tensor) -> None:
+    """Refuse what is not one number or nan for each class; this reads values."""
+    _checks.floating(function, "token_values", token_values)
+    if token_values.dim() != 1:
+        raise _checks.bad_value(function, "token_values", "of shape (classes,)", token_values)
+    _check_values(function, token_values.detach())
 
 
 def _check_values(function: str, token_values: Tensor) -> None:
@@ -353,9 +301,9 @@ def _cross_entropy(
     label_smoothing: float,
 ) -> Tensor:
     name = "number_token_cross_entropy"
-    positions = class_index.positions(name, input, target, ignore_index)
-    losses = positions.cross_entropy(label_smoothing)
-    likelihood = positions._replace(dtype=losses.dtype).reduce(losses, reduction)
+    positions = of_logits(name, input, target, ignore_index)
+    exact = replace(positions, dtype=positions.weight.dtype)
+    likelihood = cross_entropy(exact, reduction, label_smoothing)
     distance = _distance(name, input, target, token_values, numbers, kind, ignore_index, reduction)
     return (likelihood + ntl_weight * distance).to(positions.dtype)
 

@@ -4,9 +4,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tilework import _checks
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
-from tilework.losses._criterion import Criterion
 
 __all__ = ["SoftSymmetricCrossEntropyLoss", "soft_symmetric_cross_entropy"]
 
@@ -78,15 +78,8 @@ def soft_symmetric_cross_entropy(
 
 
 @_PAPER
-class SoftSymmetricCrossEntropyLoss(Criterion):
+class SoftSymmetricCrossEntropyLoss(OptionsModule):
     """:func:`soft_symmetric_cross_entropy` as a module.
-
-    Args:
-        alpha: The weight of the student's own probabilities, from 0 to 1.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above.
 
     Example:
         >>> import torch
@@ -94,22 +87,17 @@ class SoftSymmetricCrossEntropyLoss(Criterion):
         >>> criterion = SoftSymmetricCrossEntropyLoss()
         >>> criterion(torch.zeros(4, 10), torch.zeros(4, 10))  # the entropy, log(10)
         tensor(2.3026)
-
-    Reference:
-        As :func:`soft_symmetric_cross_entropy`.
     """
 
-    def __init__(self, *, alpha: float = 0.5, reduction: str = "mean") -> None:
-        super().__init__()
-        _check_options(alpha, reduction)
-        self.alpha = alpha
-        self.reduction = reduction
+    alpha: float = 0.5
+    reduction: str = "mean"
+
+    def _check(self) -> None:
+        _check_options(**self.options())
 
     def forward(self, input: Tensor, teacher_input: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`soft_symmetric_cross_entropy`."""
-        return soft_symmetric_cross_entropy(
-            input, teacher_input, alpha=self.alpha, reduction=self.reduction
-        )
+        return soft_symmetric_cross_entropy(input, teacher_input, **self.options())
 
 
 def _check_options(alpha: float, reduction: str) -> None:

@@ -3,15 +3,20 @@
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from tilework._implementations import TABLES
+from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
-from tilework.losses._classes import class_index, linear_squares
-from tilework.losses._classes.positions import linear_positions
-from tilework.losses._criterion import Criterion
+from tilework.losses._classes import class_index
+from tilework.losses._classes.linear import IMPLEMENTATIONS
+from tilework.losses._classes.positions import of_head, of_logits
+from tilework.losses._classes.sharding import VocabShard
+from tilework.losses._classes.statistics import Rows, Statistics, formula
 
 __all__ = ["SquentropyLoss", "linear_squentropy", "squentropy"]
 
 _NAME = "squentropy"
 _LINEAR = "linear_squentropy"
+TABLES[f"losses.{_LINEAR}"] = IMPLEMENTATIONS
 _PAPER = implements("Cut your Losses with Squentropy", year=2023, arxiv="2302.03952")
 
 
@@ -69,26 +74,18 @@ def squentropy(
         arXiv:2302.03952.
     """
     class_index.check_options(_NAME, ignore_index, reduction)
-    positions = class_index.positions(
-        _NAME, input, target, ignore_index, weight=weight, min_classes=2
-    )
-    dim = positions.dim
-    wrong = positions.logits.scatter(dim, positions.target.unsqueeze(dim), 0)
-    squares = wrong.square().sum(dim) / (input.shape[dim] - 1)
-    return positions.reduce(positions.weights * (positions.nll() + squares), reduction)
+    positions = of_logits(_NAME, input, target, ignore_index, weight=weight, min_classes=2)
+    return positions.loss(_NAME, (), reduction)
+
+
+@formula(_NAME, squares=True)
+def _squentropy(statistics: Statistics, rows: Rows) -> Tensor:
+    return rows.target_weight * (statistics.nll + statistics.squares / (rows.classes - 1))
 
 
 @_PAPER
-class SquentropyLoss(Criterion):
+class SquentropyLoss(OptionsModule):
     """:func:`squentropy` as a module.
-
-    Args:
-        weight: A weight for each class, shape ``(C)``; a buffer.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above.
 
     Example:
         >>> import torch
@@ -96,35 +93,18 @@ class SquentropyLoss(Criterion):
         >>> criterion = SquentropyLoss(reduction="sum")
         >>> criterion(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))
         tensor(9.2103)
-
-    Reference:
-        As :func:`squentropy`.
     """
 
-    weight: Tensor | None
+    weight: Tensor | None = buffer(default=None, kw_only=False)
+    ignore_index: int = -100
+    reduction: str = "mean"
 
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        class_index.check_options(_NAME, ignore_index, reduction)
-        self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+    def _check(self) -> None:
+        class_index.check_options(_NAME, **self.options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`squentropy`."""
-        return squentropy(
-            input,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return squentropy(input, target, self.weight, **self.options())
 
 
 @_PAPER
@@ -137,7 +117,10 @@ def linear_squentropy(
     weight: Float[Tensor, " classes"] | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    token_weight: Float[Tensor, "*tokens"] | None = None,
+    shift: int = 0,
     implementation: str | None = None,
+    vocab_parallel: VocabShard | None = None,
 ) -> Float[Tensor, "..."]:
     """:func:`squentropy` of ``F.linear(input, linear_weight, linear_bias)`` without storing it.
 
@@ -149,8 +132,12 @@ def linear_squentropy(
         weight: A weight for each class, shape ``(V)``; a constant.
         ignore_index: Targets of this value do not count.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        implementation: As in :func:`linear_log_probs`; ``"reference"`` stores the logits. For the
-            squares all others are ``"tiled"``.
+        token_weight: A weight for each position, of ``target``'s shape, any floating dtype; a
+            constant.
+        shift: With ``k`` above 0, position ``t`` predicts ``target[:, t + k]``; needs 3-D input.
+        implementation: As in :func:`linear_cross_entropy`.
+        vocab_parallel: The classes that this process holds of a head spread over processes, as in
+            :func:`linear_cross_entropy`.
 
     Returns:
         A scalar, or for ``"none"`` the shape of ``target`` with zeros where ignored; float32 for
@@ -171,15 +158,15 @@ def linear_squentropy(
         tensor(6.1429)
 
     Deviations:
-        As :func:`squentropy`. The squares take a second pass over the head, and not the quadratic
-        form of its Gram matrix: that is cheaper, but where hidden states are nearly orthogonal to
-        what the classes have in common it loses twice the digits that the logits lose.
+        As :func:`squentropy`. The squares are those of the logits, and not the quadratic form of
+        the head's Gram matrix: where hidden states are nearly orthogonal to what the classes have
+        in common, that loses twice the digits that the logits lose.
 
     Reference:
         As :func:`squentropy`.
     """
     class_index.check_options(_LINEAR, ignore_index, reduction)
-    positions = linear_positions(
+    positions = of_head(
         _LINEAR,
         input,
         linear_weight,
@@ -188,8 +175,10 @@ def linear_squentropy(
         ignore_index,
         implementation,
         weight=weight,
+        token_weight=token_weight,
+        shift=shift,
+        vocab_parallel=vocab_parallel,
         min_classes=2,
+        is_sum=reduction != "none",
     )
-    squares = linear_squares.wrong_squares(*positions[:6]) / (linear_weight.shape[0] - 1)
-    losses = positions.weights * (positions.statistics().nll + squares)
-    return positions.reduce(losses, reduction)
+    return positions.loss(_NAME, (), reduction)

@@ -64,7 +64,7 @@ def two_hot_targets(
     name = "two_hot_targets"
     _checks.floating(name, "target", target)
     _value_bins.check_range(name, min_value, max_value)
-    _value_bins.check_num_bins(name, num_bins)
+    _checks.count(name, "num_bins", num_bins, 2)
     return _split(target, min_value, max_value, num_bins).to(target.dtype)
 
 

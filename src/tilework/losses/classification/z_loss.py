@@ -1,19 +1,23 @@
 """The penalty on the squared log-partition function of the logits."""
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework import _checks
+from tilework._implementations import TABLES
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
-from tilework.losses._classes.positions import linear_positions
-from tilework.losses._criterion import Criterion
+from tilework.losses._classes.linear import IMPLEMENTATIONS
+from tilework.losses._classes.positions import of_head, of_logits
+from tilework.losses._classes.sharding import VocabShard
+from tilework.losses._classes.statistics import Rows, Statistics, formula
 
 __all__ = ["ZLoss", "linear_z_loss", "z_loss"]
 
 _NAME = "z_loss"
 _LINEAR = "linear_z_loss"
+TABLES[f"losses.{_LINEAR}"] = IMPLEMENTATIONS
 _PAPER = implements(
     "Small-scale proxies for large-scale Transformer training instabilities",
     year=2023,
@@ -75,55 +79,36 @@ def z_loss(
         large-scale Transformer training instabilities. 2023. arXiv:2309.14322.
     """
     _check_options(_NAME, coefficient, ignore_index, reduction)
-    positions = class_index.positions(_NAME, input, target, ignore_index)
-    log_sum = torch.logsumexp(positions.logits, positions.dim)
-    return positions.reduce(coefficient * log_sum.square(), reduction)
+    positions = of_logits(_NAME, input, target, ignore_index)
+    return positions.loss(_NAME, (coefficient,), reduction)
+
+
+@formula(_NAME)
+def _z_loss(statistics: Statistics, rows: Rows, coefficient: float) -> Tensor:
+    return coefficient * rows.weight * statistics.lse.square()
 
 
 @_PAPER
-class ZLoss(Criterion):
+class ZLoss(OptionsModule):
     """:func:`z_loss` as a module.
-
-    Args:
-        coefficient: What the squares are multiplied by, at least 0.
-        ignore_index: Targets of this value do not count.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above.
 
     Example:
         >>> import torch
         >>> from tilework.losses import ZLoss
         >>> ZLoss(coefficient=1.0)(torch.zeros(4, 10))
         tensor(5.3019)
-
-    Reference:
-        As :func:`z_loss`.
     """
 
-    def __init__(
-        self,
-        *,
-        coefficient: float = 1e-4,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        _check_options(_NAME, coefficient, ignore_index, reduction)
-        self.coefficient = coefficient
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+    coefficient: float = 1e-4
+    ignore_index: int = -100
+    reduction: str = "mean"
+
+    def _check(self) -> None:
+        _check_options(_NAME, **self.options())
 
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the loss; shapes as in :func:`z_loss`."""
-        return z_loss(
-            input,
-            target,
-            coefficient=self.coefficient,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return z_loss(input, target, **self.options())
 
 
 @_PAPER
@@ -136,7 +121,10 @@ def linear_z_loss(
     coefficient: float = 1e-4,
     ignore_index: int = -100,
     reduction: str = "mean",
+    token_weight: Float[Tensor, "*tokens"] | None = None,
+    shift: int = 0,
     implementation: str | None = None,
+    vocab_parallel: VocabShard | None = None,
 ) -> Float[Tensor, "..."]:
     """:func:`z_loss` of ``F.linear(input, linear_weight, linear_bias)`` without storing it.
 
@@ -149,7 +137,12 @@ def linear_z_loss(
         coefficient: What the squares are multiplied by, at least 0.
         ignore_index: Targets of this value do not count.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        implementation: As in :func:`linear_log_probs`.
+        token_weight: A weight for each position, of ``target``'s shape, any floating dtype; a
+            constant.
+        shift: With ``k`` above 0, position ``t`` predicts ``target[:, t + k]``; needs 3-D input.
+        implementation: As in :func:`linear_cross_entropy`.
+        vocab_parallel: The classes that this process holds of a head spread over processes, as in
+            :func:`linear_cross_entropy`.
 
     Returns:
         A scalar, or for ``"none"`` one number for each position with zeros where ignored; float32
@@ -175,11 +168,20 @@ def linear_z_loss(
         As :func:`z_loss`.
     """
     _check_options(_LINEAR, coefficient, ignore_index, reduction)
-    positions = linear_positions(
-        _LINEAR, input, linear_weight, target, linear_bias, ignore_index, implementation
+    positions = of_head(
+        _LINEAR,
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        ignore_index,
+        implementation,
+        token_weight=token_weight,
+        shift=shift,
+        vocab_parallel=vocab_parallel,
+        is_sum=reduction != "none",
     )
-    losses = coefficient * positions.weights * positions.statistics().lse.square()
-    return positions.reduce(losses, reduction)
+    return positions.loss(_NAME, (coefficient,), reduction)
 
 
 def _check_options(function: str, coefficient: float, ignore_index: int, reduction: str) -> None:

@@ -2,10 +2,12 @@
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from tilework import _checks, _operators
-from tilework._operators import Implementation, computation_dtype
+from tilework import _checks, _implementations
+from tilework._implementations import TABLES, Implementation
+from tilework._operators import computation_dtype
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import head
 from tilework.losses._classes.sharding import VocabShard
@@ -16,39 +18,12 @@ __all__ = ["LinearKLDivLoss", "linear_kl_div"]
 
 _NAME = "linear_kl_div"
 _DIVERGENCES = ("forward", "reverse", "jsd")
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-IMPLEMENTATIONS = (
-    Implementation(
-        "triton",
-        devices=("cuda",),
-        dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        memory="gradients and 64 MiB of logit gradients",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        needs="triton",
-        checked_on="Triton's interpreter",
-    ),
-    Implementation(
-        "tiled",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="gradients and up to nine tiles of 2048 x 1024 logits",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        checked_on="CPU",
-    ),
-    Implementation(
-        "reference",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="the logits of both heads, several times in training",
-        backward="every order and mode",
-        deterministic=True,
-        checked_on="CPU",
-    ),
+IMPLEMENTATIONS = TABLES["losses.linear_kl_div"] = (
+    Implementation.triton("gradients and 64 MiB of logit gradients"),
+    Implementation("tiled", "gradients and up to nine tiles of 2048 x 1024 logits"),
+    Implementation.reference("the logits of both heads, several times in training"),
 )
-_operators.TABLES["losses.linear_kl_div"] = IMPLEMENTATIONS
 
 _PAPER = implements(
     "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
@@ -187,10 +162,10 @@ def linear_kl_div(
     _check_tensors(student, teacher, mask, token_weight)
     student_input, student_weight, student_bias = student
     teacher_input, teacher_weight, teacher_bias = teacher
-    for_teacher = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, teacher_input)
-    chosen = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, student_input)
-    if chosen == "triton":
-        chosen = for_teacher  # which may be of float64
+    # The dtypes of the two may differ.
+    chosen = _implementations.choose(
+        _NAME, IMPLEMENTATIONS, implementation, teacher_input, student_input
+    )
     if chosen == "reference" and layout.shard is not None:
         raise ValueError(
             f"{_NAME}: implementation='reference' cannot be used: it takes whole heads, not "
@@ -235,22 +210,8 @@ def linear_kl_div(
 
 
 @_PAPER
-class LinearKLDivLoss(nn.Module):
+class LinearKLDivLoss(OptionsModule):
     """:func:`linear_kl_div` as a module; the heads belong to the student and the teacher.
-
-    Args:
-        temperature: As in the function, like every option below.
-        divergence: ``"forward"``, ``"reverse"`` or ``"jsd"``.
-        beta: The teacher's share of the mixture.
-        student_softcap: Bound of the student's logits.
-        teacher_softcap: Bound of the teacher's logits.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        gradient_filter: What the backward pass may leave out.
-        implementation: ``"triton"``, ``"tiled"``, ``"reference"``, or None for the best one.
-        vocab_parallel: The classes that the weights given to ``forward`` hold.
-
-    Raises:
-        ValueError: An option is out of range.
 
     Example:
         >>> import torch
@@ -262,37 +223,29 @@ class LinearKLDivLoss(nn.Module):
         ...     hidden, student.weight, teacher_hidden, teacher.weight, student_bias=student.bias
         ... ).shape
         torch.Size([])
-
-    Reference:
-        As :func:`linear_kl_div`.
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        divergence: str = "forward",
-        beta: float = 0.5,
-        student_softcap: float | None = None,
-        teacher_softcap: float | None = None,
-        reduction: str = "mean",
-        gradient_filter: float | None = None,
-        implementation: str | None = None,
-        vocab_parallel: VocabShard | None = None,
-    ) -> None:
-        super().__init__()
-        _check_options(temperature, divergence, beta, student_softcap, teacher_softcap, reduction)
-        head.check_filter(_NAME, gradient_filter)
-        _operators.check_name(_NAME, IMPLEMENTATIONS, implementation)
-        self.temperature = temperature
-        self.divergence = divergence
-        self.beta = beta
-        self.student_softcap = student_softcap
-        self.teacher_softcap = teacher_softcap
-        self.reduction = reduction
-        self.gradient_filter = gradient_filter
-        self.implementation = implementation
-        self.vocab_parallel = vocab_parallel
+    temperature: float = 1.0
+    divergence: str = "forward"
+    beta: float = 0.5
+    student_softcap: float | None = None
+    teacher_softcap: float | None = None
+    reduction: str = "mean"
+    gradient_filter: float | None = None
+    implementation: str | None = None
+    vocab_parallel: VocabShard | None = None
+
+    def _check(self) -> None:
+        _check_options(
+            self.temperature,
+            self.divergence,
+            self.beta,
+            self.student_softcap,
+            self.teacher_softcap,
+            self.reduction,
+        )
+        head.check_filter(_NAME, self.gradient_filter)
+        _implementations.check_name(_NAME, IMPLEMENTATIONS, self.implementation)
 
     def forward(
         self,
@@ -314,38 +267,10 @@ class LinearKLDivLoss(nn.Module):
             teacher_weight,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
-            temperature=self.temperature,
-            divergence=self.divergence,
-            beta=self.beta,
-            student_softcap=self.student_softcap,
-            teacher_softcap=self.teacher_softcap,
             mask=mask,
             token_weight=token_weight,
-            reduction=self.reduction,
-            gradient_filter=self.gradient_filter,
-            implementation=self.implementation,
-            vocab_parallel=self.vocab_parallel,
+            **self.options(),
         )
-
-    def extra_repr(self) -> str:
-        """Return the options that are not the defaults of the function."""
-        return ", ".join(
-            f"{name}={value!r}"
-            for name, default in _DEFAULTS.items()
-            if (value := getattr(self, name)) != default
-        )
-
-
-_DEFAULTS = {
-    "temperature": 1.0,
-    "divergence": "forward",
-    "beta": 0.5,
-    "student_softcap": None,
-    "teacher_softcap": None,
-    "reduction": "mean",
-    "gradient_filter": None,
-    "implementation": None,
-}
 
 
 def _check_options(

@@ -20,7 +20,7 @@ divergences = _operators.define_pair(
     Divergences,
     _fake,
     reference=reference.forward,
-    rooms=__package__,
+    rooms="tilework.losses.linear_kl_div",
     differentiable=STUDENT,
     saved=(*STUDENT, "teacher_input", "teacher_weight", "teacher_bias", "counted", "statistics"),
     constant=("statistics",),

@@ -1,11 +1,14 @@
 """Weighted means of the quantiles of several models."""
 
+from dataclasses import field
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tilework import _checks
 from tilework._operators import computation_dtype
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 
 __all__ = ["QuantileAggregator", "aggregate_quantiles"]
@@ -72,7 +75,7 @@ def aggregate_quantiles(
 
 
 @_PAPER
-class QuantileAggregator(nn.Module):
+class QuantileAggregator(OptionsModule):
     """:func:`aggregate_quantiles` with weights that are learned, equal at first.
 
     Its parameter ``weight_logits`` has the shape ``(P, 1)``, with ``per_level`` ``(P, K)``.
@@ -97,17 +100,21 @@ class QuantileAggregator(nn.Module):
         As :func:`aggregate_quantiles`.
     """
 
-    def __init__(self, num_models: int, num_levels: int, *, per_level: bool = False) -> None:
-        super().__init__()
-        for argument, value in (("num_models", num_models), ("num_levels", num_levels)):
-            _checks.count("QuantileAggregator", argument, value)
-        if not isinstance(per_level, bool):
-            raise _checks.bad_type("QuantileAggregator", "per_level", "a bool", per_level)
-        self.num_models = num_models
-        self.num_levels = num_levels
-        self.per_level = per_level
-        self.weight_logits = nn.Parameter(torch.empty(num_models, num_levels if per_level else 1))
+    num_models: int = field(kw_only=False)
+    num_levels: int = field(kw_only=False)
+    per_level: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        levels = self.num_levels if self.per_level else 1
+        self.weight_logits = nn.Parameter(torch.empty(self.num_models, levels))
         self.reset_parameters()
+
+    def _check(self) -> None:
+        for argument in ("num_models", "num_levels"):
+            _checks.count("QuantileAggregator", argument, getattr(self, argument))
+        if not isinstance(self.per_level, bool):
+            raise _checks.bad_type("QuantileAggregator", "per_level", "a bool", self.per_level)
 
     def reset_parameters(self) -> None:
         """Give all models the same weight."""
@@ -120,7 +127,3 @@ class QuantileAggregator(nn.Module):
             accepted = f"of shape (..., {sizes[0]}, {sizes[1]})"
             raise _checks.bad_value("QuantileAggregator", "input", accepted, input)
         return aggregate_quantiles(input, self.weight_logits)
-
-    def extra_repr(self) -> str:
-        """Return the arguments of the constructor."""
-        return f"{self.num_models}, {self.num_levels}, per_level={self.per_level}"

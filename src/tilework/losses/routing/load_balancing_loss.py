@@ -1,6 +1,7 @@
 """The load-balancing loss of mixtures of experts, over a local or a global batch."""
 
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
+from tilework._options import OptionsModule
 from tilework.catalog import implements
-from tilework.losses._criterion import Criterion
 
 __all__ = ["GlobalLoadBalancer", "expert_counts", "load_balancing_loss"]
 
@@ -155,14 +156,14 @@ def expert_counts(
         As :func:`load_balancing_loss`.
     """
     name = "expert_counts"
-    _check_num_experts(name, num_experts)
+    _checks.count(name, "num_experts", num_experts)
     _check_tokens(name, expert_index, mask, None)
     _checks.same_device(name, expert_index=expert_index, mask=mask)
     return _count(name, expert_index, num_experts, mask)
 
 
 @_PAPER
-class GlobalLoadBalancer(Criterion):
+class GlobalLoadBalancer(OptionsModule):
     r"""The global-batch :func:`load_balancing_loss`, over micro-batches and processes.
 
     In training, each call adds its counts :math:`n`, summed over ``group``, to the buffer
@@ -197,20 +198,22 @@ class GlobalLoadBalancer(Criterion):
         As :func:`load_balancing_loss`.
     """
 
-    counts: Tensor
+    num_experts: int = field(kw_only=False)
+    normalize: bool = True
+    group: Any = None
+    counts: Tensor = field(init=False)
 
-    def __init__(self, num_experts: int, *, normalize: bool = True, group: Any = None) -> None:
-        super().__init__()
-        name = type(self).__name__
-        _check_num_experts(name, num_experts)
-        if not isinstance(normalize, bool):
-            raise _checks.bad_type(name, "normalize", "a bool", normalize)
-        _check_group(name, group)
-        self.num_experts = num_experts
-        self.normalize = normalize
-        self.group = group
-        counts = torch.zeros(num_experts, dtype=torch.int64)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = torch.zeros(self.num_experts, dtype=torch.int64)
         self.register_buffer("counts", counts, persistent=False)
+
+    def _check(self) -> None:
+        name = type(self).__name__
+        _checks.count(name, "num_experts", self.num_experts)
+        if not isinstance(self.normalize, bool):
+            raise _checks.bad_type(name, "normalize", "a bool", self.normalize)
+        _check_group(name, self.group)
 
     def forward(
         self, router_probs: Tensor, expert_index: Tensor, mask: Tensor | None = None
@@ -240,12 +243,6 @@ class GlobalLoadBalancer(Criterion):
     def reset(self) -> None:
         """Forget all counts."""
         self.counts.zero_()
-
-
-def _check_num_experts(function: str, num_experts: int) -> None:
-    _checks.integer(function, "num_experts", num_experts)
-    if num_experts < 1:
-        raise _checks.bad_value(function, "num_experts", "at least 1", num_experts)
 
 
 def _check_tokens(

@@ -1,13 +1,15 @@
 """Weights of classes that level out their losses."""
 
+from dataclasses import field
+
 import torch
 from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
-from tilework.losses._criterion import Criterion
 
 __all__ = ["DynamicLossSizeWeighting"]
 
@@ -19,7 +21,7 @@ _NAME = "DynamicLossSizeWeighting"
     year=2020,
     arxiv="2008.11573",
 )
-class DynamicLossSizeWeighting(Criterion):
+class DynamicLossSizeWeighting(OptionsModule):
     r"""Mean of elementwise losses, in which classes of large losses weigh less.
 
     The buffer ``class_loss`` holds a running mean :math:`L_c` of each class's losses
@@ -61,18 +63,19 @@ class DynamicLossSizeWeighting(Criterion):
         2020. arXiv:2008.11573.
     """
 
-    class_loss: Tensor
+    num_classes: int = field(kw_only=False)
+    smoothing: float = 0.1
+    eps: float = 1e-5
+    class_loss: Tensor = field(init=False)
 
-    def __init__(self, num_classes: int, *, smoothing: float = 0.1, eps: float = 1e-5) -> None:
-        super().__init__()
-        _checks.count(_NAME, "num_classes", num_classes)
-        _checks.positive(_NAME, "smoothing", smoothing)
-        _checks.fraction(_NAME, "smoothing", smoothing)
-        _checks.positive(_NAME, "eps", eps)
-        self.num_classes = num_classes
-        self.smoothing = smoothing
-        self.eps = eps
-        self.register_buffer("class_loss", torch.full((num_classes,), 1 / num_classes))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.register_buffer("class_loss", torch.full((self.num_classes,), 1 / self.num_classes))
+
+    def _check(self) -> None:
+        _checks.count(_NAME, "num_classes", self.num_classes)
+        _checks.positive_fraction(_NAME, "smoothing", self.smoothing)
+        _checks.positive(_NAME, "eps", self.eps)
 
     def forward(self, loss_per_element: Tensor) -> Tensor:
         """Return the weighted mean of losses of shape ``(N, C)``, of their dtype."""

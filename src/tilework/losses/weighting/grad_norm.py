@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
+from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
-from tilework.losses._criterion import Criterion
 
 __all__ = ["GradNorm", "grad_norm_loss"]
 
@@ -92,7 +93,7 @@ def grad_norm_loss(
 
 
 @_PAPER
-class GradNorm(Criterion):
+class GradNorm(OptionsModule):
     r"""Weighted sum of tasks' losses, whose weights learn to balance their gradients.
 
     A call returns :math:`\sum_i w_i \ell_i` with the current ``weights`` :math:`w`, at first 1, to
@@ -141,35 +142,33 @@ class GradNorm(Criterion):
         As :func:`grad_norm_loss`.
     """
 
-    weights: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
-    initial_losses: Tensor | None
+    num_tasks: int = field(kw_only=False)
+    alpha: float = 1.5
+    lr: float = 0.025
+    initial_losses: Tensor | Sequence[float] | None = buffer(default=None)
 
-    def __init__(
-        self,
-        num_tasks: int,
-        *,
-        alpha: float = 1.5,
-        lr: float = 0.025,
-        initial_losses: Tensor | Sequence[float] | None = None,
-    ) -> None:
-        super().__init__()
-        _checks.count("GradNorm", "num_tasks", num_tasks, 2)
-        _checks.at_least("GradNorm", "alpha", alpha, 0)
-        _checks.positive("GradNorm", "lr", lr)
-        self.num_tasks = num_tasks
-        self.alpha = alpha
-        self.lr = lr
-        self.register_buffer("weights", torch.ones(num_tasks))
-        self.register_buffer("exp_avg", torch.zeros(num_tasks))
-        self.register_buffer("exp_avg_sq", torch.zeros(num_tasks))
+    weights: Tensor = field(init=False)
+    exp_avg: Tensor = field(init=False)
+    exp_avg_sq: Tensor = field(init=False)
+    step: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.initial_losses is not None:
+            given = torch.as_tensor(self.initial_losses)
+            self.initial_losses = given.detach().to(torch.empty(()))
+        super().__post_init__()
+        self.register_buffer("weights", torch.ones(self.num_tasks))
+        self.register_buffer("exp_avg", torch.zeros(self.num_tasks))
+        self.register_buffer("exp_avg_sq", torch.zeros(self.num_tasks))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        if initial_losses is not None:
-            initial_losses = torch.as_tensor(initial_losses).detach().to(self.weights)
-            _checks.shape("GradNorm", "initial_losses", initial_losses, (num_tasks,))
-        self.register_buffer("initial_losses", initial_losses)
+
+    def _check(self) -> None:
+        _checks.count("GradNorm", "num_tasks", self.num_tasks, 2)
+        _checks.at_least("GradNorm", "alpha", self.alpha, 0)
+        _checks.positive("GradNorm", "lr", self.lr)
+        if isinstance(self.initial_losses, Tensor):
+            shape = (self.num_tasks,)
+            _checks.shape("GradNorm", "initial_losses", self.initial_losses, shape)
 
     def forward(
         self, losses: Tensor | Sequence[Tensor], shared_parameters: Tensor | Iterable[Tensor]
@@ -187,7 +186,7 @@ class GradNorm(Criterion):
         values = torch.stack(scalars)
         if self.initial_losses is None:
             self.initial_losses = values.detach().to(self.weights, copy=True)
-        ratios = values.detach().to(self.weights) / self.initial_losses
+        ratios = values.detach().to(self.weights) / torch.as_tensor(self.initial_losses)
         dtype = computation_dtype(values.dtype)
         total = (self.weights.to(dtype, copy=True) * values.to(dtype)).sum()
         if self.training and torch.is_grad_enabled():

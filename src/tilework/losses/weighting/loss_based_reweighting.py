@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
-from tilework.losses._criterion import Criterion
 
 __all__ = ["LossBasedReweighting", "loss_based_reweighting", "loss_based_weights"]
 
@@ -139,18 +139,8 @@ def loss_based_reweighting(
 
 
 @_PAPER
-class LossBasedReweighting(Criterion):
+class LossBasedReweighting(OptionsModule):
     """:func:`loss_based_reweighting` as a module; its ``temperature`` may be set between calls.
-
-    Args:
-        strategy: ``"linupper"``, ``"quadratic"``, ``"extremes"`` or ``"uniform"``.
-        delta: Half the range of the normalized losses, above 0.
-        temperature: What scores are divided by, above 0.
-        group: The processes whose samples are weighted together; None for this one alone.
-
-    Raises:
-        ValueError: An option is not one of those above.
-        TypeError: ``group`` is no process group.
 
     Example:
         >>> import torch
@@ -159,35 +149,19 @@ class LossBasedReweighting(Criterion):
         >>> criterion(torch.tensor([1.0, 2.0, 3.0]))
         tensor(2.0000)
         >>> criterion.temperature = 0.1
-
-    Reference:
-        As :func:`loss_based_weights`.
     """
 
-    def __init__(
-        self,
-        *,
-        strategy: str = "linupper",
-        delta: float = 1.0,
-        temperature: float = 1.0,
-        group: Any = None,
-    ) -> None:
-        super().__init__()
-        _check_options(_NAME, strategy, delta, temperature, group)
-        self.strategy = strategy
-        self.delta = delta
-        self.temperature = temperature
-        self.group = group
+    strategy: str = "linupper"
+    delta: float = 1.0
+    temperature: float = 1.0
+    group: Any = None
+
+    def _check(self) -> None:
+        _check_options(_NAME, **self.options())
 
     def forward(self, losses: Tensor) -> Tensor:
         """Return the weighted sum; shapes as in :func:`loss_based_reweighting`."""
-        return loss_based_reweighting(
-            losses,
-            strategy=self.strategy,
-            delta=self.delta,
-            temperature=self.temperature,
-            group=self.group,
-        )
+        return loss_based_reweighting(losses, **self.options())
 
 
 def _weights(losses: Tensor, strategy: str, delta: float, temperature: float) -> Tensor:

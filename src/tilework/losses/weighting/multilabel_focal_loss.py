@@ -6,10 +6,10 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses import _reduction
 from tilework.losses._classes import class_index
-from tilework.losses._criterion import Criterion
 
 __all__ = ["MultilabelFocalLoss", "multilabel_focal_loss"]
 
@@ -85,39 +85,26 @@ def multilabel_focal_loss(
 
 
 @_PAPER
-class MultilabelFocalLoss(Criterion):
+class MultilabelFocalLoss(OptionsModule):
     """:func:`multilabel_focal_loss` as a module.
-
-    Args:
-        alpha: A factor for both labels, at least 0.
-        gamma: The exponent, at least 0.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Raises:
-        ValueError: An option is not one of those above.
 
     Example:
         >>> import torch
         >>> from tilework.losses import MultilabelFocalLoss
         >>> MultilabelFocalLoss(gamma=0.0)(torch.zeros(2, 3), torch.ones(2, 3))
         tensor(0.6931)
-
-    Reference:
-        As :func:`multilabel_focal_loss`.
     """
 
-    def __init__(self, *, alpha: float = 1.0, gamma: float = 2.0, reduction: str = "mean") -> None:
-        super().__init__()
-        _check_options(alpha, gamma, reduction)
-        self.alpha = alpha
-        self.gamma = gamma
-        self.reduction = reduction
+    alpha: float = 1.0
+    gamma: float = 2.0
+    reduction: str = "mean"
+
+    def _check(self) -> None:
+        _check_options(**self.options())
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss; shapes as in :func:`multilabel_focal_loss`."""
-        return multilabel_focal_loss(
-            input, target, alpha=self.alpha, gamma=self.gamma, reduction=self.reduction
-        )
+        return multilabel_focal_loss(input, target, **self.options())
 
 
 def _check_options(alpha: float, gamma: float, reduction: str) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from tilework import _checks
 from tilework._operators import computation_dtype
+from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
-from tilework.losses._criterion import Criterion
 
 __all__ = ["NormLoss", "norm_loss"]
 
@@ -87,18 +87,11 @@ def norm_loss(
 
 
 @_PAPER
-class NormLoss(Criterion):
+class NormLoss(OptionsModule):
     """:func:`norm_loss` of a model's linear and convolutional layers.
 
     It counts the parameter ``weight`` of each ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` and
     ``nn.Conv3d``, one that layers share only once.
-
-    Args:
-        coefficient: What the sum is multiplied by, at least 0.
-
-    Raises:
-        ValueError: The coefficient is negative, or the model has no such layer.
-        TypeError: The model is no ``nn.Module``.
 
     Example:
         >>> import torch
@@ -107,15 +100,12 @@ class NormLoss(Criterion):
         >>> _ = torch.nn.init.zeros_(model[0].weight)
         >>> NormLoss(coefficient=1.0)(model).detach()
         tensor(4.)
-
-    Reference:
-        As :func:`norm_loss`.
     """
 
-    def __init__(self, *, coefficient: float = 0.01) -> None:
-        super().__init__()
-        _checks.at_least(_NAME, "coefficient", coefficient, 0)
-        self.coefficient = coefficient
+    coefficient: float = 0.01
+
+    def _check(self) -> None:
+        _checks.at_least(_NAME, "coefficient", self.coefficient, 0)
 
     def forward(self, model: nn.Module) -> Tensor:
         """Return the penalty on a model's weights, a scalar."""
@@ -126,7 +116,7 @@ class NormLoss(Criterion):
         if not weights:
             names = ", ".join(layer.__name__ for layer in LAYERS)
             raise ValueError(f"NormLoss: model must have a layer of {names}, got {model!r}")
-        return norm_loss(weights, coefficient=self.coefficient)
+        return norm_loss(weights, **self.options())
 
 
 def _named(weights: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -1,62 +1,38 @@
 """What RMS and layer normalization share: checks, and choice of implementation."""
 
 import math
-from collections.abc import Sequence
 
 # The folder's torch.py takes the name of the package here.
-from torch import Tensor, bfloat16, finfo, float16, float32, float64
+from torch import Tensor, finfo
 
-from tilework import _checks, _operators
-from tilework._operators import Implementation, computation_dtype
+from tilework import _checks, _implementations, _operators
+from tilework._implementations import Implementation
+from tilework._operators import computation_dtype
 from tilework.norms._row_norm import operators, reference, tiled, torch
 from tilework.norms._row_norm.common import RowNorm
 
-_FLOATING = (float16, bfloat16, float32, float64)
-
 IMPLEMENTATIONS = (
-    Implementation(
-        "triton",
-        devices=("cuda",),
-        dtypes=(float16, bfloat16, float32),
-        memory="two numbers per row; for gradients of weight and bias a row per program",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        needs="triton",
-        checked_on="Triton's interpreter",
-    ),
-    Implementation(
-        "torch",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="two numbers per row where torch has a fused kernel, otherwise as the reference",
-        backward="every order; forward mode by the reference",
-        deterministic=True,
-        checked_on="CPU",
+    Implementation.triton(
+        "two numbers per row; for gradients of weight and bias a row per program"
     ),
     Implementation(
         "tiled",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="two numbers per row, and a few tiles of 512 KiB for each thread",
-        backward="first order; higher orders and forward mode by the reference",
-        deterministic=True,
-        checked_on="CPU",
+        "two numbers per row, and a few tiles of 512 KiB for each thread",
+        prefers=tiled.preferred,
+        when=tiled.PREFERRED,
     ),
     Implementation(
-        "reference",
-        devices=(),
-        dtypes=_FLOATING,
-        memory="two tensors of input's shape in the computation dtype",
-        backward="every order and mode",
-        deterministic=True,
-        checked_on="CPU",
+        "torch",
+        "two numbers per row where torch has a fused kernel, otherwise as the reference",
+        backward="every order; forward mode by the reference",
     ),
+    Implementation.reference("two tensors of input's shape in the computation dtype"),
 )
 
 
 def row_norm(
     function: str,
-    table: Sequence[Implementation],
+    table: _implementations.Table,
     input: Tensor,
     normalized_shape: tuple[int, ...],
     weight: Tensor | None,
@@ -75,10 +51,16 @@ def row_norm(
     ``heads`` allows a weight with a row for each entry of the dimension before the normalized ones.
     """
     _check_tensors(function, input, normalized_shape, weight, bias, residual, heads)
-    chosen = _operators.choose(function, table, implementation, input)
-    if implementation is None and chosen == "torch":
-        better = tiled.preferred(input, residual, weight, bias, centered)
-        chosen = "tiled" if better else "torch"
+    chosen = _implementations.choose(
+        function,
+        table,
+        implementation,
+        input,
+        residual=residual,
+        weight=weight,
+        bias=bias,
+        centered=centered,
+    )
     if eps is None:
         eps = finfo(computation_dtype(input.dtype)).eps
     if num_measured is None:

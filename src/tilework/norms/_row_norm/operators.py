@@ -1,7 +1,5 @@
 """The operators of RMS and layer normalization and how they differentiate."""
 
-import functools
-import importlib
 from typing import Any
 
 import torch
@@ -13,20 +11,9 @@ from tilework.norms._row_norm import reference
 from tilework.norms._row_norm.common import Backward, Gradients, Normalized, RowNorm
 
 
-@functools.cache
-def _room(implementation: str) -> Any:
-    """The module of an implementation; that of Triton is imported on its first use."""
-    return importlib.import_module(f"{__package__}.{implementation}")
-
-
 def row_norm(given: RowNorm) -> Normalized:
     """Run an implementation that has gradients of its own."""
     return (_of_input if given.residual is None else _of_sum)(given)
-
-
-def _forward(given: RowNorm) -> Normalized:
-    results: Normalized = _room(given.implementation).forward(given)
-    return results
 
 
 def _forward_fake(given: RowNorm) -> Normalized:
@@ -76,11 +63,6 @@ def _derivative(
         if residual_dtype is not None:
             found["residual"] = grad_total.to(residual_dtype)
     return {name: found.get(name) for name in needed}
-
-
-def _backward(given: Backward) -> Gradients:
-    gradients: Gradients = _room(given.implementation).backward(given)
-    return gradients
 
 
 def _backward_fake(given: Backward) -> Gradients:
@@ -154,6 +136,7 @@ def _spread_backward(*args: Any) -> Any:
     return sharding.backward(Backward(*args))
 
 
+_ROOMS = "tilework.norms._row_norm"
 _DIFFERENTIABLE = ("grad_output", "grad_total", "total", "weight", "bias")
 # One of them saves the input, the other the sum.
 _of_input, _of_sum = (
@@ -161,7 +144,7 @@ _of_input, _of_sum = (
         name,
         RowNorm,
         Normalized,
-        _forward,
+        _operators.of_rooms(_ROOMS, "forward"),
         _forward_fake,
         derivative=_derivative,
         saved=(*saved, *attached, "weight", "bias", "mean", "rstd"),
@@ -178,7 +161,7 @@ _row_norm_backward = _operators.define(
     "row_norm_backward",
     Backward,
     Gradients,
-    _backward,
+    _operators.of_rooms(_ROOMS, "backward"),
     _backward_fake,
     derivative=_second_derivative,
     saved=_DIFFERENTIABLE,

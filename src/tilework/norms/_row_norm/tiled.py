@@ -12,6 +12,11 @@ from tilework.norms._row_norm.common import Backward, Gradients, Normalized, Row
 
 TILE = 2**17  # elements for each thread: 512 KiB in float32
 SMALLEST = 2**21  # elements of an input that is worth the overhead
+PREFERRED = (
+    f"on a CPU, RMS normalization from {SMALLEST} elements; layer normalization from there with a "
+    "residual, in half precision or for gradients, and without one for gradients of weight or bias "
+    "in half precision"
+)
 
 
 def preferred(

@@ -6,13 +6,14 @@ No more than three tiles of logits exist at any time. The backward computes them
 import torch
 from torch import Tensor
 
-from tilework._operators import computation_dtype
+from tilework._operators import Gradients, Needed, computation_dtype
 from tilework.losses._classes import tiles
 from tilework.losses._classes.kept import note
+from tilework.losses._classes.linear.common import LinearStats
+from tilework.losses._classes.statistics import Statistics, empty, masked
 from tilework.losses._classes.tiles import (
     NEGLIGIBLE,
     Head,
-    Statistics,
     filter_scale,
     kept_rows,
     spread,
@@ -28,134 +29,122 @@ def extra_bytes(input: Tensor, linear_weight: Tensor) -> int:
     return size * (3 * tile + input.numel() + width * input.shape[1])
 
 
-def forward(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    class_weight: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    moments: bool,
-    gradient_filter: float | None,
-) -> Statistics:
-    """See ``reference.linear_logit_stats``."""
-    rows, (hidden, kept_target) = kept_rows(target == ignore_index, input, target)
-    head = Head(hidden, linear_weight, linear_bias, softcap, temperature)
-    statistics = hidden.new_zeros(6 if moments else 4, len(hidden), dtype=head.dtype)
-    argmax = torch.zeros_like(kept_target if moments else kept_target[:0])
+def forward(given: LinearStats) -> Statistics:
+    """See :class:`Statistics`."""
+    ignored = given.target == given.ignore_index
+    rows, (hidden, kept_target) = kept_rows(ignored, given.input, given.target)
+    head = Head(hidden, given.linear_weight, given.linear_bias, given.softcap, given.temperature)
+    results = empty(hidden, kept_target, given.squares, given.moments)
+    for values in results:
+        values.zero_()
+    class_weight = given.class_weight
     for tokens in head.tokens():
-        shift, total, target_gap, class_gap, *extra = statistics[:, tokens]
+        some = Statistics(*(values[tokens] for values in results))
+        shift, total = some.shift, some.total
         peak = torch.full_like(shift, -torch.inf)
         target_logit = torch.full_like(shift, torch.nan)
         weight_seen = shift.new_zeros(())
-        if moments:
-            moment, top = extra
-            top.fill_(-torch.inf)
+        if given.moments:
+            some.top.fill_(-torch.inf)
         for classes in head.classes():
             logits = head.outputs(tokens, classes)
-            if moments:
-                _raise_top(top, argmax[tokens], logits, classes.start)
+            if given.moments:
+                _raise_top(some.top, some.argmax, logits, classes.start)
             head.cap(logits)
             column = kept_target[tokens] - classes.start
             inside = (column >= 0) & (column < logits.shape[1])
             here = logits.gather(1, column.where(inside, 0)[:, None])[:, 0]
             target_logit = here.where(inside, target_logit)
+            if given.squares:
+                others = _others(logits, column, inside, here)
+                some.squares.add_(torch.linalg.vector_norm(others, dim=1).square_())
 
             old_peak, peak = peak, torch.maximum(peak, logits.amax(1))
             # A row of -inf alone has no finite peak to subtract.
             new_shift = peak.where(peak != -torch.inf, 0)
             logits.sub_(new_shift[:, None])
             if class_weight is not None:
-                class_gap += (new_shift - shift) * weight_seen - logits @ class_weight[classes]
+                gap = (new_shift - shift) * weight_seen - logits @ class_weight[classes]
+                some.class_gap.add_(gap)
                 weight_seen = weight_seen + class_weight[classes].sum()
             decay = (old_peak - new_shift).exp_()
-            if moments:
-                moment.addcmul_(new_shift - shift, total).mul_(decay)
+            if given.moments:
+                some.moment.addcmul_(new_shift - shift, total).mul_(decay)
                 gaps = logits.clamp(min=NEGLIGIBLE)
-                moment.sub_(gaps.mul_(logits.exp_()).sum(1))
+                some.moment.sub_(gaps.mul_(logits.exp_()).sum(1))
             else:
                 logits.exp_()
             total.mul_(decay).add_(logits.sum(1))
             shift.copy_(new_shift)
-        torch.sub(shift, target_logit, out=target_gap)
-    statistics = spread(statistics, rows, len(input), dim=1)
-    argmax = spread(argmax, rows, len(input), dim=0) if moments else argmax
-    ignored = target == ignore_index
-    statistics.masked_fill_(ignored, 0)
-    statistics[1].masked_fill_(ignored, 1)
-    if moments:
-        argmax.masked_fill_(ignored, 0)
-    shift, total, target_gap, class_gap, *extra = (values.clone() for values in statistics)
-    moment, top = extra if moments else (shift.new_empty(0), shift.new_empty(0))
-    return shift, total, target_gap, class_gap, moment, top, argmax
+        torch.sub(shift, target_logit, out=some.target_gap)
+    results = Statistics(*(spread(values, rows, len(ignored), dim=0) for values in results))
+    return masked(results, ~ignored)
+
+
+def _others(logits: Tensor, column: Tensor, inside: Tensor, here: Tensor) -> Tensor:
+    """A tile of logits in which those of the targets are 0."""
+    filling = here.where(~inside, 0)
+    return logits.clone().scatter_(1, column.where(inside, 0)[:, None], filling[:, None])
 
 
 def backward(
-    grad_total: Tensor,
-    grad_target_gap: Tensor,
-    grad_class_gap: Tensor,
-    grad_moment: Tensor | None,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    class_weight: Tensor | None,
-    shift: Tensor,
-    total: Tensor,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    gradient_filter: float | None,
-    needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias; an empty tensor for each that is not needed.
+    given: LinearStats, results: Statistics, grads: Statistics, needed: Needed
+) -> Gradients:
+    """Gradients of the head.
 
     With ``gradient_filter``, on the CPU, classes whose gradients are small in every row of a tile
     are left out of the products for input and weight.
     """
-    rows, (hidden, kept_target) = kept_rows(target == ignore_index, input, target)
-    upstream = [grad_total, grad_target_gap, grad_class_gap]
-    if grad_moment is not None:
-        upstream.append(grad_moment)
-    vectors = torch.stack((shift, total, *upstream))
-    vectors[2:].div_(temperature)
-    vectors.masked_fill_(target == ignore_index, 0)
+    ignored, class_weight = given.target == given.ignore_index, given.class_weight
+    rows, (hidden, kept_target) = kept_rows(ignored, given.input, given.target)
+
+    def of_rows(values: Tensor | None, filling: float = 0.0) -> Tensor:
+        values = torch.zeros_like(results.total) if values is None else values
+        values = values.masked_fill(ignored, filling)
+        return values if rows is None else values.index_select(0, rows)
+
     # Ignored rows that are computed on zeros must not overflow by their bias.
-    vectors[0].masked_fill_(target == ignore_index, torch.inf)
-    if rows is not None:
-        vectors = vectors.index_select(1, rows)
-    head = Head(hidden, linear_weight, linear_bias, softcap, temperature)
+    row_shift, row_total = of_rows(results.shift, torch.inf), of_rows(results.total)
+    upstream = [
+        of_rows(grad) / given.temperature
+        for grad in (grads.total, grads.target_gap, grads.class_gap, grads.squares, grads.moment)
+    ]
+    head = Head(hidden, given.linear_weight, given.linear_bias, given.softcap, given.temperature)
 
     # On other devices the host would have to wait for what is small.
-    filters = input.device.type == "cpu"
+    filters = given.gradient_filter is not None and given.input.device.type == "cpu"
     unspent: dict[int, float] = {}
 
     def gradient(tokens: slice, classes: slice) -> tuple[Tensor, Tensor | None]:
-        row_shift, row_total, grad_sum, grad_target, grad_class, *extra = vectors[:, tokens]
+        of_total, of_target, of_classes, of_squares, of_moment = (
+            values[tokens] for values in upstream
+        )
         logits = head.outputs(tokens, classes)
         slope = head.cap(logits, need_slope=True)
-        logits.sub_(row_shift[:, None])
-        if extra:
-            (grad_entry,) = extra
-            entry = logits.clamp(min=NEGLIGIBLE).mul_(-grad_entry[:, None])
-            grad = logits.exp_().mul_(entry.add_((grad_sum - grad_entry)[:, None]))
-        else:
-            grad = logits.exp_().mul_(grad_sum[:, None])
         column = kept_target[tokens] - classes.start
-        inside = (column >= 0) & (column < grad.shape[1])
-        grad.scatter_add_(
-            1, column.where(inside, 0)[:, None], -grad_target.where(inside, 0)[:, None]
-        )
+        inside = (column >= 0) & (column < logits.shape[1])
+        index = column.where(inside, 0)[:, None]
+        others = None
+        if grads.squares is not None:
+            others = _others(logits, column, inside, logits.gather(1, index)[:, 0])
+        logits.sub_(row_shift[tokens, None])
+        if grads.moment is not None:
+            entry = logits.clamp(min=NEGLIGIBLE).mul_(-of_moment[:, None])
+            grad = logits.exp_().mul_(entry.add_((of_total - of_moment)[:, None]))
+        else:
+            grad = logits.exp_().mul_(of_total[:, None])
+        grad.scatter_add_(1, index, -of_target.where(inside, 0)[:, None])
         if class_weight is not None:
-            grad.addr_(grad_class, class_weight[classes], alpha=-1)
+            grad.addr_(of_classes, class_weight[classes], alpha=-1)
+        if others is not None:
+            grad.addcmul_(others, of_squares[:, None], value=2)
         large = None
-        if gradient_filter is not None and filters:
+        if given.gradient_filter is not None and filters:
             # What a tile does not use of its share of the bound is left to the next ones.
-            share = gradient_filter * grad.shape[1] / len(linear_weight)
+            share = given.gradient_filter * grad.shape[1] / len(given.linear_weight)
             budget = unspent.get(tokens.start, 0.0) + share
-            scale = filter_scale(grad_sum, extra[0] if extra else None, row_total)
+            moment = None if grads.moment is None else of_moment
+            scale = filter_scale(of_total, moment, row_total[tokens])
             scale.clamp_(min=torch.finfo(scale.dtype).tiny)  # rows without gradients lose nothing
             sizes = (grad / scale[:, None]).abs_().amax(0)
             sizes[column[inside]] = torch.inf
@@ -164,10 +153,11 @@ def backward(
             unspent[tokens.start] = budget - spent
         return grad if slope is None else grad.mul_(slope), large
 
-    grad_hidden, grad_weight, grad_bias = head.gradients(needed, gradient)
-    if needed[0]:
-        grad_hidden = spread(grad_hidden, rows, len(input), dim=0)
-    return grad_hidden, grad_weight, grad_bias
+    wanted = ["input" in needed, "linear_weight" in needed, "linear_bias" in needed]
+    grad_hidden, grad_weight, grad_bias = head.gradients(wanted, gradient)
+    if wanted[0]:
+        grad_hidden = spread(grad_hidden, rows, len(ignored), dim=0)
+    return {"input": grad_hidden, "linear_weight": grad_weight, "linear_bias": grad_bias}
 
 
 def large_classes(sizes: Tensor, budget: float) -> tuple[Tensor, float]:

@@ -1,22 +1,25 @@
 """Cross-entropy of a linear layer's output without the logits in memory."""
 
+from dataclasses import InitVar, field
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from tilework import _checks, _operators
-from tilework._operators import computation_dtype
+from tilework import _checks, _implementations
+from tilework._implementations import TABLES
+from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
-from tilework.losses._classes import class_index, head, sharding
-from tilework.losses._classes.head import IMPLEMENTATIONS
+from tilework.losses._classes import head
+from tilework.losses._classes.cross_entropy import cross_entropy
+from tilework.losses._classes.linear import IMPLEMENTATIONS
+from tilework.losses._classes.positions import of_head
 from tilework.losses._classes.sharding import VocabShard
-from tilework.losses.linear_cross_entropy import operators, schedule
 
 __all__ = ["LinearCrossEntropy", "LinearCrossEntropyLoss", "VocabShard", "linear_cross_entropy"]
 
 _NAME = "linear_cross_entropy"
-
+TABLES[f"losses.{_NAME}"] = IMPLEMENTATIONS
 _PAPER = implements(
     "Cut Your Losses in Large-Vocabulary Language Models", year=2024, arxiv="2411.09009"
 )
@@ -132,122 +135,28 @@ def linear_cross_entropy(
     _check_options(
         reduction, ignore_index, label_smoothing, softcap, z_loss, shift, gradient_filter
     )
-    layout, (input, linear_weight, linear_bias, target, token_weight) = sharding.localize(
+    positions = of_head(
         _NAME,
-        vocab_parallel,
         input,
         linear_weight,
+        target,
         linear_bias,
-        target=target,
-        token_weight=token_weight,
-    )
-    input, linear_weight, linear_bias = head.cast_under_autocast(input, linear_weight, linear_bias)
-    head.check(_NAME, input, linear_weight, linear_bias)
-    class_index.check_target(_NAME, "target", target, tuple(input.shape[:-1]))
-    classes = layout.classes(linear_weight)
-    _check_constants(input, classes, weight, token_weight)
-    if shift and (input.dim() != 3 or shift >= input.shape[1] or layout.splits_sequences):
-        raise ValueError(
-            f"{_NAME}: shift above 0 must come with input of shape (B, T, D), whole sequences, and "
-            f"be below T, got shift={shift} and input {_checks.describe(input)}"
-        )
-    _checks.same_device(
-        _NAME,
-        input=input,
-        linear_weight=linear_weight,
-        target=target,
-        linear_bias=linear_bias,
+        ignore_index,
+        implementation,
         weight=weight,
         token_weight=token_weight,
+        softcap=softcap,
+        shift=shift,
+        gradient_filter=gradient_filter,
+        vocab_parallel=vocab_parallel,
+        is_sum=reduction != "none",
     )
-    chosen = _operators.choose(_NAME, IMPLEMENTATIONS, implementation, input)
-
-    shape = (*target.shape[:-1], target.shape[-1] - shift)
-    if shift:
-        # Positions without a target are ignored, so that the input needs no copy.
-        target = F.pad(target[:, shift:], (0, shift), value=ignore_index)
-        if token_weight is not None:
-            token_weight = F.pad(token_weight[:, shift:], (0, shift))
-    padded_shape = target.shape
-    input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    kept = target != ignore_index
-    inside = class_index.inside(_NAME, target, ignore_index, classes)
-
-    dtype = computation_dtype(input.dtype)
-    # Outside the classes, a kept target makes its own position nan, in value and gradient.
-    position_weight = kept.to(dtype).where(inside | ~kept, torch.nan)
-    if token_weight is not None:
-        token_weight = token_weight.reshape(-1)
-        kept = kept & (token_weight != 0)
-        position_weight = (position_weight * token_weight).where(kept, 0).to(dtype)
-    class_weight = None if weight is None else weight.to(dtype)
-    target_weight = position_weight
-    if class_weight is not None:
-        target_weight = (position_weight * class_weight[target.where(inside, 0)]).where(kept, 0)
-    spread_weight = None
-    if label_smoothing:
-        spread_weight = linear_weight.new_ones(classes, dtype=dtype)
-        spread_weight = spread_weight if class_weight is None else class_weight
-    scales = (
-        (1 - label_smoothing) * target_weight,
-        label_smoothing / classes * position_weight if label_smoothing else None,
-        z_loss * position_weight if z_loss else None,
-    )
-    tensors = (
-        input,
-        linear_weight,
-        target.where(kept, ignore_index),
-        linear_bias,
-        spread_weight,
-    )
-
-    early = (
-        reduction != "none"
-        and gradient_filter is None
-        and layout == sharding.Layout()
-        and operators.takes_gradients_early(input, linear_weight, linear_bias)
-    )
-    if implementation is None and early and schedule.prefers_chunks(input, linear_weight):
-        chosen = "chunked"
-    if chosen == "chunked" and early:
-        if reduction == "sum":
-            return operators.summed_loss(*tensors, *scales, softcap, ignore_index)
-        total_weight = target_weight.sum()
-        counted = total_weight != 0
-        share = 1 / total_weight.where(counted, 1)
-        shares = (None if scale is None else scale * share for scale in scales)
-        loss = operators.summed_loss(*tensors, *shares, softcap, ignore_index)
-        return loss.where(counted, torch.nan)
-
-    statistics = sharding.logit_stats(
-        layout.shard, *tensors, softcap, 1.0, ignore_index, False, gradient_filter, chosen
-    )
-    losses = operators.position_losses(statistics, spread_weight, *scales)
-    if reduction == "none":
-        return layout.of_tokens(losses.reshape(padded_shape)[..., : shape[-1]])
-    total = layout.add_up(losses.sum())
-    return total if reduction == "sum" else total / layout.add_up(target_weight.sum())
+    return cross_entropy(positions, reduction, label_smoothing, z_loss)
 
 
 @_PAPER
-class LinearCrossEntropy(nn.Module):
+class LinearCrossEntropy(OptionsModule):
     """:func:`linear_cross_entropy` for a head that another module owns, such as a tied embedding.
-
-    Args:
-        weight: Class weights, shape ``(V)``; a buffer, absent from the ``state_dict`` when None.
-        reduction: As in the function, like every option below.
-        ignore_index: Targets of this value do not count.
-        label_smoothing: The part of the target that is spread evenly over the classes.
-        softcap: Bound of the logits.
-        z_loss: Coefficient of the squared log-sum-exp.
-        shift: Position ``t`` predicts ``target[:, t + shift]``.
-        gradient_filter: What the gradients of logits may lose; None for nothing.
-        implementation: ``"triton"``, ``"tiled"``, ``"chunked"``, ``"reference"``, or None for the
-            best one.
-        vocab_parallel: The classes that the weight given to ``forward`` holds.
-
-    Raises:
-        ValueError: An option is out of range.
 
     Example:
         >>> import torch
@@ -257,42 +166,30 @@ class LinearCrossEntropy(nn.Module):
         >>> tokens = torch.randint(100, (2, 5))
         >>> criterion(embedding(tokens), embedding.weight, tokens).shape
         torch.Size([])
-
-    Reference:
-        As :func:`linear_cross_entropy`.
     """
 
-    weight: Tensor | None
+    weight: Tensor | None = buffer(default=None, kw_only=False)
+    reduction: str = "mean"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    z_loss: float = 0.0
+    shift: int = 0
+    gradient_filter: float | None = None
+    implementation: str | None = None
+    vocab_parallel: VocabShard | None = None
 
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        softcap: float | None = None,
-        z_loss: float = 0.0,
-        shift: int = 0,
-        gradient_filter: float | None = None,
-        implementation: str | None = None,
-        vocab_parallel: VocabShard | None = None,
-    ) -> None:
-        super().__init__()
+    def _check(self) -> None:
         _check_options(
-            reduction, ignore_index, label_smoothing, softcap, z_loss, shift, gradient_filter
+            self.reduction,
+            self.ignore_index,
+            self.label_smoothing,
+            self.softcap,
+            self.z_loss,
+            self.shift,
+            self.gradient_filter,
         )
-        _operators.check_name(_NAME, IMPLEMENTATIONS, implementation)
-        self.register_buffer("weight", weight)
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.softcap = softcap
-        self.z_loss = z_loss
-        self.shift = shift
-        self.gradient_filter = gradient_filter
-        self.implementation = implementation
-        self.vocab_parallel = vocab_parallel
+        _implementations.check_name(_NAME, IMPLEMENTATIONS, self.implementation)
 
     def forward(
         self,
@@ -310,33 +207,8 @@ class LinearCrossEntropy(nn.Module):
             target,
             linear_bias=linear_bias,
             weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            softcap=self.softcap,
-            z_loss=self.z_loss,
             token_weight=token_weight,
-            shift=self.shift,
-            gradient_filter=self.gradient_filter,
-            implementation=self.implementation,
-            vocab_parallel=self.vocab_parallel,
-        )
-
-    def extra_repr(self) -> str:
-        """Return the options that are not the defaults of the function."""
-        return ", ".join(
-            f"{name}={value!r}"
-            for name in (
-                "reduction",
-                "ignore_index",
-                "label_smoothing",
-                "softcap",
-                "z_loss",
-                "shift",
-                "gradient_filter",
-                "implementation",
-            )
-            if (value := getattr(self, name)) != _DEFAULTS[name]
+            **self.options(),
         )
 
 
@@ -344,7 +216,8 @@ class LinearCrossEntropy(nn.Module):
 class LinearCrossEntropyLoss(LinearCrossEntropy):
     """A linear head and its :func:`linear_cross_entropy`, in place of torch's layer of this name.
 
-    The ``state_dict`` and the initialization are those of ``torch.nn.LinearCrossEntropyLoss``.
+    The ``state_dict`` and the initialization are those of ``torch.nn.LinearCrossEntropyLoss``, the
+    other options those of the function.
 
     Args:
         in_features: Width ``D`` of the hidden states.
@@ -352,16 +225,6 @@ class LinearCrossEntropyLoss(LinearCrossEntropy):
         bias: Whether the head has a bias.
         device: Device of the head's parameters.
         dtype: Their dtype.
-        reduction: As in the function, like every option below.
-        weight: Class weights, shape ``(V)``; a buffer, absent from the ``state_dict`` when None.
-        ignore_index: Targets of this value do not count.
-        label_smoothing: The part of the target that is spread evenly over the classes.
-        softcap: Bound of the logits.
-        z_loss: Coefficient of the squared log-sum-exp.
-        shift: Position ``t`` predicts ``target[:, t + shift]``.
-        gradient_filter: What the gradients of logits may lose; None for nothing.
-        implementation: ``"triton"``, ``"tiled"``, ``"chunked"``, ``"reference"``, or None for the
-            best one.
 
     Raises:
         ValueError: An option is out of range.
@@ -380,35 +243,23 @@ class LinearCrossEntropyLoss(LinearCrossEntropy):
         As :func:`linear_cross_entropy`.
     """
 
-    def __init__(
+    in_features: InitVar[int] = field(kw_only=False)
+    num_classes: InitVar[int] = field(kw_only=False)
+    bias: InitVar[bool] = False
+    device: InitVar[torch.device | str | None] = None
+    dtype: InitVar[torch.dtype | None] = None
+    weight: Tensor | None = buffer(default=None)
+    vocab_parallel: None = field(default=None, init=False)
+
+    def __post_init__(
         self,
         in_features: int,
         num_classes: int,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        reduction: str = "mean",
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        softcap: float | None = None,
-        z_loss: float = 0.0,
-        shift: int = 0,
-        gradient_filter: float | None = None,
-        implementation: str | None = None,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(
-            weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            z_loss=z_loss,
-            shift=shift,
-            gradient_filter=gradient_filter,
-            implementation=implementation,
-        )
+        super().__post_init__()
         self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
 
     def forward(  # type: ignore[override]
@@ -422,18 +273,6 @@ class LinearCrossEntropyLoss(LinearCrossEntropy):
             linear_bias=self.linear.bias,
             token_weight=token_weight,
         )
-
-
-_DEFAULTS = {
-    "reduction": "mean",
-    "ignore_index": -100,
-    "label_smoothing": 0.0,
-    "softcap": None,
-    "z_loss": 0.0,
-    "shift": 0,
-    "gradient_filter": None,
-    "implementation": None,
-}
 
 
 def _check_options(
@@ -452,19 +291,4 @@ def _check_options(
     if softcap is not None:
         _checks.positive(_NAME, "softcap", softcap)
     _checks.at_least(_NAME, "z_loss", z_loss, 0)
-    _checks.integer(_NAME, "shift", shift)
-    _checks.at_least(_NAME, "shift", shift, 0)
-
-
-def _check_constants(
-    input: Tensor,
-    classes: int,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-) -> None:
-    for name, constant, shape in (
-        ("weight", weight, (classes,)),
-        ("token_weight", token_weight, input.shape[:-1]),
-    ):
-        if constant is not None:
-            _checks.constant(_NAME, name, constant, shape)
+    _checks.count(_NAME, "shift", shift, 0)

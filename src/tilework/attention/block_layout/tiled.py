@@ -1,4 +1,4 @@
-"""Index lists from masks and scores: plain PyTorch, and where kernels take over."""
+"""Index lists from masks and scores in plain PyTorch, on a CPU of some heads at a time."""
 
 from collections.abc import Callable
 
@@ -7,23 +7,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilework import _checks
-from tilework.attention.block_layout import operators
+from tilework.attention.block_layout.common import (
+    Grid,
+    Lists,
+    Positions,
+    TopK,
+    forced_and_live,
+    longest,
+    or_sentinel,
+)
 
 AT_ONCE = 2**21  # blocks on a CPU: the memory for what is made of them is used again
-WAITLESS = 2**24  # entries of columns' lists that need not be as short as can be: 64 MiB
-SPARSE = 32  # columns for an entry of a row, from which a sort of entries is less than a mask
-
-Lists = tuple[Tensor, Tensor]
 
 
-def topk(
-    scores: Tensor, places: Tensor, most: int, forced: Tensor, live: Tensor, width: int
-) -> Lists:
+def topk(given: TopK) -> Lists:
     """The lists of the forced blocks and of the highest scores among the live ones.
 
-    Both have ``places`` of shape ``(B, H, nq)``, at most ``most``, in a row; of equal scores the
-    first are taken.
+    Of equal scores the first are taken.
     """
+    scores, places, most = given.scores, given.places, given.most
+    if places is None:
+        places = scores.new_full((1, 1, 1), most, dtype=torch.int32).expand(scores.shape[:3])
+    rows, columns = scores.shape[2:]
+    lengths = given.queries, columns * given.key_block
+    grid = Grid(rows, columns, (given.query_block, given.key_block), lengths)
+    forced, live = forced_and_live(
+        grid, scores.device, given.num_sinks, given.is_causal, given.force_diagonal
+    )
     taken = forced.sum(-1)
     live = live & ~forced
 
@@ -33,13 +43,13 @@ def topk(
             eligible = (scores > -torch.inf) & live
             rest = (places - taken).clamp(0, most)[..., None]
             ranked = scores.where(eligible, -torch.inf)
-            chosen = forced | highest(ranked, eligible, rest, most)
-        return positions_of(chosen.expand(scores.shape), width)
+            chosen = forced | _highest(ranked, eligible, rest, most)
+        return _positions(Positions(chosen.expand(scores.shape), given.width))
 
     return _by_heads(lists, scores, places)
 
 
-def highest(scores: Tensor, eligible: Tensor, places: Tensor, most: int) -> Tensor:
+def _highest(scores: Tensor, eligible: Tensor, places: Tensor, most: int) -> Tensor:
     """Which elements have the ``places`` highest scores of a row, of equal ones the first.
 
     ``places``, at most ``most``, may differ between rows; what is not eligible scores -inf.
@@ -52,24 +62,20 @@ def highest(scores: Tensor, eligible: Tensor, places: Tensor, most: int) -> Tens
     return eligible & (higher | equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
 
 
-def positions(keep: Tensor, width: int | None) -> Lists:
-    """The number of True in each row, and the positions of the first ``width`` (None: of all)."""
-    if width is None:
-        width = longest(keep.sum(-1, dtype=torch.int32))
-    if operators.take(keep):
-        lists: Lists = operators.positions(keep, width)
-        return lists
-    return _by_heads(lambda keep: positions_of(keep, width), keep)
+def positions(given: Positions) -> Lists:
+    """The number of True in each row, and the positions of the first ones."""
+    return _by_heads(lambda mask: _positions(Positions(mask, given.width)), given.mask)
 
 
-def positions_of(keep: Tensor, width: int) -> Lists:
+def _positions(given: Positions) -> Lists:
     """:func:`positions`, in one go."""
+    mask, width = given
     # The t-th True stands where their running number reaches t.
-    running = keep.cumsum(-1, dtype=torch.int32)
+    running = mask.cumsum(-1, dtype=torch.int32)
     counts = running[..., -1:].sum(-1, dtype=torch.int32)  # without columns, 0
-    wanted = torch.arange(1, width + 1, dtype=torch.int32, device=keep.device)
-    wanted = wanted.expand(*keep.shape[:-1], -1).contiguous()
-    return counts, torch.searchsorted(running, wanted, out_int32=True)
+    wanted = torch.arange(1, width + 1, dtype=torch.int32, device=mask.device)
+    wanted = wanted.expand(*mask.shape[:-1], -1).contiguous()
+    return Lists(counts, torch.searchsorted(running, wanted, out_int32=True))
 
 
 def _by_heads(lists: Callable[..., Lists], *tensors: Tensor) -> Lists:
@@ -81,38 +87,20 @@ def _by_heads(lists: Callable[..., Lists], *tensors: Tensor) -> Lists:
     parts = zip(*(torch.split(x.flatten(0, 1), step) for x in tensors), strict=True)
     joined = map(torch.cat, zip(*(lists(*part) for part in parts), strict=True))
     counts, indices = (x.reshape(*first.shape[:2], *x.shape[1:]) for x in joined)
-    return counts, indices
+    return Lists(counts, indices)
 
 
 def dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     """Lists of rows as a mask."""
-    if operators.take(indices):
-        mask: Tensor = operators.dense(counts, indices, columns, False)
-        return mask
     # One more column takes what is not active.
     mask = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=counts.device)
     padded = or_sentinel(counts, indices, columns).long()
     return mask.scatter_(-1, padded, True)[..., :columns].contiguous()
 
 
-def or_sentinel(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """The lists with the number of columns where nothing may be read."""
-    return indices.where(first(counts, indices.shape[-1]), columns)
-
-
-def count_up_to(bound: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
-    """How many entries of each row, which is in order, are at most ``bound``."""
-    kept = first(counts, indices.shape[-1]) & (indices <= bound)
-    return kept.sum(-1, dtype=torch.int32)
-
-
 def transposed(counts: Tensor, indices: Tensor, columns: int) -> Lists:
     """The lists of the columns."""
-    batch, heads, rows, width = indices.shape
-    blocks = counts.numel() * columns
-    if operators.take(counts) and columns < SPARSE * width and blocks <= operators.MAX_ELEMENTS:
-        mask = operators.dense(counts, indices, columns, True)
-        return positions(mask, rows if blocks <= WAITLESS else None)
+    batch, heads, _, width = indices.shape
     # Entries run through the rows, so that a stable sort by column keeps the rows in order.
     entries = or_sentinel(counts, indices, columns).flatten(2)
     column, entry = entries.sort(dim=-1, stable=True)
@@ -122,14 +110,4 @@ def transposed(counts: Tensor, indices: Tensor, columns: int) -> Lists:
     counts = starts.diff(dim=-1)
     place = starts[..., :-1, None] + torch.arange(longest(counts), device=column.device)
     entry = F.pad(entry, (0, 1)).gather(-1, place.flatten(2).clamp_max(column.shape[-1]))
-    return counts, (entry // max(width, 1)).reshape(place.shape).int()
-
-
-def longest(counts: Tensor) -> int:
-    """The largest count, for which the host waits; 0 of nothing."""
-    return int(counts.max()) if counts.numel() else 0
-
-
-def first(counts: Tensor, width: int) -> Tensor:
-    """Which of ``width`` entries lie within the count of their row."""
-    return torch.arange(width, device=counts.device) < counts[..., None]
+    return Lists(counts, (entry // max(width, 1)).reshape(place.shape).int())

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tilework.losses._classes.linear import tiled
-from tilework.losses.linear_cross_entropy import chunked
+from tilework.losses._classes import early
+from tilework.losses._classes.linear import chunked, tiled
 
 SMALL = 256 * 2**20
+PREFERRED = (
+    "on a CPU, gradients of a sum or mean where a chunk's logits are small beside them, as "
+    "tilework doctor --head tells"
+)
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,17 @@ def costs(input: Tensor, linear_weight: Tensor, gradients: int = 2) -> tuple[Cos
     )
 
 
-def prefers_chunks(input: Tensor, linear_weight: Tensor) -> bool:
-    """Whether chunks are worth their memory."""
+def prefers_chunks(
+    input: Tensor,
+    *,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+    is_sum: bool,
+) -> bool:
+    """Whether chunks can be taken for a loss, sum or mean, and are worth their memory."""
+    if input.device.type != "cpu" or not is_sum:
+        return False
     gradients = (input.numel() + linear_weight.numel()) * input.dtype.itemsize
-    return input.device.type == "cpu" and chunked.extra_bytes(input, linear_weight) <= max(
-        SMALL, gradients // 2
+    return early.is_possible(input, linear_weight, linear_bias) and (
+        chunked.extra_bytes(input, linear_weight) <= max(SMALL, gradients // 2)
     )

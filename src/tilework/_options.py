@@ -1,0 +1,119 @@
+"""The options of a module or a callable, declared once as annotated fields.
+
+A class with the options of a function names them as a dataclass does. Its constructor, the check at
+construction, the call of the function and the repr are made from there::
+
+    class SquentropyLoss(OptionsModule):
+        weight: Tensor | None = buffer(default=None, kw_only=False)
+        ignore_index: int = -100
+        reduction: str = "mean"
+
+        def _check(self) -> None:
+            class_index.check_options("squentropy", **self.options())
+
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            return squentropy(input, target, self.weight, **self.options())
+
+A field is keyword-only unless it says ``kw_only=False``; ``dataclasses.field`` and ``InitVar`` mean
+what they mean there. Type checkers read the same declaration.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Iterable
+from typing import Any, ClassVar, dataclass_transform
+
+from torch import Tensor, nn
+
+
+def buffer(*, default: Any = dataclasses.MISSING, kw_only: bool = True) -> Any:
+    """A field of an :class:`OptionsModule` that becomes a buffer: a tensor, or None for none."""
+    return dataclasses.field(default=default, kw_only=kw_only, metadata={"buffer": True})
+
+
+@dataclass_transform(
+    eq_default=False, kw_only_default=True, field_specifiers=(dataclasses.field, buffer)
+)
+class Options:
+    """Makes the annotated fields of a class its constructor's arguments and its attributes."""
+
+    _shown: ClassVar[tuple[dataclasses.Field[Any], ...]] = ()
+    _passed: ClassVar[tuple[str, ...]] = ()
+    _by_hand: ClassVar[bool] = False
+
+    def __init_subclass__(cls, *, kw_only: bool = True) -> None:
+        """Make the constructor; one that is written by hand is kept, and inherited."""
+        super().__init_subclass__()
+        cls._by_hand = cls._by_hand or "__init__" in vars(cls)
+        if cls._by_hand:
+            return
+        dataclasses.dataclass(eq=False, repr=False, match_args=False, kw_only=kw_only)(cls)
+        arguments = cls.__init__.__annotations__
+        for name, annotation in arguments.items():
+            if isinstance(annotation, dataclasses.InitVar):
+                arguments[name] = annotation.type
+        for name in inspect.get_annotations(cls).keys() & arguments.keys() & vars(cls).keys():
+            delattr(cls, name)  # a default here would hide a buffer or a submodule
+        cls._shown = tuple(
+            field
+            for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+            if "buffer" not in field.metadata
+            and (field.init or field.default is not dataclasses.MISSING)  # else a state, made later
+        )
+        cls._passed = tuple(field.name for field in cls._shown if field.kw_only)
+
+    def __post_init__(self) -> None:
+        """Check the options, once they are set."""
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse options that the function would refuse."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword options of the function as they are now."""
+        return {name: getattr(self, name) for name in self._passed}
+
+    def extra_repr(self) -> str:
+        """Return the options that are not their defaults."""
+        return ", ".join(self._changed(self._shown))
+
+    def _changed(self, declared: Iterable[dataclasses.Field[Any]]) -> list[str]:
+        values = [(field, getattr(self, field.name)) for field in declared]
+        return [
+            f"{field.name}={value!r}"
+            for field, value in values
+            if not isinstance(value, nn.Module)  # which shows them itself
+            and (isinstance(value, Tensor) or value != field.default)
+        ]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class OptionsModule(Options, nn.Module):
+    """The options of a module, some of which may be buffers."""
+
+    __repr__ = nn.Module.__repr__
+
+    def __init_subclass__(cls, *, kw_only: bool = True) -> None:
+        """Let the module exist before its fields are set."""
+        super().__init_subclass__(kw_only=kw_only)
+        if cls._by_hand:
+            return
+        set_fields = cls.__init__
+
+        @functools.wraps(set_fields)
+        def __init__(self: OptionsModule, *args: Any, **kwargs: Any) -> None:
+            nn.Module.__init__(self)
+            set_fields(self, *args, **kwargs)
+
+        cls.__init__ = __init__  # type: ignore[assignment, method-assign]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if "buffer" in field.metadata:
+                value = getattr(self, field.name)
+                delattr(self, field.name)  # may have become a parameter
+                self.register_buffer(field.name, value)

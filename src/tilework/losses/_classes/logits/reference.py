@@ -1,0 +1,44 @@
+"""The statistics of logits by their definition."""
+
+import torch
+from torch import Tensor
+
+from tilework._operators import computation_dtype
+from tilework.losses._classes.logits.common import LogitStats
+from tilework.losses._classes.statistics import Statistics, empty, masked
+
+
+def forward(given: LogitStats) -> Statistics:
+    """See :class:`Statistics`. The class weights are those of ``class_gap``."""
+    kept = given.target != given.ignore_index
+    logits = given.input.to(computation_dtype(given.input.dtype)).where(kept.unsqueeze(1), 0)
+    classes = logits.shape[1]
+    shift = logits.detach().amax(1)
+    gap = shift.unsqueeze(1) - logits
+    exponentials = gap.neg().exp()
+    total = exponentials.sum(1)
+    inside = (given.target >= 0) & (given.target < classes)
+    column = given.target.where(inside, 0).unsqueeze(1)
+    target_gap = (shift - logits.gather(1, column).squeeze(1)).where(inside, torch.nan)
+    statistics = empty(given.input, given.target, given.squares, given.moments)
+    class_gap = torch.zeros_like(shift)
+    if given.class_weight is not None:
+        class_gap = (gap * _of_classes(given.class_weight, logits)).sum(1)
+    statistics = statistics._replace(
+        shift=shift, total=total, target_gap=target_gap, class_gap=class_gap
+    )
+    if given.squares:
+        order = _of_classes(torch.arange(classes, device=logits.device), logits)
+        others = logits.where(order != given.target.unsqueeze(1), 0)
+        statistics = statistics._replace(squares=others.square().sum(1))
+    if given.moments:
+        # Classes of a logit of -inf have no part in it.
+        moment = (exponentials * gap.where(gap != torch.inf, 0)).sum(1)
+        top, argmax = logits.detach().max(1)
+        statistics = statistics._replace(moment=moment, top=top, argmax=argmax)
+    return masked(statistics, kept)
+
+
+def _of_classes(values: Tensor, logits: Tensor) -> Tensor:
+    """A vector over classes in the dimension of the classes."""
+    return values.reshape(-1, *[1] * (logits.dim() - 2))
