@@ -168,7 +168,7 @@ def test_every_table(name: str) -> None:
         ("tilework.norms.RMSNorm", "norms.rms_norm"),
         ("tilework.norms.PartialRMSNorm", "norms.partial_rms_norm"),
         ("tilework.norms.LayerNorm", "norms.layer_norm"),
-        ("tilework.losses.squentropy", None),
+        ("tilework.losses.emo_loss", None),
         ("tilework.attention.SeerGate", None),
     ],
 )

@@ -13,8 +13,8 @@ ROOMS = {"__init__", "operators", "common"}
 
 # Where the implementations of a table live, by one of its names.
 HOMES = {
-    "losses.linear_cross_entropy": ("losses/linear_cross_entropy", "losses/_classes/linear"),
-    "losses.linear_log_probs": ("losses/_classes/linear",),
+    "losses.linear_cross_entropy": ("losses/_classes/linear",),
+    "losses.cross_entropy_with_z_loss": ("losses/_classes/logits",),
     "losses.linear_kl_div": ("losses/linear_kl_div",),
     "norms.rms_norm": ("norms/_row_norm",),
     "norms.partial_rms_norm": ("norms/_row_norm",),
@@ -24,11 +24,9 @@ HOMES = {
     "attention.block_sparse_attention": ("attention/block_sparse",),
     "attention.block_sparse_decode": ("attention/block_sparse_decode",),
 }
-# What a table names without a file: a way to say "the first of the others that takes the call".
-ALIASES = {("losses.linear_log_probs", "chunked")}
 # What belongs to no implementation, and would make the contract or the operators too long.
 MORE = {
-    "losses/linear_cross_entropy": {"schedule"},
+    "losses/_classes/linear": {"schedule"},
     "losses/linear_kl_div": {"sharding"},
     "norms/_row_norm": {"sharding"},
     "attention/block_layout": {"checks", "flex", "patterns", "plot", "sets"},
@@ -56,9 +54,8 @@ def test_every_folder_with_a_reference_is_a_home() -> None:
 @pytest.mark.parametrize("table", HOMES)
 def test_an_implementation_lives_in_a_file_of_its_name(table: str) -> None:
     for entry in TABLES[table]:
-        if (table, entry.name) not in ALIASES:
-            homes = [folder for folder in HOMES[table] if entry.name in rooms(folder)]
-            assert len(homes) == 1, f"{entry.name}: {homes}"
+        homes = [folder for folder in HOMES[table] if entry.name in rooms(folder)]
+        assert len(homes) == 1, f"{entry.name}: {homes}"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

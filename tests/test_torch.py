@@ -1,10 +1,69 @@
 """The private names of PyTorch that the library uses still mean what they did."""
 
+from typing import Any
+
+import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from tilework import _torch
+
+
+@pytest.mark.untyped
+def test_constant_when_traced() -> None:
+    calls = []
+
+    @_torch.constant_when_traced
+    def note() -> None:
+        calls.append(torch.compiler.is_compiling())
+
+    def function(input: torch.Tensor) -> torch.Tensor:
+        note()
+        return input + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+    assert calls
+
+
+@pytest.mark.untyped
+def test_autograd_inside_of_an_operator() -> None:
+    with torch.library._scoped_library("tilework_test", "DEF") as library:
+        library.define("slope(Tensor input) -> Tensor")
+
+        def slope(input: torch.Tensor) -> torch.Tensor:
+            with _torch.autograd_enabled():
+                leaf = input.detach().requires_grad_()
+                return torch.autograd.grad((leaf**3).sum(), leaf)[0]
+
+        library.impl("slope", slope, "CompositeExplicitAutograd")
+        for input in (torch.ones(3), torch.ones(3, requires_grad=True)):
+            with torch.no_grad():
+                result = torch.ops.tilework_test.slope(input)
+                assert not torch.is_grad_enabled()
+            assert torch.equal(result, torch.full((3,), 3.0))
+    double = 2 * torch.ones(2, requires_grad=True)
+    assert double.requires_grad
+
+
+def test_keeps_graph() -> None:
+    seen = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, input: torch.Tensor) -> torch.Tensor:
+            return input.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            seen.append(_torch.keeps_graph())
+            return grad
+
+    result = Watch.apply(torch.ones(2, requires_grad=True)).sum()  # type: ignore[no-untyped-call]
+    result.backward(retain_graph=True)
+    result.backward()
+    assert seen == [True, False]
 
 
 def test_transforms() -> None:

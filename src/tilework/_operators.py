@@ -87,7 +87,7 @@ def _schema(types: Mapping[str, Any]) -> str:
 _shardings: list[tuple[Any, Callable[..., Any]]] = []
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_torch.constant_when_traced
 def _register_shardings() -> None:
     """Tell distributed tensors about the operators, once there may be such tensors."""
     if _shardings and "torch.distributed.tensor" in sys.modules:
@@ -190,10 +190,10 @@ def of_rooms(rooms: str, function: str) -> Callable[..., Any]:
     """A function of the module that ``implementation`` names, imported on its first use."""
 
     @functools.cache
-    def find(implementation: str) -> Any:
-        return getattr(importlib.import_module(f"{rooms}.{implementation}"), function)
+    def room(implementation: str) -> Any:
+        return importlib.import_module(f"{rooms}.{implementation}")
 
-    return lambda given, *args: find(given.implementation)(given, *args)
+    return lambda given, *args: getattr(room(given.implementation), function)(given, *args)
 
 
 def or_reference(

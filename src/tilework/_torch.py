@@ -1,11 +1,20 @@
 """The private names of PyTorch that the library leans on; ``tests/test_torch.py`` checks each."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+
+def constant_when_traced(function: Callable[[], None]) -> Callable[[], None]:
+    """Have ``torch.compile`` call a function, not trace it.
+
+    As ``torch.compiler.assume_constant_result``, which takes seconds to import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def transforms_are_active() -> bool:

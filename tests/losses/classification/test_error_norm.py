@@ -343,18 +343,21 @@ def test_linear_form_ranks_confident_positions_last() -> None:
 
 def test_linear_form_passes_the_implementation_on(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("tilework.losses.classification.error_norm")
-    passed = []
-    monkeypatch.setattr(
-        module,
-        "linear_cross_entropy",
-        lambda input, *_, **options: passed.append(options) or input.sum(),
-    )
+    chosen = []
+
+    def record(*args: Any, **options: Any) -> Any:
+        positions = of_head(*args, **options)
+        chosen.append(positions.implementation)
+        return positions
+
+    of_head = module.of_head
+    monkeypatch.setattr(module, "of_head", record)
     for implementation in (None, "tiled", "reference"):
         problem = Problem.random()
         linear_error_norm_truncation_loss(
             problem.input, problem.linear_weight, problem.target, implementation=implementation
         )
-    assert [options["implementation"] for options in passed] == [None, "tiled", "reference"]
+    assert chosen == ["chunked", "tiled", "reference"]
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_name)

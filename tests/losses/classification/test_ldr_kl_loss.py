@@ -149,7 +149,7 @@ def table() -> list[Loss]:
                 ("alpha must be a finite number above 1", ValueError, {"alpha": 1.0}),
                 ("alpha must be a finite number above 1", ValueError, {"alpha": math.inf}),
                 ("alpha must be a number", TypeError, {"alpha": "2"}),
-                ("num_steps must be a finite number of at least 0", ValueError, {"num_steps": -1}),
+                ("num_steps must be an int of at least 0, got -1", ValueError, {"num_steps": -1}),
                 ("num_steps must be an int", TypeError, {"num_steps": 1.0}),
             ),
         ),

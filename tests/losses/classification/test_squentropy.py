@@ -119,15 +119,3 @@ def test_linear_form_of_one_class() -> None:
     target = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match="linear_squentropy: linear_weight must be of at least 2"):
         linear_squentropy(torch.zeros(2, 3), torch.zeros(1, 3), target)
-
-
-@pytest.mark.untyped
-@pytest.mark.parametrize("bias", [False, True])
-def test_operators(bias: bool) -> None:
-    problem = Problem.random(tokens=9, classes=30, bias=bias)
-    tensors = problem.input, problem.linear_weight, problem.target, problem.linear_bias
-    torch.library.opcheck(torch.ops.tilework.linear_wrong_squares.default, (*tensors, -100))
-    torch.library.opcheck(
-        torch.ops.tilework.linear_wrong_squares_backward.default,
-        (torch.randn(9), *tensors, -100, [True, True, bias]),
-    )

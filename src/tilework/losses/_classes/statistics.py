@@ -50,17 +50,21 @@ class Statistics(NamedTuple):
 
 
 CONSTANT = ("shift", "top", "argmax")
-_OPTIONAL = {"squares": "squares", "moment": "moments", "top": "moments", "argmax": "moments"}
+_OF_MOMENTS = ("moment", "top", "argmax")
+
+
+def is_wanted(name: str, squares: bool, moments: bool) -> bool:
+    """Whether a statistic was asked for."""
+    return moments if name in _OF_MOMENTS else squares if name == "squares" else True
 
 
 def empty(input: Tensor, target: Tensor, squares: bool, moments: bool) -> Statistics:
     """Room for the statistics of logits made of such an input."""
-    wanted = {"squares": squares, "moments": moments, None: True}
     dtype = computation_dtype(input.dtype)
     return Statistics(
         **{
-            name: (target if name == "argmax" else input).new_empty(
-                target.shape if wanted[_OPTIONAL.get(name)] else 0,
+            name: input.new_empty(
+                target.shape if is_wanted(name, squares, moments) else 0,
                 dtype=target.dtype if name == "argmax" else dtype,
             )
             for name in Statistics._fields

@@ -8,8 +8,7 @@ from tilework import _checks
 from tilework._implementations import TABLES
 from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
-from tilework.losses._classes import class_index
-from tilework.losses._classes.linear import IMPLEMENTATIONS
+from tilework.losses._classes import class_index, linear, logits
 from tilework.losses._classes.positions import of_head, of_logits
 from tilework.losses._classes.sharding import VocabShard
 from tilework.losses._classes.statistics import Rows, Statistics, formula
@@ -24,7 +23,7 @@ __all__ = [
 _NAME = "comp_sum_loss"
 _ADVERSARIAL = "smooth_adversarial_comp_sum_loss"
 _LINEAR = "linear_comp_sum_loss"
-TABLES[f"losses.{_LINEAR}"] = IMPLEMENTATIONS
+TABLES |= {f"losses.{_NAME}": logits.IMPLEMENTATIONS, f"losses.{_LINEAR}": linear.IMPLEMENTATIONS}
 _PAPER = implements(
     "Cross-Entropy Loss Functions: Theoretical Analysis and Applications",
     year=2023,

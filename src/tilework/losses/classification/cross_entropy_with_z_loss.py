@@ -5,9 +5,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework import _checks
+from tilework._implementations import TABLES
 from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
-from tilework.losses._classes import class_index
+from tilework.losses._classes import class_index, logits
 from tilework.losses._classes.class_index import Positions
 from tilework.losses._classes.cross_entropy import cross_entropy
 from tilework.losses._classes.positions import of_logits
@@ -15,6 +16,7 @@ from tilework.losses._classes.positions import of_logits
 __all__ = ["CrossEntropyWithZLoss", "cross_entropy_with_z_loss"]
 
 _NAME = "cross_entropy_with_z_loss"
+TABLES[f"losses.{_NAME}"] = logits.IMPLEMENTATIONS
 _PAPER = implements(
     "Small-scale proxies for large-scale Transformer training instabilities",
     year=2023,

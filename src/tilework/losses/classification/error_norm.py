@@ -11,9 +11,8 @@ from tilework import _checks
 from tilework._implementations import TABLES
 from tilework._options import OptionsModule
 from tilework.catalog import implements
-from tilework.losses._classes import blocks, class_index
+from tilework.losses._classes import blocks, class_index, linear, logits
 from tilework.losses._classes.cross_entropy import cross_entropy
-from tilework.losses._classes.linear import IMPLEMENTATIONS
 from tilework.losses._classes.positions import OfHead, OfLogits, Positions, of_head, of_logits
 from tilework.losses._classes.sharding import VocabShard
 
@@ -27,7 +26,7 @@ __all__ = [
 _NORM = "error_norm"
 _NAME = "error_norm_truncation_loss"
 _LINEAR = "linear_error_norm_truncation_loss"
-TABLES[f"losses.{_LINEAR}"] = IMPLEMENTATIONS
+TABLES |= {f"losses.{_NAME}": logits.IMPLEMENTATIONS, f"losses.{_LINEAR}": linear.IMPLEMENTATIONS}
 _PAPER = implements(
     "Error Norm Truncation: Robust Training in the Presence of Data Noise for Text Generation "
     "Models",

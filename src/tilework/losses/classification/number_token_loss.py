@@ -8,10 +8,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tilework import _checks
+from tilework._implementations import TABLES
 from tilework._operators import computation_dtype
 from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
-from tilework.losses._classes import class_index
+from tilework.losses._classes import class_index, logits
 from tilework.losses._classes.cross_entropy import cross_entropy
 from tilework.losses._classes.positions import of_logits
 
@@ -22,6 +23,7 @@ __all__ = [
     "number_token_loss",
 ]
 
+TABLES["losses.number_token_cross_entropy"] = logits.IMPLEMENTATIONS
 _KINDS = ("wasserstein", "mse")
 _PAPER = implements(
     "Regress, Don't Guess: A Regression-like Loss on Number Tokens for Language Models",

@@ -6,8 +6,7 @@ from torch import Tensor
 from tilework._implementations import TABLES
 from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
-from tilework.losses._classes import class_index
-from tilework.losses._classes.linear import IMPLEMENTATIONS
+from tilework.losses._classes import class_index, linear, logits
 from tilework.losses._classes.positions import of_head, of_logits
 from tilework.losses._classes.sharding import VocabShard
 from tilework.losses._classes.statistics import Rows, Statistics, formula
@@ -16,7 +15,7 @@ __all__ = ["SquentropyLoss", "linear_squentropy", "squentropy"]
 
 _NAME = "squentropy"
 _LINEAR = "linear_squentropy"
-TABLES[f"losses.{_LINEAR}"] = IMPLEMENTATIONS
+TABLES |= {f"losses.{_NAME}": logits.IMPLEMENTATIONS, f"losses.{_LINEAR}": linear.IMPLEMENTATIONS}
 _PAPER = implements("Cut your Losses with Squentropy", year=2023, arxiv="2302.03952")
 
 

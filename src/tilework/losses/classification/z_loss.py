@@ -7,8 +7,7 @@ from tilework import _checks
 from tilework._implementations import TABLES
 from tilework._options import OptionsModule
 from tilework.catalog import implements
-from tilework.losses._classes import class_index
-from tilework.losses._classes.linear import IMPLEMENTATIONS
+from tilework.losses._classes import class_index, linear, logits
 from tilework.losses._classes.positions import of_head, of_logits
 from tilework.losses._classes.sharding import VocabShard
 from tilework.losses._classes.statistics import Rows, Statistics, formula
@@ -17,7 +16,7 @@ __all__ = ["ZLoss", "linear_z_loss", "z_loss"]
 
 _NAME = "z_loss"
 _LINEAR = "linear_z_loss"
-TABLES[f"losses.{_LINEAR}"] = IMPLEMENTATIONS
+TABLES |= {f"losses.{_NAME}": logits.IMPLEMENTATIONS, f"losses.{_LINEAR}": linear.IMPLEMENTATIONS}
 _PAPER = implements(
     "Small-scale proxies for large-scale Transformer training instabilities",
     year=2023,

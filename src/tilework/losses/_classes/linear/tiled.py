@@ -10,7 +10,7 @@ from tilework._operators import Gradients, Needed, computation_dtype
 from tilework.losses._classes import tiles
 from tilework.losses._classes.kept import note
 from tilework.losses._classes.linear.common import LinearStats
-from tilework.losses._classes.statistics import Statistics, empty, masked
+from tilework.losses._classes.statistics import Statistics, empty, is_wanted, masked
 from tilework.losses._classes.tiles import (
     NEGLIGIBLE,
     Head,
@@ -77,8 +77,12 @@ def forward(given: LinearStats) -> Statistics:
             total.mul_(decay).add_(logits.sum(1))
             shift.copy_(new_shift)
         torch.sub(shift, target_logit, out=some.target_gap)
-    results = Statistics(*(spread(values, rows, len(ignored), dim=0) for values in results))
-    return masked(results, ~ignored)
+    wanted = {
+        name: spread(values, rows, len(ignored), dim=0)
+        for name, values in results._asdict().items()
+        if is_wanted(name, given.squares, given.moments)
+    }
+    return masked(results._replace(**wanted), ~ignored)
 
 
 def _others(logits: Tensor, column: Tensor, inside: Tensor, here: Tensor) -> Tensor:
