@@ -409,11 +409,13 @@ class _Operator(Generic[Given, Results]):
 
     def __call__(self, given: Given) -> Results:
         found = self.apply(given)
-        named: Results = self.results(found) if self.count == 1 else self.results(*found)
+        if type(found) is not self.results:
+            found = self.results(found) if self.count == 1 else self.results(*found)
+        named: Results = found
         return named
 
     def apply(self, given: Given) -> Any:
-        """Call what the surroundings ask for."""
+        """Call what the surroundings ask for; the results may be without their names."""
         if torch.compiler.is_compiling():
             _register_shardings()
             return self.operator(*given)
@@ -433,7 +435,7 @@ class _Operator(Generic[Given, Results]):
                 needs_grad |= value.requires_grad
         if needs_grad and torch.is_grad_enabled():
             return self.eager.apply(*given)
-        return self.plain(self.kernel(given))
+        return self.kernel(given)
 
     def plain(self, results: Results) -> Any:
         """Results as PyTorch wants them."""
@@ -484,118 +486,8 @@ class _Operator(Generic[Given, Results]):
                 arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
                 for arg, dim in zip(args, in_dims, strict=True)
             ]
-            found.append(self.apply(self.arguments(*element)))
+            found.append(self(self.arguments(*element)))
         if not found:
             raise ValueError(f"tilework::{self.name}: vmap over an empty dimension")
-        if self.count == 1:
-            return torch.stack(found), 0
-        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * self.count
-
-
-def second_derivative(
-    function: Callable[..., tuple[Tensor, ...]],
-    upstream: Sequence[Tensor],
-    leaves: Sequence[Tensor],
-    needed: Sequence[bool],
-    grads: Sequence[Tensor],
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Gradients of ``upstream`` and of the leaves, through a function's first derivative.
-
-    That derivative takes ``upstream`` back to the leaves of ``function``; ``grads`` belong to those
-    of its results that are ``needed``.
-    """
-    count = len(upstream)
-
-    def first_derivative(*arguments: Tensor) -> tuple[Tensor, ...]:
-        pull = torch.func.vjp(function, *arguments[count:])[1]
-        results = pull(arguments[:count])
-        return tuple(result for result, need in zip(results, needed, strict=True) if need)
-
-    results = torch.func.vjp(first_derivative, *upstream, *leaves)[1](tuple(grads))
-    return results[:count], results[count:]
-
-
-def define_by_position(
-    schema: str,
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    *,
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-    sharding: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
-    """Register ``tilework::<schema>`` and return the callable that differentiates and batches.
-
-    ``setup_context`` and ``backward`` are those of :class:`torch.autograd.Function`. Batched calls
-    run the kernel once per element of the batch. ``sharding`` is the operator's rule for
-    ``torch.distributed.tensor.experimental.register_sharding``.
-    """
-    name = schema.partition("(")[0]
-    _library.define(schema)
-
-    kernel = without_autocast(kernel)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    operator = getattr(torch.ops.tilework, name).default
-    if sharding is not None:
-        _shardings.append((operator, sharding))
-
-    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        results = []
-        for index in range(info.batch_size):
-            element = [
-                arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
-                for arg, dim in zip(args, in_dims, strict=True)
-            ]
-            results.append(apply(*element))
-        if not results:
-            raise ValueError(f"tilework::{name}: vmap over an empty dimension")
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
-
-    transformable: Any = type(
-        name,
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(operator),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
-            "vmap": staticmethod(vmap),
-        },
-    )
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = kernel(*args)
-        setup_context(ctx, args, output)
-        return output
-
-    # Without a setup_context of its own, as PyTorch inspects the signature at each call of those.
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    eager: Any = type(name, (torch.autograd.Function,), members)
-
-    def apply(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            _register_shardings()
-            return operator(*args)
-        # Autograd formulas of operators do not compose with torch.func, those of functions do.
-        if _torch.transforms_are_active():
-            return transformable.apply(*args)
-        if _torch.modes_are_active():
-            return operator(*args)
-        # Nobody looks at this call, so that the dispatcher can be spared: it takes as long as the
-        # launch of a small kernel.
-        needs_grad = False
-        for arg in args:
-            if isinstance(arg, Tensor):
-                if type(arg) not in (Tensor, torch.nn.Parameter):
-                    _register_shardings()
-                    return operator(*args)
-                needs_grad |= arg.requires_grad
-        return eager.apply(*args) if needs_grad and torch.is_grad_enabled() else kernel(*args)
-
-    torch.library.register_fake(f"tilework::{name}", fake, lib=_library)
-    torch.library.register_autograd(
-        f"tilework::{name}", backward, setup_context=setup_context, lib=_library
-    )
-    torch.library.register_vmap(f"tilework::{name}", vmap, lib=_library)
-    return apply
+        stacked = self.results(*map(torch.stack, zip(*found, strict=True)))
+        return self.plain(stacked), 0 if self.count == 1 else (0,) * self.count

@@ -65,7 +65,7 @@ class Tuned(Generic[E]):
             key: {_ANY_SIZE: entries} if isinstance(entries, tuple) else entries
             for key, entries in table.items()
         }
-        self._chosen: dict[Place, E] = {}
+        self._chosen: dict[tuple[str, torch.dtype | None, int], E] = {}
         self._override: E | None = None
         self._asked: list[Place] | None = None
 
@@ -75,11 +75,11 @@ class Tuned(Generic[E]):
 
     def choose(self, arch: str, dtype: torch.dtype | None = None, size: int = 0) -> E:
         """The entry for an architecture, a dtype and a size."""
-        place = Place(arch, dtype, size)
         if self._asked is not None:
-            self._asked.append(place)
+            self._asked.append(Place(arch, dtype, size))
         if self._override is not None:
             return self._override
+        place = arch, dtype, size
         if place not in self._chosen:
             entries = self._entries(arch, dtype).items()
             self._chosen[place] = next(entry for most, entry in entries if size <= most)
