@@ -11,7 +11,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -20,8 +20,12 @@ from tilework import _torch
 
 _library: Any = torch.library.Library("tilework", "DEF")  # type: ignore[no-untyped-call]
 
-Given = TypeVar("Given", bound=NamedTuple)
-Results = TypeVar("Results", bound=NamedTuple)
+if TYPE_CHECKING:
+    Given = TypeVar("Given", bound=NamedTuple)
+    Results = TypeVar("Results", bound=NamedTuple)
+else:  # where it is a function
+    Given = TypeVar("Given", bound=tuple)
+    Results = TypeVar("Results", bound=tuple)
 Gradients = Mapping[str, Tensor | None]
 """By the names of the arguments; those that are not needed may be missing."""
 Needed = frozenset[str]
@@ -61,6 +65,7 @@ def without_autocast(function: Callable[..., T]) -> Callable[..., T]:
 
 
 _TENSORS = (Tensor, Tensor | None)
+_PLAIN = (Tensor, torch.nn.Parameter)
 _SCHEMA: dict[Any, str] = {
     Tensor: "Tensor",
     bool: "bool",
@@ -163,7 +168,7 @@ def define_pair(
     gradients = _Gradients(
         arguments, results, reference, differentiable, saved, constant, empty_gradient
     )
-    of_implementation = of_rooms(rooms, backward)
+    of_implementation = without_autocast(of_rooms(rooms, backward))
     derivative = define(
         f"{name}_backward",
         gradients.arguments,
@@ -179,7 +184,7 @@ def define_pair(
         results,
         of_rooms(rooms, forward),
         fake,
-        derivative=lambda *args: gradients.derivative(derivative, *args),
+        derivative=lambda *args: gradients.derivative(derivative, of_implementation, *args),
         saved=saved,
         constant=constant,
     )
@@ -208,6 +213,16 @@ def or_reference(
         return operator(given)
 
     return call
+
+
+def _is_watched(values: Iterable[Any]) -> bool:
+    """Whether a compiler, a transform, a mode or a kind of tensor has to see a call."""
+    return (
+        torch.compiler.is_compiling()
+        or _torch.transforms_are_active()
+        or _torch.modes_are_active()
+        or any(isinstance(one, Tensor) and type(one) not in _PLAIN for one in values)
+    )
 
 
 class _Gradients(Generic[Given, Results]):
@@ -284,19 +299,22 @@ class _Gradients(Generic[Given, Results]):
 
     def derivative(
         self,
-        backward: Callable[[Any], Any],
+        operator: Callable[[Any], Any],
+        backward: Callable[..., Gradients],
         given: Given,
         results: Results,
         grads: Results,
         needed: Needed,
     ) -> Gradients:
-        """The gradients of the other operator, by this one."""
+        """The gradients of the other operator, by this one where somebody looks at the call."""
+        if not torch.is_grad_enabled() and not _is_watched((*given, *results, *grads)):
+            return backward(given, results, grads, needed)
         values = given._asdict() | {
             name: value for name, value in results._asdict().items() if value is not None
         }
         values |= {f"grad_{name}": value for name, value in grads._asdict().items()}
         values["needed"] = [name in needed for name in self.differentiable]
-        found = backward(self.arguments(*(values[name] for name in self.arguments._fields)))
+        found = operator(self.arguments(*(values[name] for name in self.arguments._fields)))
         return {name: getattr(found, name) for name in self.differentiable if name in needed}
 
     def second_derivative(self, given: Any, _: Any, grads: Any, needed: Needed) -> Gradients:
@@ -429,7 +447,7 @@ class _Operator(Generic[Given, Results]):
         needs_grad = False
         for value in self.tensors(given):
             if value is not None:
-                if type(value) not in (Tensor, torch.nn.Parameter):
+                if type(value) not in _PLAIN:
                     _register_shardings()
                     return self.operator(*given)
                 needs_grad |= value.requires_grad

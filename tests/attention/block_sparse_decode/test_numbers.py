@@ -568,7 +568,7 @@ def test_splits_are_those_of_the_list_by_triton(monkeypatch: pytest.MonkeyPatch)
     one.solve_paged("triton", 32)
     one.kv_indices = one.kv_num_blocks = None
     one.solve("triton")
-    tile = triton.choose_tile("interpreter", torch.float32, 16)[1]
+    tile = triton.ONE.choose("interpreter", torch.float32, 16).keys
     assert seen == [(6, 96 // tile), (6, 96 // tile), (6, 320 // tile)]
 
 

@@ -5,36 +5,36 @@ from functools import partial
 import torch
 
 from tilework.losses._classes.linear import triton
+from tilework.losses._classes.linear.common import LinearStats
+from tilework.losses._classes.statistics import Statistics
+
+HEAD = frozenset({"input", "linear_weight", "linear_bias"})
 
 
 def _call(dtype: torch.dtype, every_option: bool) -> None:
     tokens, features, classes = 256, 512, 4096
-    hidden = torch.randn(tokens, features).to(dtype)
-    weight = torch.randn(classes, features).to(dtype)
-    arguments = (
-        hidden,
-        weight,
+    given = LinearStats(
+        torch.randn(tokens, features).to(dtype),
+        torch.randn(classes, features).to(dtype),
         torch.randint(classes, (tokens,)),
         torch.randn(classes).to(dtype) if every_option else None,
         torch.rand(classes) if every_option else None,
+        softcap=30.0 if every_option else None,
+        temperature=0.7 if every_option else 1.0,
+        ignore_index=-100,
+        squares=every_option,
+        moments=every_option,
+        gradient_filter=None,
+        implementation="triton",
     )
-    softcap = 30.0 if every_option else None
-    options = (softcap, 0.7 if every_option else 1.0, -100)
-    triton.forward(*arguments, *options, every_option, None)
-    vectors = list(torch.randn(6, tokens))
-    upstream = [*vectors[:3], vectors[3] if every_option else None]
+    results = triton.forward(given)
+    vectors = torch.randn(len(Statistics._fields), tokens)
+    grads = Statistics(*vectors)
+    if not every_option:
+        grads = grads._replace(class_gap=None, squares=None, moment=None)
+    needed = HEAD if every_option else HEAD - {"linear_bias"}
     for gradient_filter in (None, 1e-3):
-        needed = [True, True, every_option]
-        triton.backward(*upstream, *arguments, *vectors[4:], *options, gradient_filter, needed)
-    triton.logit_gradient_(
-        torch.randn(tokens, classes).to(dtype),
-        *arguments[2:],
-        vectors[0],
-        *(vectors[1:3] if every_option else (None, None)),
-        softcap,
-        -100,
-        torch.zeros(classes) if every_option else None,
-    )
+        triton.backward(given._replace(gradient_filter=gradient_filter), results, grads, needed)
 
 
 LAUNCHES = []

@@ -156,21 +156,35 @@ def test_functional_transforms_compile() -> None:
     torch.testing.assert_close(compiled(*FIRST), gradient(*FIRST))
 
 
-@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("implementation", ["tiled", "triton"])
-def test_operators(implementation: str, moments: bool) -> None:
+def test_operators(implementation: str, every: bool) -> None:
     problem = Problem.random(tokens=5, features=4, classes=30, bias=True)
-    arguments = (*problem.leaves[:2], problem.target, problem.linear_bias, torch.rand(30))
-    options = (3.0, 0.7, -100)
+    input, weight, bias = problem.leaves
+    head = {"input": input, "linear_weight": weight, "linear_bias": bias}
+    tensors = head | {"target": problem.target, "class_weight": torch.rand(30)}
+    options = {
+        "softcap": 3.0,
+        "temperature": 0.7,
+        "ignore_index": -100,
+        "squares": every,
+        "moments": every,
+        "implementation": implementation,
+    }
     torch.library.opcheck(
-        torch.ops.tilework.linear_logit_stats, (*arguments, *options, moments, None, implementation)
+        torch.ops.tilework.linear_logit_stats.default,
+        (),
+        tensors | options | {"gradient_filter": None},
     )
-    vectors = [torch.randn(5) for _ in range(6)]
-    upstream = [*vectors[:3], vectors[3] if moments else None]
+    names = ["total", "target_gap", "class_gap"] + (["squares", "moment"] if every else [])
+    optional = dict.fromkeys(("grad_squares", "grad_moment"))
+    upstream = optional | {f"grad_{name}": torch.randn(5) for name in names}
+    known = {"shift": torch.randn(5), "total": torch.randn(5), "gradient_filter": 0.1}
     for needed in ([True, True, True], [False, True, False]):
         torch.library.opcheck(
-            torch.ops.tilework.linear_logit_stats_backward,
-            (*upstream, *arguments, *vectors[4:], *options, 0.1, needed, implementation),
+            torch.ops.tilework.linear_logit_stats_backward.default,
+            (),
+            tensors | options | known | upstream | {"needed": needed},
         )
 
 
@@ -182,11 +196,22 @@ def test_operator_of_chunks() -> None:
             for leaf, need in zip(problem.leaves, needed, strict=True)
         )
         torch.library.opcheck(
-            torch.ops.tilework.linear_summed_loss,
-            (
-                *(input, weight, problem.target, bias, torch.rand(30)),
-                *(*torch.rand(3, 5), 3.0, -100, needed),
-            ),
+            torch.ops.tilework.linear_summed_loss.default,
+            (),
+            {
+                "input": input,
+                "linear_weight": weight,
+                "target": problem.target,
+                "linear_bias": bias,
+                "class_weight": torch.rand(30),
+                "weight": torch.rand(5),
+                "target_weight": torch.rand(5),
+                "formula": "cross_entropy",
+                "numbers": [0.1, 0.01],
+                "softcap": 3.0,
+                "ignore_index": -100,
+                "needed": needed,
+            },
         )
 
 

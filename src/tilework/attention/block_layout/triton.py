@@ -1,4 +1,8 @@
-"""Lists of blocks on the GPU: kernels and launchers. There are no locks and no atomics."""
+"""Lists of blocks on the GPU: kernels and launchers. There are no locks and no atomics.
+
+``sizes`` are heads (to mark a mask, lines: the rows of all heads), rows, columns and the width of
+lists.
+"""
 
 import torch
 import triton

@@ -6,6 +6,11 @@ and no atomics.
 
 Packed sequences are the elements of a batch: each has its span of the rows. Results are contiguous
 as ``(batch, heads, rows)`` or, packed, as ``(rows, heads)``.
+
+All kernels take ``tensors``, query, key and value, with their ``strides``; ``lists``, counts and
+indices, with ``list_sizes``: heads, stride of the batch, rows and width; ``starts``, of queries and
+keys of packed sequences, or None; ``sizes``: heads, heads of a group, queries, keys, features and
+values. In another order some spill on gfx942, which loads arguments into scalar registers.
 """
 
 from typing import Any

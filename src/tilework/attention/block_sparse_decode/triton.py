@@ -3,6 +3,10 @@
 A program takes rows, which are the query tokens of a group of heads and share keys, and a part of
 the places of their list: the tokens of the selected blocks, numbered through. Parts are merged in
 order by a second kernel. There are no locks and no atomics.
+
+The first kernel takes ``tensors``, query and caches, with their ``strides``; ``lists``, the block
+table, lengths, indices and counts, each of them or None, with ``list_strides``; ``sizes``: heads,
+heads of a group, queries, features, values, page size, width of lists and block size.
 """
 
 from typing import Any

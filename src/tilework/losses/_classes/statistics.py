@@ -72,6 +72,16 @@ def empty(input: Tensor, target: Tensor, squares: bool, moments: bool) -> Statis
     )
 
 
+def of_wanted(grads: Statistics, squares: bool, moments: bool) -> Statistics:
+    """Gradients without those of empty statistics, which some callers give."""
+    return Statistics(
+        *(
+            grad if is_wanted(name, squares, moments) else None
+            for name, grad in grads._asdict().items()
+        )  # type: ignore[arg-type]
+    )
+
+
 def masked(statistics: Statistics, kept: Tensor) -> Statistics:
     """A total of 1 and 0 elsewhere where positions are ignored; empty ones stay empty."""
     return Statistics(

@@ -10,7 +10,7 @@ from tilework._operators import Gradients, Needed, computation_dtype
 from tilework.losses._classes import tiles
 from tilework.losses._classes.kept import note
 from tilework.losses._classes.linear.common import LinearStats
-from tilework.losses._classes.statistics import Statistics, empty, is_wanted, masked
+from tilework.losses._classes.statistics import Statistics, empty, is_wanted, masked, of_wanted
 from tilework.losses._classes.tiles import (
     NEGLIGIBLE,
     Head,
@@ -99,6 +99,7 @@ def backward(
     With ``gradient_filter``, on the CPU, classes whose gradients are small in every row of a tile
     are left out of the products for input and weight.
     """
+    grads = of_wanted(grads, given.squares, given.moments)
     ignored, class_weight = given.target == given.ignore_index, given.class_weight
     rows, (hidden, kept_target) = kept_rows(ignored, given.input, given.target)
 

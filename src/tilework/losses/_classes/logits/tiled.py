@@ -9,7 +9,7 @@ from torch import Tensor
 from tilework._operators import computation_dtype
 from tilework.losses._classes import blocks
 from tilework.losses._classes.logits.common import LogitStats, Sum, SummedLoss
-from tilework.losses._classes.statistics import FORMULAS, Rows, Statistics, empty
+from tilework.losses._classes.statistics import FORMULAS, Rows, Statistics, empty, of_wanted
 
 
 def forward(given: LogitStats) -> Statistics:
@@ -37,6 +37,7 @@ def backward(
     given: LogitStats, results: Statistics, grads: Statistics, needed: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradient of the logits."""
+    grads = of_wanted(grads, given.squares, given.moments)
     gradient = torch.empty_like(given.input, memory_format=torch.contiguous_format)
     in_place = gradient.dtype == results.shift.dtype
     memory = None if in_place else blocks.scratch(given.input)

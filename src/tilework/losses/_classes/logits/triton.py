@@ -18,7 +18,7 @@ from tilework._operators import Needed
 from tilework._triton import Tuned
 from tilework.losses._classes.kernels import contiguous
 from tilework.losses._classes.logits.common import LogitStats
-from tilework.losses._classes.statistics import Formula, Rows, Statistics, empty
+from tilework.losses._classes.statistics import Formula, Rows, Statistics, empty, of_wanted
 
 # The exponential of its negative is 0, and so is its product with that.
 NEGLIGIBLE_GAP = tl.constexpr(1000.0)
@@ -249,6 +249,7 @@ def backward(
     given: LogitStats, results: Statistics, grads: Statistics, needed: Needed
 ) -> dict[str, Tensor]:
     """The gradient of the logits."""
+    grads = of_wanted(grads, given.squares, given.moments)
     gradient = torch.empty_like(given.input, memory_format=torch.contiguous_format)
     _differentiate(
         Logits.of(given.input),

@@ -26,7 +26,7 @@ from tilework.losses._classes.linear.triton.statistics import (
     forward_kernel,
     merge_kernel,
 )
-from tilework.losses._classes.statistics import Statistics, empty
+from tilework.losses._classes.statistics import Statistics, empty, of_wanted
 from tilework.losses._classes.tiles import filter_scale
 
 
@@ -97,6 +97,7 @@ def backward(
     products for input and weight. Classes are taken in the order of their mean logits, so that
     small gradients share tiles.
     """
+    grads = of_wanted(grads, given.squares, given.moments)
     head = Head.of(given.input, given.linear_weight, given.linear_bias, given.softcap)
     input, linear_weight, linear_bias = head.input, head.weight, head.bias
     num_tokens, num_features = input.shape
