@@ -1,12 +1,14 @@
 """Gradients that are taken in the forward pass, where the coefficients of a sum are known."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from tilework import _checks, _operators, _torch
-from tilework._operators import Gradients, Needed
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def is_possible(*leaves: Tensor | None) -> bool:
@@ -25,11 +27,11 @@ def is_possible(*leaves: Tensor | None) -> bool:
 
 def hand_over(
     grad_loss: Tensor,
-    gradients: Mapping[str, Tensor],
-    leaves: Mapping[str, Tensor],
+    gradients: Mapping[Name, Tensor],
+    leaves: Mapping[Name, Tensor],
     loss: Callable[..., Tensor],
-    needed: Needed,
-) -> Gradients:
+    needed: Collection[Name],
+) -> Mapping[Name, Tensor | None]:
     """The gradients times that of the loss; where they are differentiated, by way of the loss."""
     if torch.is_grad_enabled():
         names = [name for name in leaves if name in needed]

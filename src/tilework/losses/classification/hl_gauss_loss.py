@@ -12,7 +12,7 @@ from tilework._operators import computation_dtype
 from tilework._options import OptionsModule
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
-from tilework.losses._reduction import reduce
+from tilework.losses._reduction import reduce_rows
 from tilework.losses.classification import _value_bins
 from tilework.losses.classification.categorical_value import categorical_value
 
@@ -140,12 +140,15 @@ def hl_gauss_loss(
     _checks.floating(_NAME, "target", target)
     _checks.shape(_NAME, "target", target, input.shape[:-1])
     _checks.same_device(_NAME, input=input, target=target)
-    dtype = computation_dtype(input.dtype)
-    log_probs = input.to(dtype).log_softmax(-1)
-    target = target.to(torch.promote_types(target.dtype, dtype))
-    probabilities = _targets(target, min_value, max_value, input.shape[-1], sigma).to(dtype)
-    losses = -(probabilities * log_probs).sum(-1)
-    return reduce(losses, reduction).to(class_index.result_dtype(input))
+
+    def entropies(input: Tensor, target: Tensor) -> Tensor:
+        dtype = computation_dtype(input.dtype)
+        target = target.to(torch.promote_types(target.dtype, dtype))
+        probabilities = _targets(target, min_value, max_value, input.shape[-1], sigma).to(dtype)
+        return -(probabilities * input.to(dtype).log_softmax(-1)).sum(-1)
+
+    loss = reduce_rows(entropies, (input, target), (), reduction)
+    return loss.to(class_index.result_dtype(input))
 
 
 @_PAPER

@@ -1,22 +1,10 @@
 """What the scores of quantiles share: their checks."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
-
-
-class Scored(NamedTuple):
-    """Checked tensors in the dtype of the computation."""
-
-    quantiles: Tensor
-    target: Tensor
-    """With a last dimension of one element."""
-    levels: Tensor
-    """nan where they are no levels and looking is not free."""
 
 
 def check_quantiles(function: str, input: Tensor) -> None:
@@ -26,8 +14,11 @@ def check_quantiles(function: str, input: Tensor) -> None:
         raise _checks.bad_value(function, "input", "of shape (..., K), K >= 1", input)
 
 
-def scored(function: str, input: Tensor, target: Tensor, quantile_levels: Tensor) -> Scored:
-    """Check the tensors of a score."""
+def checked_levels(function: str, input: Tensor, target: Tensor, quantile_levels: Tensor) -> Tensor:
+    """Check the tensors of a score; the levels in the dtype of the computation.
+
+    They are nan where they are no levels and looking is not free.
+    """
     check_quantiles(function, input)
     _checks.floating(function, "target", target)
     _checks.shape(function, "target", target, input.shape[:-1])
@@ -41,12 +32,18 @@ def scored(function: str, input: Tensor, target: Tensor, quantile_levels: Tensor
             f"{function}: quantile_levels must be above 0, below 1 and strictly increasing, "
             f"got {quantile_levels.tolist()}"
         )
-    levels = levels.where(regular, torch.nan)
-    return Scored(input.to(dtype), target.to(dtype).unsqueeze(-1), levels)
+    return levels.where(regular, torch.nan)
 
 
-def pinball(scored: Scored) -> Tensor:
+def pinball(input: Tensor, target: Tensor, levels: Tensor) -> Tensor:
     """The pinball loss of each quantile, whose slope is 0 where it meets the target."""
-    gap = scored.target - scored.quantiles
-    slope = torch.where(gap < 0, scored.levels - 1, scored.levels).where(gap != 0, 0)
+    gap = target.to(levels.dtype).unsqueeze(-1) - input.to(levels.dtype)
+    # No masks, which compilers keep for the gradient: the sign has both slopes, and 0 between.
+    side = gap.detach().sign()
+    slope = torch.maximum(levels * side, (levels - 1) * side) * side
     return slope * gap
+
+
+def interval_scores(input: Tensor, target: Tensor, levels: Tensor) -> Tensor:
+    """Twice the mean pinball loss of each row's quantiles."""
+    return 2 * pinball(input, target, levels).mean(-1)

@@ -60,5 +60,6 @@ def pinball_loss(
         Model Aggregation for Quantile Regression. 2021. arXiv:2103.00083.
     """
     _checks.one_of(_NAME, "reduction", reduction, _checks.REDUCTIONS)
-    losses = _quantiles.pinball(_quantiles.scored(_NAME, input, target, quantile_levels))
-    return _reduction.reduce(losses, reduction).to(class_index.result_dtype(input))
+    levels = _quantiles.checked_levels(_NAME, input, target, quantile_levels)
+    loss = _reduction.reduce_rows(_quantiles.pinball, (input, target), (levels,), reduction)
+    return loss.to(class_index.result_dtype(input))

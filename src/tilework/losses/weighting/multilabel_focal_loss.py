@@ -75,13 +75,18 @@ def multilabel_focal_loss(
     _checks.floating(_NAME, "target", target)
     _checks.shape(_NAME, "target", target, input.shape)
     _checks.same_device(_NAME, input=input, target=target)
-    dtype = computation_dtype(input.dtype)
-    target = _checks.fractions(_NAME, "target", target).to(dtype)
-    entropy = F.binary_cross_entropy_with_logits(input.to(dtype), target, reduction="none")
-    # Powers have no derivative at 0, where the loss and its gradient are 0 by their other factors.
-    missed = (-(-entropy).expm1()).where(entropy != 0, 1)
-    losses = alpha * missed**gamma * entropy
-    return _reduction.reduce(losses, reduction).to(class_index.result_dtype(input))
+    target = _checks.fractions(_NAME, "target", target)
+
+    def focal(input: Tensor, target: Tensor) -> Tensor:
+        dtype = computation_dtype(input.dtype)
+        input, target = input.to(dtype), target.to(dtype)
+        entropy = F.binary_cross_entropy_with_logits(input, target, reduction="none")
+        # Powers have no derivative at 0, where the loss and its gradient are 0 by other factors.
+        missed = (-(-entropy).expm1()).where(entropy != 0, 1)
+        return alpha * missed**gamma * entropy
+
+    loss = _reduction.reduce_rows(focal, (input, target), (), reduction)
+    return loss.to(class_index.result_dtype(input))
 
 
 @_PAPER
