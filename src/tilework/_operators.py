@@ -7,8 +7,10 @@ node.
 
 import functools
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
@@ -111,6 +113,7 @@ def define(
     derivative: Callable[[Given, Results, Results, Needed], Gradients],
     saved: Sequence[str] = (),
     constant: Sequence[str] = (),
+    attached: Sequence[str] = (),
     sharding: Callable[..., Any] | None = None,
 ) -> Callable[[Given], Results]:
     """Register the operator ``tilework::name`` and return what differentiates and batches it.
@@ -126,9 +129,11 @@ def define(
             was not used), and the names of the arguments whose gradients are needed.
         saved: Which tensors ``derivative`` reads, of the arguments and of the results.
         constant: Results that have no gradient.
+        attached: Saved results that stay results: what ``derivative`` makes of them is
+            differentiated through them. Others it reads as constants.
         sharding: The rule for ``torch.distributed.tensor.experimental.register_sharding``.
     """
-    operator = _Operator(name, arguments, results, kernel, derivative, saved, constant)
+    operator = _Operator(name, arguments, results, kernel, derivative, saved, constant, attached)
     operator.register(fake, sharding)
     return operator
 
@@ -342,6 +347,14 @@ class _Gradients(Generic[Given, Results]):
         return dict(zip(names, found, strict=True))
 
 
+def _picked(names: Iterable[str], order: Sequence[str]) -> Callable[[Sequence[Any]], Any]:
+    """What picks the values of names from a sequence in this order; the last one where missing."""
+    places = [order.index(name) if name in order else -1 for name in names]
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda values: tuple(values[place] for place in places)
+
+
 class _Operator(Generic[Given, Results]):
     """An operator by names: packs what PyTorch hands over by position."""
 
@@ -354,6 +367,7 @@ class _Operator(Generic[Given, Results]):
         derivative: Callable[[Given, Results, Results, Needed], Gradients],
         saved: Sequence[str],
         constant: Sequence[str],
+        attached: Sequence[str],
     ) -> None:
         self.name = name
         self.arguments: Any = arguments
@@ -361,11 +375,23 @@ class _Operator(Generic[Given, Results]):
         self.kernel, self.derivative = without_autocast(kernel), derivative
         self.argument_names: tuple[str, ...] = arguments._fields
         self.result_names: tuple[str, ...] = results._fields
+        self.count = len(self.result_names)
         types = get_type_hints(arguments)
-        self.is_tensor = [types[name] in (Tensor, Tensor | None) for name in self.argument_names]
-        self.saved_arguments = [self.argument_names.index(n) for n in saved if n in types]
-        self.saved_results = [self.result_names.index(n) for n in saved if n not in types]
-        self.constant = [self.result_names.index(name) for name in constant]
+        # What is done at every call goes by places, not by names, which takes less time.
+        of_arguments = [name for name in saved if name in types]
+        of_results = [name for name in saved if name not in types]
+        tensors = [name for name, kind in types.items() if kind in _TENSORS]
+        options = [name for name in types if name not in tensors]
+        self.tensors = _picked(tensors, self.argument_names)
+        self.saved_arguments = _picked(of_arguments, self.argument_names)
+        self.options = _picked(options, self.argument_names)
+        self.constant = _picked(constant, self.result_names)
+        self.saved_results = _picked(of_results, self.result_names)
+        self.is_attached = [name in (*constant, *attached) for name in of_results]
+        self.only_attached = all(self.is_attached)
+        kept = [*options, *of_arguments]
+        self.kept_arguments = _picked(self.argument_names, kept)
+        self.kept_results = _picked(self.result_names, [""] * len(kept) + of_results)
         _library.define(f"{name}({_schema(types)}) -> ({', '.join(['Tensor'] * self.count)})")
         self.operator = getattr(torch.ops.tilework, name).default
 
@@ -379,11 +405,6 @@ class _Operator(Generic[Given, Results]):
         self.eager = self._function(
             forward=staticmethod(self.forward), backward=methods["backward"]
         )
-
-    @property
-    def count(self) -> int:
-        """The number of results."""
-        return len(self.result_names)
 
     def _function(self, **members: Any) -> Any:
         return type(self.name, (torch.autograd.Function,), members)
@@ -406,11 +427,13 @@ class _Operator(Generic[Given, Results]):
 
     def __call__(self, given: Given) -> Results:
         found = self.apply(given)
-        named: Results = self.results(*((found,) if isinstance(found, Tensor) else found))
+        if type(found) is not self.results:
+            found = self.results(found) if self.count == 1 else self.results(*found)
+        named: Results = found
         return named
 
     def apply(self, given: Given) -> Any:
-        """Call what the surroundings ask for."""
+        """Call what the surroundings ask for; the results may be without their names."""
         if torch.compiler.is_compiling():
             _register_shardings()
             return self.operator(*given)
@@ -422,15 +445,15 @@ class _Operator(Generic[Given, Results]):
         # Nobody looks at this call, so that the dispatcher can be spared: it takes as long as the
         # launch of a small kernel.
         needs_grad = False
-        for value in given:
-            if isinstance(value, Tensor):
+        for value in self.tensors(given):
+            if value is not None:
                 if type(value) not in _PLAIN:
                     _register_shardings()
                     return self.operator(*given)
                 needs_grad |= value.requires_grad
         if needs_grad and torch.is_grad_enabled():
             return self.eager.apply(*given)
-        return self.plain(self.kernel(given))
+        return self.kernel(given)
 
     def plain(self, results: Results) -> Any:
         """Results as PyTorch wants them."""
@@ -448,37 +471,30 @@ class _Operator(Generic[Given, Results]):
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Save what the derivative reads."""
-        outputs = (output,) if isinstance(output, Tensor) else output
+        outputs = (output,) if self.count == 1 else output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(outputs[index] for index in self.constant))
-        ctx.save_for_backward(
-            *(inputs[index] for index in self.saved_arguments),
-            *(
-                outputs[index] if index in self.constant else outputs[index].detach()
-                for index in self.saved_results
-            ),
-        )
-        ctx.options = [
-            None if is_tensor else value
-            for value, is_tensor in zip(inputs, self.is_tensor, strict=True)
-        ]
+        ctx.mark_non_differentiable(*self.constant(outputs))
+        saved = self.saved_results(outputs)
+        if not self.only_attached:
+            saved = [
+                one if attached else one.detach()
+                for one, attached in zip(saved, self.is_attached, strict=True)
+            ]
+        ctx.save_for_backward(*self.saved_arguments(inputs), *saved)
+        ctx.options = self.options(inputs)
 
     def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients by position, from those by name."""
         if all(grad is None for grad in grads):
             return (None,) * len(self.argument_names)
-        given, results = ctx.options.copy(), [None] * self.count
-        saved = iter(ctx.saved_tensors)
-        for index in self.saved_arguments:
-            given[index] = next(saved)
-        for index in self.saved_results:
-            results[index] = next(saved)
-        names = zip(self.argument_names, ctx.needs_input_grad, strict=True)
-        needed = frozenset(name for name, need in names if need)
+        kept = (*ctx.options, *ctx.saved_tensors, None)
         found = self.derivative(
-            self.arguments(*given), self.results(*results), self.results(*grads), needed
+            self.arguments(*self.kept_arguments(kept)),
+            self.results(*self.kept_results(kept)),
+            self.results(*grads),
+            frozenset(itertools.compress(self.argument_names, ctx.needs_input_grad)),
         )
-        return tuple(found.get(name) for name in self.argument_names)
+        return tuple(map(found.get, self.argument_names))
 
     def vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         """One element of the batch after another."""
@@ -488,118 +504,8 @@ class _Operator(Generic[Given, Results]):
                 arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
                 for arg, dim in zip(args, in_dims, strict=True)
             ]
-            found.append(self.apply(self.arguments(*element)))
+            found.append(self(self.arguments(*element)))
         if not found:
             raise ValueError(f"tilework::{self.name}: vmap over an empty dimension")
-        if self.count == 1:
-            return torch.stack(found), 0
-        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * self.count
-
-
-def second_derivative(
-    function: Callable[..., tuple[Tensor, ...]],
-    upstream: Sequence[Tensor],
-    leaves: Sequence[Tensor],
-    needed: Sequence[bool],
-    grads: Sequence[Tensor],
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Gradients of ``upstream`` and of the leaves, through a function's first derivative.
-
-    That derivative takes ``upstream`` back to the leaves of ``function``; ``grads`` belong to those
-    of its results that are ``needed``.
-    """
-    count = len(upstream)
-
-    def first_derivative(*arguments: Tensor) -> tuple[Tensor, ...]:
-        pull = torch.func.vjp(function, *arguments[count:])[1]
-        results = pull(arguments[:count])
-        return tuple(result for result, need in zip(results, needed, strict=True) if need)
-
-    results = torch.func.vjp(first_derivative, *upstream, *leaves)[1](tuple(grads))
-    return results[:count], results[count:]
-
-
-def define_by_position(
-    schema: str,
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    *,
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-    sharding: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
-    """Register ``tilework::<schema>`` and return the callable that differentiates and batches.
-
-    ``setup_context`` and ``backward`` are those of :class:`torch.autograd.Function`. Batched calls
-    run the kernel once per element of the batch. ``sharding`` is the operator's rule for
-    ``torch.distributed.tensor.experimental.register_sharding``.
-    """
-    name = schema.partition("(")[0]
-    _library.define(schema)
-
-    kernel = without_autocast(kernel)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    operator = getattr(torch.ops.tilework, name).default
-    if sharding is not None:
-        _shardings.append((operator, sharding))
-
-    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        results = []
-        for index in range(info.batch_size):
-            element = [
-                arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
-                for arg, dim in zip(args, in_dims, strict=True)
-            ]
-            results.append(apply(*element))
-        if not results:
-            raise ValueError(f"tilework::{name}: vmap over an empty dimension")
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
-
-    transformable: Any = type(
-        name,
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(operator),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
-            "vmap": staticmethod(vmap),
-        },
-    )
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = kernel(*args)
-        setup_context(ctx, args, output)
-        return output
-
-    # Without a setup_context of its own, as PyTorch inspects the signature at each call of those.
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    eager: Any = type(name, (torch.autograd.Function,), members)
-
-    def apply(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            _register_shardings()
-            return operator(*args)
-        # Autograd formulas of operators do not compose with torch.func, those of functions do.
-        if _torch.transforms_are_active():
-            return transformable.apply(*args)
-        if _torch.modes_are_active():
-            return operator(*args)
-        # Nobody looks at this call, so that the dispatcher can be spared: it takes as long as the
-        # launch of a small kernel.
-        needs_grad = False
-        for arg in args:
-            if isinstance(arg, Tensor):
-                if type(arg) not in (Tensor, torch.nn.Parameter):
-                    _register_shardings()
-                    return operator(*args)
-                needs_grad |= arg.requires_grad
-        return eager.apply(*args) if needs_grad and torch.is_grad_enabled() else kernel(*args)
-
-    torch.library.register_fake(f"tilework::{name}", fake, lib=_library)
-    torch.library.register_autograd(
-        f"tilework::{name}", backward, setup_context=setup_context, lib=_library
-    )
-    torch.library.register_vmap(f"tilework::{name}", vmap, lib=_library)
-    return apply
+        stacked = self.results(*map(torch.stack, zip(*found, strict=True)))
+        return self.plain(stacked), 0 if self.count == 1 else (0,) * self.count

@@ -65,6 +65,7 @@ class Tuned(Generic[E]):
             key: {_ANY_SIZE: entries} if isinstance(entries, tuple) else entries
             for key, entries in table.items()
         }
+        self._chosen: dict[tuple[str, torch.dtype | None, int], E] = {}
         self._override: E | None = None
         self._asked: list[Place] | None = None
 
@@ -78,7 +79,11 @@ class Tuned(Generic[E]):
             self._asked.append(Place(arch, dtype, size))
         if self._override is not None:
             return self._override
-        return next(entry for most, entry in self._entries(arch, dtype).items() if size <= most)
+        place = arch, dtype, size
+        if place not in self._chosen:
+            entries = self._entries(arch, dtype).items()
+            self._chosen[place] = next(entry for most, entry in entries if size <= most)
+        return self._chosen[place]
 
     @contextmanager
     def override(self, entry: E) -> Iterator[None]:

@@ -297,8 +297,9 @@ def test_tune_prints_the_entry_for_the_table(monkeypatch: pytest.MonkeyPatch) ->
     problems = []
 
     class Problem:
-        def __init__(self, kernel, place, device):
-            problems.append(place)
+        def __init__(self, kernel, case, dtype, device):
+            problems.append((case, dtype))
+            self.place = _triton.Place("sm_90", dtype)
 
     entry = {"block_rows": 1, "block_columns": 2, "block_inner": 3, "num_warps": 4, "num_stages": 5}
     outcome = tune.Outcome(entry, (1e-3, 2e-3), 9, [(entry, "no")], "the time is over")
@@ -313,10 +314,10 @@ def test_tune_prints_the_entry_for_the_table(monkeypatch: pytest.MonkeyPatch) ->
     assert 'BACKWARD: "sm_90": Config(block_rows=1, block_columns=2, ' in result.stdout
     assert "9 entries tried, 1 skipped: the time is over." in result.stdout
     assert "1 ms; the entry in the table 2 ms" in result.stdout
-    (place,) = problems
-    assert place.case.kind == "forward+backward"
-    assert (place.case.sizes["N"], place.case.sizes["D"]) == (64, 32)
-    assert place.dtype == torch.bfloat16
+    ((case, dtype),) = problems
+    assert case.kind == "forward+backward"
+    assert (case.sizes["N"], case.sizes["D"]) == (64, 32)
+    assert dtype == torch.bfloat16
     for wrong in ("Q=3", "N=x", "N", "N=0"):
         result = run(*arguments, "--size", wrong)
         assert result.exit_code == 2

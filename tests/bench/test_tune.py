@@ -1,16 +1,19 @@
 """The search with a clock that the tests wind, and entries that Triton's interpreter runs."""
 
+import importlib
 import importlib.util
+import pkgutil
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+import tilework
 from tilework.bench import timing, tune
 from tilework.bench.suites import Case
-from tilework.bench.tune import Entry, Outcome, Place
+from tilework.bench.tune import Entry, Outcome
 
 pytestmark = pytest.mark.untyped  # kernels run
 
@@ -19,7 +22,20 @@ CHOICES = {"rows": (16, 32, 64, 128), "warps": (2, 4, 8)}
 START = {"rows": 32, "warps": 2}
 SIZES = {
     "linear_cross_entropy": {"N": 20, "D": 24, "V": 100},
+    "linear_kl_div": {"N": 20, "D": 24, "E": 18, "V": 100},
+    "norms": {"M": 20, "N": 8},
     "block_sparse_attention": {"L": 128, "H": 2, "E": 16, "K": 1},
+    "block_sparse_decode": {"B": 2, "S": 256, "H": 4, "G": 2, "E": 16, "K": 3},
+    "block_pooled_attention": {"L": 64, "H": 2, "E": 16, "B": 16},
+    "losses": {"N": 20, "C": 100},
+}
+# No kernel takes blocks that are no power of 2. Those of norms follow from limits, and others are
+# at most what a small problem has.
+ODD = {
+    "norms.forward": {"short": 24},
+    "norms.backward": {"held": 1, "long": 56},
+    "block_sparse_decode.one": {"keys": 24},
+    "block_pooled_attention.pool": {"queries": 12},
 }
 
 
@@ -27,8 +43,7 @@ class Toy:
     """A problem whose times are a function of the entry."""
 
     def __init__(self, milliseconds: Callable[[Entry], float], spread: float = 0.0) -> None:
-        self.kernel: Any = SimpleNamespace(choices=CHOICES, current=lambda place: dict(START))
-        self.place = None
+        self.choices, self.start = CHOICES, dict(START)
         self.milliseconds, self.spread = milliseconds, spread
         self.wrong: dict[str, str] = {}
         self.alive = True
@@ -138,101 +153,123 @@ def test_the_search_ends_with_the_device() -> None:
     assert lines[-1] == ("rows=64 warps=2: not compared with the table's entry: the device is lost")
 
 
-def place(name: str, dtype: torch.dtype = torch.float32, arch: str = "interpreter") -> Place:
+def problem(
+    name: str, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> tune.Problem:
     kernel = tune.KERNELS[name]
-    return Place(arch, dtype, Case(kernel.kind, SIZES[kernel.suite]))
+    return tune.Problem(kernel, Case(kernel.kind, SIZES[kernel.suite]), dtype, device)
 
 
 triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
 @triton
-@pytest.mark.parametrize("name", tune.KERNELS)
+@pytest.mark.parametrize(
+    "name", [name for name, one in tune.KERNELS.items() if one.candidate != "tilework"]
+)
 def test_entries_are_checked_and_timed_by_running_the_kernel(name: str) -> None:
-    kernel = tune.KERNELS[name]
-    problem = tune.Problem(kernel, place(name), CPU)
-    start = kernel.current(problem.place)
-    assert set(start) == set(kernel.choices)
-    assert problem.objection(start) is None
-    smaller = start | {next(iter(start)): 16}
-    with kernel.use(problem.place, smaller):
-        assert kernel.current(problem.place) == smaller
-    assert kernel.current(problem.place) == start
-    assert problem.objection(smaller) is None
-    # A block that is no power of 2 does not compile.
-    assert "Error" in problem.objection(start | {next(iter(start)): 24})
+    one, table = problem(name), tune.KERNELS[name].tuned()
+    start = one.start
+    assert one.place.arch == "interpreter"
+    assert tuple(start.values()) == table.choose(*one.place)
+    assert one.objection(start) is None
+    first = next(iter(start))
+    smaller = start | {first: 16}
+    with table.asked() as places:
+        assert one.objection(smaller) is None
+    assert one.place in places
+    assert tuple(start.values()) == table.choose(*one.place)
+    reason = one.objection(start | ODD.get(name, {first: 24}))
+    assert reason is not None
+    assert "Error" in reason
 
 
 @triton
-def test_a_wrong_result_is_objected_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "linear_cross_entropy.forward"
-    problem = tune.Problem(tune.KERNELS[name], place(name), CPU)
-    problem._truth["loss"] *= 1.001
-    assert "the error of loss" in problem.objection(problem.kernel.current(problem.place))
+def test_a_wrong_result_is_objected_to() -> None:
+    one = problem("linear_cross_entropy.forward")
+    one._truth["loss"] *= 1.001
+    assert "the error of loss" in one.objection(one.start)
 
 
 @triton
 def test_two_entries_are_compared_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "linear_cross_entropy.forward"
-    problem = tune.Problem(tune.KERNELS[name], place(name), CPU)
+    one = problem("linear_cross_entropy.forward")
     monkeypatch.setattr(tune, "SECONDS", 0.0)
     monkeypatch.setattr(tune, "ROUNDS", (2, 2))
-    start = problem.kernel.current(problem.place)
-    for quartiles in problem.compare(start, start | {"block_rows": 32}):
+    for quartiles in one.compare(one.start, one.start | {"block_rows": 32}):
         assert 0 < quartiles.q1 <= quartiles.median
     with pytest.raises(RuntimeError, match="Error"):
-        problem.compare(start, start | {"block_rows": 24})
+        one.compare(one.start, one.start | {"block_rows": 24})
 
 
 @triton
-@pytest.mark.parametrize(
-    ("name", "dtype", "arch", "line"),
-    [
-        (
-            "linear_cross_entropy.forward",
-            torch.bfloat16,
-            "sm_90",
-            'FORWARD: "sm_90": Config(block_rows=1, block_columns=2, block_inner=3, '
-            "num_warps=4, num_stages=5),",
-        ),
-        (
-            "linear_cross_entropy.backward",
-            torch.float32,
-            "sm_90",
-            'BACKWARD: "sm_90 float32": Config(block_rows=1, block_columns=2, block_inner=3, '
-            "num_warps=4, num_stages=5),",
-        ),
-        (
-            "block_sparse_attention.key",
-            torch.float16,
-            "sm_80",
-            'TILES "sm_80" "key": 16: (1, 2, 3, 4),',
-        ),
-        (
-            "block_sparse_attention.forward",
-            torch.float32,
-            "sm_80",
-            'FLOAT32 "forward": 16: (1, 2, 3, 4),',
-        ),
-    ],
-)
-def test_the_entry_is_printed_as_it_is_written(
-    name: str, dtype: torch.dtype, arch: str, line: str
-) -> None:
-    kernel = tune.KERNELS[name]
-    entry = dict(zip(kernel.choices, range(1, 6), strict=False))
-    where = place(name, dtype, arch)
-    assert kernel.line(where, entry) == line
-    with kernel.use(where, entry):
-        assert kernel.current(where) == entry
+def test_a_case_that_does_not_run_the_kernel() -> None:
+    kernel = replace(tune.KERNELS["linear_cross_entropy.forward"], kind="forward+backward")
+    kernel = replace(kernel, table="FORWARD_MOMENTS")
+    case = Case(kernel.kind, SIZES[kernel.suite])
+    with pytest.raises(ValueError, match=r"does not run for forward.backward N=20 .*: it asks for"):
+        tune.Problem(kernel, case, torch.float32, CPU)
+
+
+@triton
+def test_the_entry_is_printed_as_it_is_written() -> None:
+    from tilework._triton import Place
+
+    heads, tiles = (
+        tune.KERNELS[name]
+        for name in ("linear_cross_entropy.backward", "block_sparse_attention.key")
+    )
+    config = {
+        "block_rows": 1,
+        "block_columns": 2,
+        "block_inner": 3,
+        "num_warps": 4,
+        "num_stages": 5,
+    }
+    assert heads.line(Place("sm_90", torch.float32), config) == (
+        'BACKWARD: "sm_90 float32": Config(block_rows=1, block_columns=2, block_inner=3, '
+        "num_warps=4, num_stages=5),"
+    )
+    tile = {"queries": 1, "keys": 2, "num_warps": 3, "num_stages": 4}
+    assert tiles.line(Place("sm_90", torch.bfloat16, 128), tile) == (
+        'TILES.key: "sm_90": {64: Tile(queries=64, keys=64, num_warps=8, num_stages=2), '
+        "128: Tile(queries=1, keys=2, num_warps=3, num_stages=4), "
+        "256: Tile(queries=16, keys=16, num_warps=4, num_stages=1)},"
+    )
+
+
+# No suite has a case of moments, of rows side by side, of gradients through attention's map, or of
+# several query tokens of a sequence.
+UNSERVED = {
+    "losses._classes.linear.triton.statistics: FORWARD_MOMENTS",
+    "losses._classes.logits.triton: APART",
+    "attention._attention_map.triton: TILES.query",
+    "attention._attention_map.triton: TILES.key",
+    "attention.block_sparse_decode.triton: SEVERAL",
+}
+
+
+@triton
+def test_every_table_is_served() -> None:
+    from tilework._triton import Tuned
+
+    tables = {}
+    for info in pkgutil.walk_packages(tilework.__path__, "tilework."):
+        if "triton" in info.name.split("."):
+            for name, value in vars(importlib.import_module(info.name)).items():
+                keyed = value if isinstance(value, dict) else {"": value}
+                for key, table in keyed.items():
+                    if isinstance(table, Tuned):
+                        path = info.name.removeprefix("tilework.")
+                        tables[f"{path}: {name}{'.' * bool(key)}{key}"] = table
+    served = {f"{kernel.module}: {kernel.table}" for kernel in tune.KERNELS.values()}
+    assert served | UNSERVED <= set(tables)
+    # A table may be imported elsewhere.
+    assert {id(tables[name]) for name in served | UNSERVED} == set(map(id, tables.values()))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", tune.KERNELS)
 def test_a_search_on_a_gpu(name: str) -> None:
-    from tilework import _triton
-
-    device = torch.device("cuda")
-    where = place(name, torch.bfloat16, _triton.architecture(device))
-    outcome = tune.search(tune.Problem(tune.KERNELS[name], where, device), 5)
+    outcome = tune.search(problem(name, torch.bfloat16, torch.device("cuda")), 5)
     assert outcome.best is not None, outcome.skipped

@@ -267,10 +267,13 @@ def tune(
     case = dataclasses.replace(case, sizes=dict(case.sizes) | _sizes(size, case))
     _check_dtypes([dtype] if dtype else None)
     name = dtype or case.dtypes[0]
-    place = tuning.Place(_triton.architecture(where), getattr(torch, name), case)
     console = _console()
-    console.print(f"{kernel} on {place.arch}: {case.name} {name}")
-    outcome = tuning.search(tuning.Problem(chosen, place, where), seconds, console.print)
+    console.print(f"{kernel} on {_triton.architecture(where)}: {case.name} {name}")
+    try:
+        problem = tuning.Problem(chosen, case, getattr(torch, name), where)
+    except ValueError as error:
+        raise _refuse("KERNEL", str(error)) from None
+    outcome = tuning.search(problem, seconds, console.print)
     console.print(
         f"{outcome.tried} entries tried, {len(outcome.skipped)} skipped: {outcome.ended}."
     )
@@ -280,7 +283,7 @@ def tune(
     if outcome.seconds is not None:
         best, now = outcome.seconds
         console.print(f"{best * 1e3:.4g} ms; the entry in the table {now * 1e3:.4g} ms")
-    console.print(chosen.line(place, outcome.best), markup=False)
+    console.print(chosen.line(problem.place, outcome.best), markup=False)
 
 
 def _sizes(texts: list[str] | None, case: suites.Case) -> dict[str, int]:

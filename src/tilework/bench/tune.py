@@ -8,31 +8,25 @@ something wrong is passed over.
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
-from unittest import mock
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tilework.bench import accuracy, runner, suites, timing
 from tilework.bench.suites import Case, Results, Suite
 
+if TYPE_CHECKING:
+    from tilework._triton import Place, Tuned
+
 Entry = dict[str, int]
 Report = Callable[[str], None]
 
 ROUNDS = (5, 20)
 SECONDS = 1.0  # for the comparison of two entries
-OURS = "tilework triton"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an entry stands, which depends on the problem too."""
-
-    arch: str
-    dtype: torch.dtype
-    case: Case
+# Values that are worth a trial; of what is not here, powers of 2.
+CHOICES = {"num_warps": (1, 2, 4, 8, 16), "num_stages": (1, 2, 3, 4, 5)}
+SIZES = tuple(2**power for power in range(4, 17))
 
 
 @dataclass(frozen=True)
@@ -40,120 +34,132 @@ class Kernel:
     """A kernel whose block sizes stand in a table.
 
     Attributes:
+        module: The module of the table.
+        table: The table's name there; for one of several in a mapping, with a dot and its key.
         suite: The suite that checks and times it; times include what runs before and after it.
         kind: The kind of that suite's cases.
-        choices: The values to try for each part of an entry.
-        current: The entry that the table has.
-        use: Puts another entry there for a while.
-        line: An entry as it is written in the table.
+        candidate: The suite's candidate that runs it.
     """
 
+    module: str
+    table: str
     suite: str
     kind: str
-    choices: Mapping[str, tuple[int, ...]]
-    current: Callable[[Place], Entry]
-    use: Callable[[Place, Entry], AbstractContextManager[Any]]
-    line: Callable[[Place, Entry], str]
+    candidate: str = "tilework triton"
+
+    def tuned(self) -> "Tuned[Any]":
+        """The table."""
+        name, _, key = self.table.partition(".")
+        found = getattr(importlib.import_module(f"tilework.{self.module}"), name)
+        table: Tuned[Any] = found[key] if key else found
+        return table
+
+    def line(self, place: "Place", entry: Entry) -> str:
+        """An entry as it is written in the table."""
+        table = self.tuned()
+        return f"{self.table}: {table.line(place, type(table.choose(*place))(**entry))}"
 
 
-def _linear_cross_entropy(name: str, kind: str) -> Kernel:
-    def table() -> Any:
-        return getattr(importlib.import_module("tilework.losses._classes.linear.triton"), name)
-
-    def current(place: Place) -> Entry:
-        entry: Entry = table().choose(place.arch, place.dtype)._asdict()
-        return entry
-
-    def use(place: Place, entry: Entry) -> AbstractContextManager[Any]:
-        override: AbstractContextManager[Any] = table().override(_config(entry))
-        return override
-
-    def line(place: Place, entry: Entry) -> str:
-        from tilework import _triton
-
-        where = _triton.Place(place.arch, place.dtype)
-        return f"{name}: {table().line(where, _config(entry))}"
-
-    def _config(entry: Entry) -> Any:
-        from tilework._triton import Config
-
-        return Config(**entry)
-
-    choices = {
-        "block_rows": (16, 32, 64, 128, 256),
-        "block_columns": (16, 32, 64, 128, 256),
-        "block_inner": (16, 32, 64, 128),
-        "num_warps": (4, 8, 16),
-        "num_stages": (1, 2, 3, 4, 5),
+def _kernels(
+    module: str, suite: str, kinds: Mapping[str, str], **options: str
+) -> dict[str, Kernel]:
+    """The kernels of a module, by what ``tilework tune`` calls them."""
+    names = {table: table.rpartition(".")[2].lower() for table in kinds}
+    return {
+        f"{suite}.{names[table]}": Kernel(module, table, suite, kind, **options)
+        for table, kind in kinds.items()
     }
-    return Kernel("linear_cross_entropy", kind, choices, current, use, line)
 
 
-def _block_sparse_attention(kernel: str, kind: str) -> Kernel:
-    names = ("queries", "keys", "num_warps", "num_stages")
-
-    def module() -> Any:
-        return importlib.import_module("tilework.attention.block_sparse.triton")
-
-    def features(place: Place) -> int:
-        return max(16, 1 << (place.case.sizes["E"] - 1).bit_length())
-
-    def current(place: Place) -> Entry:
-        tile = module().choose_tile(kernel, place.arch, place.dtype, features(place))
-        return dict(zip(names, tile, strict=True))
-
-    def use(place: Place, entry: Entry) -> AbstractContextManager[Any]:
-        tiles = {features(place): tuple(entry.values())}
-        if place.dtype == torch.float32:
-            return mock.patch.dict(module().FLOAT32, {kernel: tiles})
-        return mock.patch.dict(module().TILES[kernel], {place.arch: tiles})
-
-    def line(place: Place, entry: Entry) -> str:
-        table = "FLOAT32" if place.dtype == torch.float32 else f'TILES "{place.arch}"'
-        return f'{table} "{kernel}": {features(place)}: {tuple(entry.values())},'
-
-    choices = {
-        "queries": (16, 32, 64, 128),
-        "keys": (16, 32, 64, 128),
-        "num_warps": (2, 4, 8),
-        "num_stages": (1, 2, 3, 4),
-    }
-    return Kernel("block_sparse_attention", kind, choices, current, use, line)
-
-
+_TRAINING = "forward+backward"
 KERNELS = {
-    "linear_cross_entropy.forward": _linear_cross_entropy("FORWARD", "forward"),
-    "linear_cross_entropy.backward": _linear_cross_entropy("BACKWARD", "forward+backward"),
-    "block_sparse_attention.forward": _block_sparse_attention("forward", "forward"),
-    "block_sparse_attention.query": _block_sparse_attention("query", "forward+backward"),
-    "block_sparse_attention.key": _block_sparse_attention("key", "forward+backward"),
+    **_kernels(
+        "losses._classes.linear.triton.statistics",
+        "linear_cross_entropy",
+        {"FORWARD": "forward", "BACKWARD": _TRAINING},
+    ),
+    **_kernels(
+        "losses.linear_kl_div.triton",
+        "linear_kl_div",
+        {"SUMS": "forward KL", "MIXTURE": "JSD", "BACKWARD": "forward KL"},
+    ),
+    **_kernels(
+        "losses._classes.logits.triton",
+        "losses",
+        {"ADJACENT": "cross_entropy_with_z_loss"},
+        candidate="tilework",
+    ),
+    **_kernels(
+        "norms._row_norm.triton",
+        "norms",
+        {"FORWARD": "layer forward", "BACKWARD": "layer backward"},
+    ),
+    **_kernels(
+        "attention.block_sparse.triton",
+        "block_sparse_attention",
+        {"TILES.forward": "forward", "TILES.query": _TRAINING, "TILES.key": _TRAINING},
+    ),
+    **_kernels("attention.block_sparse_decode.triton", "block_sparse_decode", {"ONE": "paged"}),
+    **_kernels(
+        "attention._attention_map.triton",
+        "block_pooled_attention",
+        {
+            "TILES.rows": "entropy of queries",
+            "TILES.columns": "mass of keys",
+            "TILES.pool": "sum of blocks",
+        },
+    ),
 }
 
 
 class Problem:
     """A case on a device, against which entries are checked and timed."""
 
-    def __init__(self, kernel: Kernel, place: Place, device: torch.device) -> None:
-        self.kernel, self.place, self.device = kernel, place, device
+    def __init__(
+        self, kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.case, self.dtype, self.device = case, dtype, device
         self._suite: Suite = suites.discover()[kernel.suite]
-        self._inputs = self._suite.inputs(place.case, place.dtype, device)
-        self._truth = self._suite.truth(place.case, self._inputs)
+        self._inputs = self._suite.inputs(case, dtype, device)
+        self._truth = self._suite.truth(case, self._inputs)
         candidates = {one.name: one for one in self._suite.candidates}
         # Not bind, which keeps kernels from the interpreter.
-        self._ours = candidates[OURS].build
+        self._ours = candidates[kernel.candidate].build
         composition = candidates[self._suite.composition].build
         try:
-            results = composition(place.case, self._inputs).run()
+            results = composition(case, self._inputs).run()
             self._yardstick = accuracy.errors(results, self._truth)
         except Exception:  # it may not fit in memory
             self._yardstick = {}
+        self._table = kernel.tuned()
+        self.place = self._asked()
+        entry = self._table.choose(*self.place)
+        self._kind: Any = type(entry)
+        self.start: Entry = entry._asdict()
+        self.choices = {name: CHOICES.get(name, SIZES) for name in self.start}
+
+    def _asked(self) -> "Place":
+        """What the kernel asks its table for.
+
+        Raises:
+            ValueError: It does not run for this case.
+        """
+        reason = "it asks for no entry"
+        with self._table.asked() as places:
+            try:
+                self._ours(self.case, self._inputs).run()
+            except Exception as error:  # the table's own entry may not work here
+                reason = runner.describe(error)
+        if not places:
+            raise ValueError(f"the kernel does not run for {self.case.name}: {reason}")
+        return places[0]
 
     def bind(self, entry: Entry) -> Callable[[], Results]:
         """The work by an entry of the table."""
-        run = self._ours(self.place.case, self._inputs).run
+        run = self._ours(self.case, self._inputs).run
 
         def with_entry() -> Results:
-            with self.kernel.use(self.place, entry):
+            with self._table.override(self._kind(**entry)):
                 return run()
 
         return with_entry
@@ -165,7 +171,7 @@ class Problem:
             errors = accuracy.errors(results, self._truth)
         except Exception as error:
             return runner.describe(error)
-        allowed = accuracy.limits(results, self._yardstick, self.place.dtype, accuracy.OURS)
+        allowed = accuracy.limits(results, self._yardstick, self.dtype, accuracy.OURS)
         return accuracy.objection(errors, allowed)
 
     def compare(self, one: Entry, other: Entry) -> tuple[timing.Quartiles, timing.Quartiles]:
@@ -219,7 +225,7 @@ def search(problem: Problem, seconds: float, report: Report = lambda line: None)
     """Look for a faster entry than that of the table until no neighbor is, or the time is over."""
     until = time.monotonic() + seconds
     outcome = Outcome()
-    start = problem.kernel.current(problem.place)
+    start = problem.start
     seen: list[Entry] = []
 
     def works(entry: Entry) -> bool:
@@ -233,7 +239,7 @@ def search(problem: Problem, seconds: float, report: Report = lambda line: None)
 
     def improve() -> bool:
         """Try the neighbors of the best entry until one is better."""
-        for entry in neighbors(outcome.best or start, problem.kernel.choices):
+        for entry in neighbors(outcome.best or start, problem.choices):
             if entry in seen:
                 continue
             if time.monotonic() >= until:

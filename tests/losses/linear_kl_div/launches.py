@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tilework.losses.linear_kl_div import triton
+from tilework.losses.linear_kl_div.common import STUDENT, Divergences, Heads
 
 
 def _call(student: torch.dtype, teacher: torch.dtype, divergence: str, every_option: bool) -> None:
@@ -20,15 +21,16 @@ def _call(student: torch.dtype, teacher: torch.dtype, divergence: str, every_opt
             bias,
         ]
 
-    tensors = [*head(student), *head(teacher), torch.ones(tokens, dtype=torch.bool)]
+    counted = torch.ones(tokens, dtype=torch.bool)
     softcap = 30.0 if every_option else None
-    options = (softcap, softcap, 0.7)
-    sums = torch.randn(6, tokens)
-    triton.sums(*tensors, *options, divergence)
+    options = (softcap, softcap, 0.7, divergence, 0.3, "triton")
+    given = Heads(*head(student), *head(teacher), counted, *options)
+    sums = triton.sums(given)
     if divergence == "jsd":
-        triton.mixture_sums(*tensors, sums, *options, 0.3)
-    needed = [True, True, every_option]
-    triton.backward(sums[0], *tensors, sums, *options, divergence, 0.3, needed)
+        triton.mixture_sums(given, sums)
+    needed = frozenset(STUDENT if every_option else STUDENT[:2])
+    results = grads = Divergences(sums[0], sums)
+    triton.backward(given, results, grads, needed)
 
 
 LAUNCHES = []

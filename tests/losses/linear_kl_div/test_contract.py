@@ -157,14 +157,18 @@ def test_misspelt_and_positional_options() -> None:
 
 
 def test_default_on_the_cpu_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tilework.losses.linear_kl_div import reference
+    from tilework.losses.linear_kl_div import operators
 
-    table = TABLES["losses.linear_kl_div"]
-    assert [entry.name for entry in table] == ["triton", "tiled", "reference"]
-    monkeypatch.setattr(reference, "linear_divergences", None)
+    chosen = []
+    divergences = operators.divergences
+    monkeypatch.setattr(
+        operators,
+        "divergences",
+        lambda given: chosen.append(given.implementation) or divergences(given),
+    )
     linear_kl_div(**ARGUMENTS)
-    with pytest.raises(TypeError, match="not callable"):
-        linear_kl_div(**ARGUMENTS, implementation="reference")
+    linear_kl_div(**ARGUMENTS, implementation="reference")
+    assert chosen == ["tiled", "reference"]
 
 
 @pytest.mark.untyped
@@ -177,8 +181,8 @@ def test_default_where_there_is_a_gpu(double: str | None, monkeypatch: pytest.Mo
     table = (replace(kernels, devices=("cpu",)), *others)
     chosen = []
 
-    def record(shard: Any, *args: Any) -> torch.Tensor:
-        chosen.append(args[-1])
+    def record(shard: Any, given: Any) -> torch.Tensor:
+        chosen.append(given.implementation)
         return torch.zeros(4)
 
     monkeypatch.setattr(sys.modules[linear_kl_div.__module__], "IMPLEMENTATIONS", table)

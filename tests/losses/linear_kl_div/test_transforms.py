@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tilework.losses import linear_kl_div
+from tilework.losses.linear_kl_div.common import Heads
 
 from losses.linear_kl_div.problem import DIVERGENCES, IMPLEMENTATIONS, Problem, composed
 
@@ -212,15 +213,15 @@ def test_operators(implementation: str, divergence: str, bias: bool) -> None:
     teacher = (problem.teacher_input, problem.teacher_weight, problem.teacher_bias)
     counted = torch.tensor([True, True, False, True, True])
     options = (3.0, None, 0.7, divergence, 0.4)
-    arguments = (*student, *teacher, counted, *options, implementation)
-    torch.library.opcheck(torch.ops.tilework.linear_kl_div, arguments)
-    _, statistics = torch.ops.tilework.linear_kl_div(*arguments)
+    given = Heads(*student, *teacher, counted, *options, implementation)
+    torch.library.opcheck(torch.ops.tilework.linear_kl_div, tuple(given))
+    _, statistics = torch.ops.tilework.linear_kl_div(*given)
     for needed in ([True, True, bias], [False, True, False]):
         torch.library.opcheck(
             torch.ops.tilework.linear_kl_div_backward,
             (
-                *(torch.randn(5), *student, *teacher, counted, statistics.detach()),
-                *(*options, needed, implementation),
+                *(*student, *teacher, counted, statistics.detach(), torch.randn(5)),
+                *(needed, *options, implementation),
             ),
         )
 

@@ -5,30 +5,47 @@ from functools import partial
 import torch
 
 from tilework.norms._row_norm import triton
+from tilework.norms._row_norm.common import Backward, RowNorm
+
+
+def _both(given: RowNorm, upstream: torch.Tensor, needed: list[bool]) -> None:
+    results = triton.forward(given)
+    triton.backward(
+        Backward(
+            upstream,
+            upstream,
+            given.input,
+            given.weight,
+            given.bias,
+            results.mean,
+            results.rstd,
+            given.dims,
+            given.num_measured,
+            given.eps,
+            given.weight_offset,
+            given.centered,
+            given.input.dtype,
+            needed,
+            "triton",
+        )
+    )
 
 
 def _call(dtype: torch.dtype, centered: bool, num_features: int) -> None:
-    rows = 4
-    input = torch.empty(rows, num_features, dtype=dtype)
+    input = torch.empty(4, num_features, dtype=dtype)
     weight = torch.empty(num_features, dtype=dtype)
     bias = weight if centered else None
     options = (1, num_features, 1e-5, 1.0, centered)
-    triton.forward(input, input, weight, bias, *options)
-    statistics = torch.empty(2, rows).unbind()
-    needed = [True, True, centered]
-    triton.backward(input, input, input, weight, bias, *statistics, *options, dtype, needed)
+    given = RowNorm(input, input, weight, bias, *options, dtype, "triton")
+    _both(given, input, [True, True, centered])
 
 
 def _strided() -> None:
     """Heads of queries with weights of their own, before they are transposed."""
     query = torch.empty(2, 5, 3, 128, dtype=torch.bfloat16).transpose(1, 2)
-    weight = torch.empty(5, 128)
     options = (1, 128, 1e-5, 0.0, False)
-    triton.forward(query, query, weight, None, *options)
-    rstd = torch.empty(2, 3, 5)
-    triton.backward(
-        query, query, query, weight, None, rstd, rstd, *options, query.dtype, [True, True, False]
-    )
+    given = RowNorm(query, query, torch.empty(5, 128), None, *options, query.dtype, "triton")
+    _both(given, query, [True, True, False])
 
 
 # Short rows, rows that a backward holds and reads again, the longest of these, and longer ones.

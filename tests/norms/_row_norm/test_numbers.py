@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tilework.norms import layer_norm, rms_norm
 from tilework.norms._row_norm import IMPLEMENTATIONS as TABLE
-from tilework.norms._row_norm import tiled
+from tilework.norms._row_norm import operators, tiled
+from tilework.norms._row_norm.common import RowNorm
 
 from helpers import FLOATING, HALF, assert_exact, dtype_name
 from norms._row_norm.problem import EXACT, IMPLEMENTATIONS, SIZES, Problem
@@ -124,10 +125,15 @@ def test_dense_rows_are_not_copied(centered: bool, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Tensor, "contiguous", copying)
     heads = torch.randn(2, 5, 3, 24)[..., 8:16]
+
+    def forward(input: Tensor) -> None:
+        options = (1, input.shape[-1], 0.0, 0.0, centered)
+        triton.forward(RowNorm(input, None, None, None, *options, None, "triton"))
+
     for strided in (heads, heads.transpose(1, 2), heads.transpose(1, 2)[:, 0]):
-        triton.forward(strided, None, None, None, 1, 8, 0.0, 0.0, centered)
+        forward(strided)
     assert not shapes
-    triton.forward(heads[..., ::2], None, None, None, 1, 4, 0.0, 0.0, centered)
+    forward(heads[..., ::2])
     assert shapes == [(2, 5, 3, 4)]
 
 
@@ -303,8 +309,8 @@ def test_large_tensors_on_the_cpu_go_by_tiles(
     """Where torch has no fused kernel, and where its gradients of weights are poor."""
     monkeypatch.setattr(tiled, "SMALLEST", 100)
     calls = []
-    kernel = tiled.forward
-    monkeypatch.setattr(tiled, "forward", lambda *args: calls.append(args) or kernel(*args))
+    operator = operators.row_norm
+    monkeypatch.setattr(operators, "row_norm", lambda given: calls.append(given) or operator(given))
     single, half = torch.float32, torch.float16
     for rows, dtype, options, expected in (
         (9, single, {}, 0),

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from tilework.norms import layer_norm
 from tilework.norms._row_norm import tiled
+from tilework.norms._row_norm.common import RowNorm
 
 from helpers import HALF, dtype_name
 
@@ -15,7 +16,7 @@ def test_tiles_keep_statistics_of_the_rounded_sum_in_float32(dtype: torch.dtype)
     """The gradients are computed from them and from that sum."""
     input, residual = torch.randn(2, 64, 100).to(dtype)
     _, total, mean, rstd = tiled.forward(
-        input, residual, None, None, 1, 100, 1e-5, 0.0, centered=True
+        RowNorm(input, residual, None, None, 1, 100, 1e-5, 0.0, True, dtype, "tiled")
     )
     exact = total.double()
     assert_close(mean.double(), exact.mean(1), rtol=1e-5, atol=1e-6)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from tilework.norms import LayerNorm, RMSNorm, layer_norm, rms_norm
 from tilework.norms._row_norm import reference
 from tilework.norms._row_norm import torch as fused
+from tilework.norms._row_norm.common import Backward, RowNorm
 
 from helpers import DEVICES, FLOATING, clones
 from norms._row_norm.problem import EXACT, IMPLEMENTATIONS, Problem
@@ -204,27 +205,28 @@ def test_operators(fused: bool, centered: bool) -> None:
     )
     tensors = (problem.input, problem.residual, problem.weight, problem.bias)
     options = (1, 7, 1e-3, 0.0, centered)
+    operators = torch.ops.tilework
+    operator = operators.row_norm_of_sum if fused else operators.row_norm
     for implementation in ("triton", "tiled"):
-        torch.library.opcheck(torch.ops.tilework.row_norm, (*tensors, *options, implementation))
+        given = RowNorm(*tensors, *options, dtype if fused else None, implementation)
+        torch.library.opcheck(operator, tuple(given))
     upstream = [torch.randn(3, 2, 7, requires_grad=True) for _ in range(1 + fused)]
     upstream += [None] * (2 - len(upstream))  # type: ignore[list-item]
     mean = torch.randn(3, 2) if centered else torch.empty(0)
     for needed in ([True, True, centered], [False, True, False], [True, False, False]):
-        torch.library.opcheck(
-            torch.ops.tilework.row_norm_backward,
-            (
-                *upstream,
-                problem.input,
-                problem.weight,
-                problem.bias,
-                mean,
-                torch.rand(3, 2),
-                *options,
-                dtype,
-                needed,
-                "triton",
-            ),
+        given = Backward(
+            *upstream,
+            problem.input,
+            problem.weight,
+            problem.bias,
+            mean,
+            torch.rand(3, 2),
+            *options,
+            dtype,
+            needed,
+            "triton",
         )
+        torch.library.opcheck(operators.row_norm_backward, tuple(given))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -21,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
-from tilework._operators import HALF, Needed
+from tilework._operators import Needed
+from tilework._triton import Tuned
 from tilework.attention import _kernels
-from tilework.attention._kernels import LOG2_E, MAX_FEATURES
+from tilework.attention._kernels import LOG2_E, MAX_FEATURES, Tile
 from tilework.attention.block_sparse.common import (
     Attended,
     Attention,
@@ -31,44 +32,42 @@ from tilework.attention.block_sparse.common import (
     empty_results,
 )
 
-# Queries (of all heads) and keys of a tile at most, warps and stages, for half precision and up to
-# so many features: the largest of those tried that do not spill registers.
-Tile = tuple[int, int, int, int]
-_WIDE, _SQUARE, _LOW = (128, 64, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2)
-TILES: dict[str, dict[str, dict[int, Tile]]] = {
-    "forward": {
-        "sm_80": {32: (128, 64, 8, 2), 128: _WIDE, 256: _SQUARE},
-        "sm_90": {128: _WIDE, 256: _SQUARE},
-        "sm_100": {128: _WIDE, 256: _SQUARE},
-        "gfx942": {128: (64, 32, 4, 3), 256: (64, 32, 4, 2)},
-    },
-    "query": {
-        "sm_80": {64: (128, 64, 8, 2), 256: _SQUARE},
-        "sm_90": {128: (128, 64, 8, 2), 256: (32, 32, 4, 2)},
-        "sm_100": {64: (128, 64, 8, 2), 256: _SQUARE},
-        "gfx942": {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)},
-    },
-    "key": {
-        "sm_80": {32: _SQUARE, 64: _LOW, 128: (32, 64, 8, 2), 256: (16, 16, 4, 1)},
-        "sm_90": {64: _SQUARE, 128: (32, 64, 8, 2), 256: (16, 16, 4, 1)},
-        "sm_100": {32: (64, 64, 4, 2), 64: _SQUARE, 256: (32, 64, 8, 2)},
-        "gfx942": {128: _LOW, 256: (32, 32, 4, 2)},
-    },
+_WIDE, _SQUARE, _LOW = Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)
+_SHALLOW, _SMALL = Tile(128, 64, 8, 2), Tile(16, 16, 4, 1)
+# Up to so many features: the largest of those tried that do not spill registers. Products of
+# float32 take many: with more than 64 features some spill.
+TILES = {
+    "forward": Tuned(
+        {
+            "sm_80": {32: _SHALLOW, 128: _WIDE, 256: _SQUARE},
+            "sm_90": {128: _WIDE, 256: _SQUARE},
+            "sm_100": {128: _WIDE, 256: _SQUARE},
+            "gfx942": {128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 4, 2)},
+            "float32": {128: _LOW, 256: _SMALL},
+        },
+        otherwise="sm_80",
+    ),
+    "query": Tuned(
+        {
+            "sm_80": {64: _SHALLOW, 256: _SQUARE},
+            "sm_90": {128: _SHALLOW, 256: Tile(32, 32, 4, 2)},
+            "sm_100": {64: _SHALLOW, 256: _SQUARE},
+            "gfx942": {64: _SHALLOW, 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2)},
+            "float32": {64: _LOW, 256: _SMALL},
+        },
+        otherwise="sm_80",
+    ),
+    "key": Tuned(
+        {
+            "sm_80": {32: _SQUARE, 64: _LOW, 128: Tile(32, 64, 8, 2), 256: _SMALL},
+            "sm_90": {64: _SQUARE, 128: Tile(32, 64, 8, 2), 256: _SMALL},
+            "sm_100": {32: Tile(64, 64, 4, 2), 64: _SQUARE, 256: Tile(32, 64, 8, 2)},
+            "gfx942": {128: _LOW, 256: Tile(32, 32, 4, 2)},
+            "float32": {64: Tile(32, 16, 4, 1), 256: _SMALL},
+        },
+        otherwise="sm_80",
+    ),
 }
-# Products of float32 take many registers: with more than 64 features some spill.
-FLOAT32: dict[str, dict[int, Tile]] = {
-    "forward": {128: _LOW, 256: (16, 16, 4, 1)},
-    "query": {64: _LOW, 256: (16, 16, 4, 1)},
-    "key": {64: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
-}
-
-
-def choose_tile(kernel: str, arch: str, dtype: torch.dtype, features: int) -> Tile:
-    """The tile of an architecture, or that of the oldest where there is no entry."""
-    by_features = FLOAT32[kernel]
-    if dtype in HALF:
-        by_features = TILES[kernel].get(arch, TILES[kernel]["sm_80"])
-    return next(tile for most, tile in by_features.items() if features <= most)
 
 
 def refusal(block_size: tuple[int, int], features: int, values: int) -> str | None:
@@ -611,7 +610,7 @@ def _constants(kernel: str, given: Attention) -> dict[str, Any]:
     query, block_size = given.query, given.block_size
     features, values = (max(16, triton.next_power_of_2(t.shape[-1])) for t in (query, given.value))
     arch = _triton.architecture(query.device)
-    rows, keys, warps, stages = choose_tile(kernel, arch, query.dtype, max(features, values))
+    rows, keys, warps, stages = TILES[kernel].choose(arch, query.dtype, max(features, values))
     return {
         "IS_CAUSAL": given.is_causal,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",

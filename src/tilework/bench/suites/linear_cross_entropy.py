@@ -8,7 +8,6 @@ fall by 2 for each e-fold of a class's rank, so that few classes count, as in a 
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ from tilework.bench.suites import (
     loss_and_gradients,
 )
 from tilework.losses import linear_cross_entropy
+from tilework.losses._classes.kept import noted
 
 FORWARD, TRAINING, PEAKED = "forward", "forward+backward", "forward+backward, peaked"
 FILTER = 1e-3
@@ -153,13 +153,6 @@ def _ours(case: Case, inputs: Inputs, implementation: str) -> Callable[[], Resul
     return _step(loss, inputs, "").run
 
 
-# What an implementation chooses to keep with, and how much of how much that is.
-_CHOICES: dict[str, tuple[str, Callable[[Any, Any], tuple[int, int]]]] = {
-    "tiled": ("large_classes", lambda sizes, result: (len(result[0]), len(sizes))),
-    "triton": ("kept_tiles", lambda masses, result: (int(result.sum()), result.numel())),
-}
-
-
 def _filtered(implementation: str) -> Callable[[Case, Inputs], Step]:
     """With a gradient filter, and the part of the gradient's classes or tiles that it keeps."""
 
@@ -172,20 +165,10 @@ def _filtered(implementation: str) -> Callable[[Case, Inputs], Step]:
                 input, weight, target, gradient_filter=FILTER, implementation=implementation
             )
 
-        module = import_module(f"tilework.losses._classes.linear.{implementation}")
-        name, size = _CHOICES[implementation]
-        choose = getattr(module, name)
-        counts = []
-
-        def count(*args: Any) -> Any:
-            result = choose(*args)
-            counts.append(size(args[0], result))
-            return result
-
         run = _step(loss, inputs, "").run
-        with mock.patch.object(module, name, count):
+        with noted() as shares:
             run()
-        kept, total = (sum(column) for column in zip(*counts, strict=True))
+        kept, total = (sum(column) for column in zip(*shares, strict=True))
         kernel = f"tilework.losses._classes.linear.{implementation}, gradient_filter={FILTER}"
         return Step(run, kernel, facts={"kept": kept / total})
 

@@ -12,6 +12,7 @@ from tilework.catalog import implements
 from tilework.losses._classes import head
 from tilework.losses._classes.sharding import VocabShard
 from tilework.losses.linear_kl_div import sharding
+from tilework.losses.linear_kl_div.common import Heads
 
 __all__ = ["LinearKLDivLoss", "linear_kl_div"]
 
@@ -186,8 +187,7 @@ def linear_kl_div(
         counted = counted & (token_weight != 0)
         position_weight = token_weight.where(counted, 0).to(dtype)
 
-    losses = position_weight * sharding.divergences(
-        layout.shard,
+    heads = Heads(
         student_input,
         student_weight,
         student_bias,
@@ -202,6 +202,7 @@ def linear_kl_div(
         beta,
         chosen,
     )
+    losses = position_weight * sharding.divergences(layout.shard, heads)
     if reduction == "none":
         return layout.of_tokens(losses.reshape(positions))
     total = layout.add_up(losses.sum())

@@ -5,7 +5,7 @@ those under the mixture. Where the classes are in parts, the sums of the parts a
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,22 +23,63 @@ NEGLIGIBLE_PART = 80.0
 SUMS = 6
 
 
-def divergence_and_statistics(
-    kernels: Any,
-    tensors: tuple[Any, ...],
-    counted: Tensor,
-    softcaps_and_temperature: tuple[Any, ...],
-    divergence: str,
-    beta: float,
-    gather: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+STUDENT = ("student_input", "student_weight", "student_bias")
+"""What has gradients."""
+
+HeadTensors = tuple[Tensor, Tensor, Tensor | None, float | None]
+
+
+class Heads(NamedTuple):
+    """Two linear heads, which of their rows are counted, and what is asked of them."""
+
+    student_input: Tensor
+    student_weight: Tensor
+    student_bias: Tensor | None
+    teacher_input: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor | None
+    counted: Tensor
+    student_softcap: float | None
+    teacher_softcap: float | None
+    temperature: float
+    divergence: str
+    beta: float
+    implementation: str
+
+    @property
+    def student(self) -> HeadTensors:
+        """Input, weight, bias and softcap."""
+        return self.student_input, self.student_weight, self.student_bias, self.student_softcap
+
+    @property
+    def teacher(self) -> HeadTensors:
+        """Input, weight, bias and softcap."""
+        return self.teacher_input, self.teacher_weight, self.teacher_bias, self.teacher_softcap
+
+
+class Divergences(NamedTuple):
     """The divergence of each row, 0 where it is not counted, and what the backward needs.
 
-    That is the first five sums, and the mean under p of what ``log p - log q`` exceeds that of the
-    student's likeliest class by (reverse), or of the same for ``log m - log p`` (jsd). ``gather``
-    gives the sums over all parts of the classes, in their order, for those over one.
+    ``statistics`` are the first five sums, and the mean under p of what ``log p - log q`` exceeds
+    that of the student's likeliest class by (reverse), or of the same for ``log m - log p`` (jsd).
     """
-    sums = kernels.sums(*tensors, counted, *softcaps_and_temperature, divergence)
+
+    value: Tensor
+    statistics: Tensor
+
+
+def divergence_and_statistics(
+    given: Heads,
+    sums_of: Callable[[Heads], Tensor],
+    mixture_sums_of: Callable[[Heads, Tensor], Tensor],
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> Divergences:
+    """Make them of an implementation's sums.
+
+    ``gather`` gives the sums over all parts of the classes, in their order, for those over one.
+    """
+    counted, divergence, beta = given.counted, given.divergence, given.beta
+    sums = sums_of(given)
     if gather is not None:
         sums = merge(gather(sums), divergence)
     # Rows that are not counted have a total of 1 and 0 elsewhere.
@@ -54,13 +95,13 @@ def divergence_and_statistics(
         result = mean + (teacher_shift - base) + (teacher_total / student_total).log()
     else:
         pivot = likeliest_excess(sums, beta)
-        more = kernels.mixture_sums(*tensors, counted, sums, *softcaps_and_temperature, beta)
+        more = mixture_sums_of(given, sums)
         if gather is not None:
             more = gather(more).sum(0)
         student_sum, teacher_sum = more
         mean = (student_sum / student_total).where(counted, 0)
         result = (beta - 1) * (pivot + mean) - beta * (teacher_sum / teacher_total)
-    return result.where(counted, 0), torch.cat((sums[:5], mean[None]))
+    return Divergences(result.where(counted, 0), torch.cat((sums[:5], mean[None])))
 
 
 def merge(parts: Tensor, divergence: str) -> Tensor:

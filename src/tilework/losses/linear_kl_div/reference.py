@@ -4,28 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilework._operators import computation_dtype, without_autocast
+from tilework._operators import computation_dtype
 from tilework.losses._classes.tiles import NEGLIGIBLE
-from tilework.losses.linear_kl_div.common import NEGLIGIBLE_PART
+from tilework.losses.linear_kl_div.common import NEGLIGIBLE_PART, Divergences, Heads
 
 
-@without_autocast
-def linear_divergences(
-    student_input: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_input: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    counted: Tensor,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    temperature: float,
-    divergence: str,
-    beta: float,
-) -> Tensor:
-    """Return the divergence of each row, 0 for those that are not ``counted``."""
-    dtype = computation_dtype(student_input.dtype)
+def forward(given: Heads) -> Divergences:
+    """The divergences, without the statistics that only other implementations need."""
+    counted, temperature, beta = given.counted, given.temperature, given.beta
+    dtype = computation_dtype(given.student_input.dtype)
 
     def log_probabilities(
         input: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
@@ -36,18 +23,17 @@ def linear_divergences(
             logits = softcap * (logits / softcap).tanh()
         return (logits / temperature).log_softmax(-1)
 
-    log_p = log_probabilities(student_input, student_weight, student_bias, student_softcap)
-    log_q = log_probabilities(teacher_input, teacher_weight, teacher_bias, teacher_softcap)
-    if divergence == "forward":
+    log_p, log_q = log_probabilities(*given.student), log_probabilities(*given.teacher)
+    if given.divergence == "forward":
         result = _kl_div(log_q, log_p)
-    elif divergence == "reverse":
+    elif given.divergence == "reverse":
         result = _kl_div(log_p, log_q)
     else:
         # The difference of two logarithms of 0 is nan, and so is its derivative.
         log_p, log_q = log_p.clamp(min=NEGLIGIBLE), log_q.clamp(min=NEGLIGIBLE)
         to_p, to_q = _log_mixture(log_q - log_p, beta), _log_mixture(log_p - log_q, 1 - beta)
         result = -(beta * log_q.exp() * to_q + (1 - beta) * log_p.exp() * to_p).sum(-1)
-    return result.where(counted, 0)
+    return Divergences(result.where(counted, 0), result.new_empty(0))
 
 
 def _kl_div(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ A process computes sums over its own classes, which one gather brings together. 
 process's own share of the student's head needs no communication, that of the hidden states one sum.
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tilework._operators import without_autocast
 from tilework.losses._classes import sharding as of_classes
 from tilework.losses._classes.sharding import Layout, VocabShard
 from tilework.losses.linear_kl_div import operators
+from tilework.losses.linear_kl_div.common import Divergences, Heads, divergence_and_statistics
 
 _HeadTensors = tuple[Tensor, Tensor, Tensor | None]
 
@@ -61,34 +63,53 @@ def _classes(layout: Layout) -> str:
     return "all" if shard is None else f"{shard.start} to {shard.stop} of {shard.classes}"
 
 
-def divergences(shard: VocabShard | None, student_input: Tensor, *args: Any) -> Tensor:
-    """``operators.divergences`` over the classes of all processes."""
+def divergences(shard: VocabShard | None, given: Heads) -> Tensor:
+    """The divergence of each row, over the classes of all processes."""
     if shard is None:
-        return operators.divergences(student_input, *args)
-    student_input = of_classes.sum_gradient(student_input, shard.group)
-    result: Tensor = _Divergences.apply(student_input, shard, *args)  # type: ignore[no-untyped-call]
+        return operators.divergences(given).value
+    student_input = of_classes.sum_gradient(given.student_input, shard.group)
+    given = given._replace(student_input=student_input)
+    result: Tensor = _Divergences.apply(shard, *given)  # type: ignore[no-untyped-call]
     return result
+
+
+def _room(given: Heads) -> Any:
+    return import_module(f"{__package__}.{given.implementation}")
 
 
 class _Divergences(torch.autograd.Function):
     """The divergences, and the gradients by this process's classes alone."""
 
     @staticmethod
-    def forward(ctx: Any, student_input: Tensor, shard: VocabShard, *args: Any) -> Tensor:
+    def forward(ctx: Any, shard: VocabShard, *arguments: Any) -> Tensor:
+        given = Heads(*arguments)
+        room = _room(given)
+
         def gather(sums: Tensor) -> Tensor:
             return of_classes.gather(sums, shard)
 
-        arguments = (student_input, *args)
-        result, statistics = without_autocast(operators.divergence_and_statistics)(
-            *arguments, gather=gather
+        results = without_autocast(divergence_and_statistics)(
+            given, room.sums, room.mixture_sums, gather
         )
-        ctx.save_for_backward(*arguments[:7], statistics)
-        ctx.options, ctx.implementation = arguments[7:-1], arguments[-1]
-        return result
+        ctx.save_for_backward(
+            *(value if isinstance(value, Tensor) else None for value in given), results.statistics
+        )
+        ctx.options = [None if isinstance(value, Tensor) else value for value in given]
+        return results.value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_divergence: Tensor) -> tuple[Tensor | None, ...]:
-        needed = [ctx.needs_input_grad[index] for index in (0, 2, 3)]
-        grad_input, *grads = operators.gradients(ctx, grad_divergence, needed)
-        return grad_input, None, *grads, *[None] * 10
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, statistics = ctx.saved_tensors
+        given = Heads(
+            *(
+                option if tensor is None else tensor
+                for tensor, option in zip(tensors, ctx.options, strict=True)
+            )
+        )
+        _, *needs = ctx.needs_input_grad
+        names = zip(Heads._fields, needs, strict=True)
+        needed = frozenset(name for name, need in names if need)
+        results, grads = Divergences(grad_value, statistics), Divergences(grad_value, statistics)
+        found = without_autocast(_room(given).backward)(given, results, grads, needed)
+        return None, *(found[name] if name in needed else None for name in Heads._fields)

@@ -4,9 +4,12 @@ Of each head one tile of logits exists at a time, and a few more tiles of what i
 backward computes the logits again.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from tilework._operators import Needed
 from tilework.losses._classes.tiles import (
     NEGLIGIBLE,
     Head,
@@ -14,30 +17,28 @@ from tilework.losses._classes.tiles import (
     spread,
     tile_width,
 )
-from tilework.losses.linear_kl_div.common import SUMS, likeliest_excess, log_mixture
+from tilework.losses.linear_kl_div.common import (
+    STUDENT,
+    SUMS,
+    Divergences,
+    Heads,
+    divergence_and_statistics,
+    likeliest_excess,
+    log_mixture,
+)
 
 
-def sums(
-    student_input: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_input: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    counted: Tensor,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    temperature: float,
-    divergence: str,
-) -> Tensor:
+def forward(given: Heads) -> Divergences:
+    """See ``Divergences``."""
+    return divergence_and_statistics(given, sums, mixture_sums)
+
+
+def sums(given: Heads) -> Tensor:
     """The sums of ``common.SUMS`` over all classes, shape (6, N)."""
-    rows, (student_hidden, teacher_hidden) = kept_rows(~counted, student_input, teacher_input)
-    student, teacher = _heads(
-        (student_hidden, student_weight, student_bias, student_softcap),
-        (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap),
-        temperature,
-    )
-    result = student_hidden.new_zeros(SUMS, len(student_hidden), dtype=student.dtype)
+    divergence = given.divergence
+    rows, student, teacher = _heads(given)
+    kept = len(given.counted) if rows is None else len(rows)
+    result = given.student_input.new_zeros(SUMS, kept, dtype=student.dtype)
     tiny = torch.finfo(student.dtype).tiny
     for tokens in student.tokens():
         base, moment = result[4:, tokens]
@@ -72,35 +73,18 @@ def sums(
             if divergence != "jsd":
                 moment += differences.mul_(of_weights.clamp_(min=tiny)).sum(1)
         result[:4, tokens] = torch.stack((p.shift, p.total, q.shift, q.total))
-    return spread(result, rows, len(counted), dim=1)
+    return spread(result, rows, len(given.counted), dim=1)
 
 
-def mixture_sums(
-    student_input: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_input: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    counted: Tensor,
-    sums: Tensor,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    temperature: float,
-    beta: float,
-) -> Tensor:
+def mixture_sums(given: Heads, sums: Tensor) -> Tensor:
     """``sum(exp(z - max z) * (log m - log p - pivot))`` of the student's logits, and of the
     teacher's ``sum(exp(z - max z) * (log m - log q))``, shape (2, N)."""
-    rows, (student_hidden, teacher_hidden) = kept_rows(~counted, student_input, teacher_input)
-    student, teacher = _heads(
-        (student_hidden, student_weight, student_bias, student_softcap),
-        (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap),
-        temperature,
-    )
+    beta = given.beta
+    rows, student, teacher = _heads(given)
     vectors = torch.cat((sums[:4], likeliest_excess(sums, beta)[None]))
     if rows is not None:
         vectors = vectors.index_select(1, rows)
-    result = vectors.new_zeros(2, len(student_hidden))
+    result = vectors.new_zeros(2, vectors.shape[1])
     for tokens in student.tokens():
         student_shift, student_total, teacher_shift, teacher_total, row_pivot = (
             vector[:, None] for vector in vectors[:, tokens]
@@ -114,34 +98,16 @@ def mixture_sums(
             result[1, tokens] += excess.mul_(teacher_gaps.exp_()).sum(1)
             excess = log_mixture(ratios, beta).sub_(row_pivot)  # log m - log p
             result[0, tokens] += excess.mul_(student_gaps.exp_()).sum(1)
-    return spread(result, rows, len(counted), dim=1)
+    return spread(result, rows, len(given.counted), dim=1)
 
 
 def backward(
-    grad_divergence: Tensor,
-    student_input: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_input: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    counted: Tensor,
-    statistics: Tensor,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    temperature: float,
-    divergence: str,
-    beta: float,
-    needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the student's input, weight and bias; empty for each that is not needed."""
-    rows, (student_hidden, teacher_hidden) = kept_rows(~counted, student_input, teacher_input)
-    student, teacher = _heads(
-        (student_hidden, student_weight, student_bias, student_softcap),
-        (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap),
-        temperature,
-    )
-    scale = grad_divergence.where(counted, 0) / temperature
+    given: Heads, results: Divergences, grads: Any, needed: Needed
+) -> dict[str, Tensor | None]:
+    """Gradients of the student's input, weight and bias, those that are needed."""
+    divergence, beta, statistics = given.divergence, given.beta, results.statistics
+    rows, student, teacher = _heads(given)
+    scale = grads.value.where(given.counted, 0) / given.temperature
     vectors = torch.cat((scale[None], statistics))
     if divergence == "jsd":
         vectors = torch.cat((vectors, likeliest_excess(statistics, beta)[None]))
@@ -172,19 +138,29 @@ def backward(
             grad = student_gaps.exp_().mul_(share).mul_(excess.sub_(pivot[0]).sub_(mean))
         return grad if slope is None else grad.mul_(slope), None
 
-    grad_hidden, grad_weight, grad_bias = student.gradients(needed, gradient)
-    if needed[0]:
-        grad_hidden = spread(grad_hidden, rows, len(counted), dim=0)
-    return grad_hidden, grad_weight, grad_bias
+    grad_hidden, grad_weight, grad_bias = student.gradients(
+        [name in needed for name in STUDENT], gradient
+    )
+    if "student_input" in needed:
+        grad_hidden = spread(grad_hidden, rows, len(given.counted), dim=0)
+    return dict(zip(STUDENT, (grad_hidden, grad_weight, grad_bias), strict=True))
 
 
-_HeadTensors = tuple[Tensor, Tensor, Tensor | None, float | None]
-
-
-def _heads(student: _HeadTensors, teacher: _HeadTensors, temperature: float) -> tuple[Head, Head]:
-    """Two heads with the same tiles of classes."""
-    width = min(tile_width(len(hidden), weight) for hidden, weight, *_ in (student, teacher))
-    return Head(*student, temperature, width), Head(*teacher, temperature, width)
+def _heads(given: Heads) -> tuple[Tensor | None, Head, Head]:
+    """Which rows are counted, None for all, and the heads on these, with the same tiles."""
+    rows, hidden = kept_rows(~given.counted, given.student_input, given.teacher_input)
+    heads = [
+        (one, weight, bias, softcap)
+        for one, (_, weight, bias, softcap) in zip(
+            hidden, (given.student, given.teacher), strict=True
+        )
+    ]
+    width = min(tile_width(len(one), weight) for one, weight, *_ in heads)
+    student, teacher = (
+        Head(one, weight, bias, softcap, given.temperature, width)
+        for one, weight, bias, softcap in heads
+    )
+    return rows, student, teacher
 
 
 def _logits(head: Head, tokens: slice, classes: slice, dtype: torch.dtype) -> Tensor:

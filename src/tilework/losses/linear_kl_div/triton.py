@@ -8,12 +8,15 @@ into gradients. There are no locks and no atomics, and the order of every sum de
 of classes alone.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
+from tilework._operators import Needed
 from tilework._triton import Config, Tuned
 from tilework.losses._classes.kernels import (
     MAX_SHARES,
@@ -28,6 +31,12 @@ from tilework.losses._classes.kernels import (
 )
 from tilework.losses._classes.tiles import NEGLIGIBLE as NEGLIGIBLE_GAP
 from tilework.losses.linear_kl_div import common
+from tilework.losses.linear_kl_div.common import (
+    STUDENT,
+    Divergences,
+    Heads,
+    divergence_and_statistics,
+)
 
 # Narrower than for one head, as two tiles take twice the registers.
 SUMS = Tuned(
@@ -392,79 +401,57 @@ def backward_kernel(
     store_panel(panel, grad, row_block, column_block, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
-def sums(
-    student_input: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_input: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    counted: Tensor,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    temperature: float,
-    divergence: str,
-) -> Tensor:
+def forward(given: Heads) -> Divergences:
+    """See ``Divergences``."""
+    return divergence_and_statistics(given, sums, mixture_sums)
+
+
+def sums(given: Heads) -> Tensor:
     """The sums of ``common.SUMS`` over all classes, shape (6, N)."""
-    num_tokens, num_classes = len(student_input), len(student_weight)
+    num_tokens, num_classes = len(given.student_input), len(given.student_weight)
     share, num_shares = _shares(num_classes)
-    parts = student_input.new_empty(num_shares, 6, num_tokens, dtype=torch.float32)
+    shape = num_shares, common.SUMS, num_tokens
+    parts = given.student_input.new_empty(shape, dtype=torch.float32)
     if num_tokens == 0:
         return parts[0]
-    student = Head.of(student_input, student_weight, student_bias, student_softcap)
-    teacher = Head.of(teacher_input, teacher_weight, teacher_bias, teacher_softcap)
-    teacher_weights = divergence == "forward"
+    student, teacher = Head.of(*given.student), Head.of(*given.teacher)
+    teacher_weights = given.divergence == "forward"
     weighting, other = (teacher, student) if teacher_weights else (student, teacher)
-    config = _config(SUMS, student_input, teacher_input)
+    config = _config(SUMS, given)
     sums_kernel[(triton.cdiv(num_tokens, config.block_rows), num_shares)](
         weighting,
         other,
-        counted.contiguous(),
+        given.counted.contiguous(),
         parts,
         (num_tokens, num_classes),
-        1 / temperature,
+        1 / given.temperature,
         share,
         TEACHER_WEIGHTS=teacher_weights,
-        NEED_MOMENT=divergence != "jsd",
+        NEED_MOMENT=given.divergence != "jsd",
         PRECISION=precision(),
         INTERPRETED=_triton.INTERPRETED,
         **config.arguments(),
     )
-    return common.merge(parts, divergence)
+    return common.merge(parts, given.divergence)
 
 
-def mixture_sums(
-    student_input: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_input: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    counted: Tensor,
-    sums: Tensor,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    temperature: float,
-    beta: float,
-) -> Tensor:
+def mixture_sums(given: Heads, sums: Tensor) -> Tensor:
     """See ``tiled.mixture_sums``."""
-    num_tokens, num_classes = len(student_input), len(student_weight)
+    num_tokens, num_classes = len(given.student_input), len(given.student_weight)
     share, num_shares = _shares(num_classes)
-    parts = student_input.new_empty(num_shares, 2, num_tokens, dtype=torch.float32)
+    parts = given.student_input.new_empty(num_shares, 2, num_tokens, dtype=torch.float32)
     if num_tokens == 0:
         return parts[0]
-    student = Head.of(student_input, student_weight, student_bias, student_softcap)
-    teacher = Head.of(teacher_input, teacher_weight, teacher_bias, teacher_softcap)
-    config = _config(MIXTURE, student_input, teacher_input)
+    config = _config(MIXTURE, given)
     mixture_kernel[(triton.cdiv(num_tokens, config.block_rows), num_shares)](
-        student,
-        teacher,
-        counted.contiguous(),
+        Head.of(*given.student),
+        Head.of(*given.teacher),
+        given.counted.contiguous(),
         sums.contiguous(),
         parts,
         (num_tokens, num_classes),
-        1 / temperature,
-        beta,
+        1 / given.temperature,
+        given.beta,
         share,
         PRECISION=precision(),
         INTERPRETED=_triton.INTERPRETED,
@@ -474,28 +461,13 @@ def mixture_sums(
 
 
 def backward(
-    grad_divergence: Tensor,
-    student_input: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_input: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    counted: Tensor,
-    statistics: Tensor,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    temperature: float,
-    divergence: str,
-    beta: float,
-    needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the student's input, weight and bias; empty for each that is not needed."""
-    student = Head.of(student_input, student_weight, student_bias, student_softcap)
-    teacher = Head.of(teacher_input, teacher_weight, teacher_bias, teacher_softcap)
-    config = _config(BACKWARD, student_input, teacher_input)
-    vectors = torch.cat((grad_divergence[None], statistics))
-    counted = counted.contiguous()
+    given: Heads, results: Divergences, grads: Any, needed: Needed
+) -> dict[str, Tensor | None]:
+    """Gradients of the student's input, weight and bias, those that are needed."""
+    student, teacher = Head.of(*given.student), Head.of(*given.teacher)
+    config = _config(BACKWARD, given)
+    vectors = torch.cat((grads.value[None], results.statistics))
+    counted = given.counted.contiguous()
 
     def launch(tokens: slice, classes: slice, panel: Panel) -> None:
         height, width = panel.sizes
@@ -508,9 +480,9 @@ def backward(
             vectors.stride(0),
             panel,
             classes.start,
-            1 / temperature,
-            beta,
-            DIVERGENCE=divergence,
+            1 / given.temperature,
+            given.beta,
+            DIVERGENCE=given.divergence,
             PRECISION=precision(),
             INTERPRETED=_triton.INTERPRETED,
             GROUP=8,
@@ -518,12 +490,17 @@ def backward(
         )
 
     # The hidden states of positions that are not counted are never read.
-    hidden = student.input.masked_fill(~counted[:, None], 0) if needed[1] else student.input
-    return panel_gradients(hidden, student.weight, needed, config.block_rows, launch)
+    hidden = student.input
+    if "student_weight" in needed:
+        hidden = hidden.masked_fill(~counted[:, None], 0)
+    wanted = [name in needed for name in STUDENT]
+    found = panel_gradients(hidden, student.weight, wanted, config.block_rows, launch)
+    return dict(zip(STUDENT, found, strict=True))
 
 
-def _config(table: Tuned[Config], student: Tensor, teacher: Tensor) -> Config:
+def _config(table: Tuned[Config], given: Heads) -> Config:
     """Small blocks where one of the heads is of float32."""
+    student, teacher = given.student_input, given.teacher_input
     widest = max(student.dtype, teacher.dtype, key=lambda dtype: dtype.itemsize)
     return table.choose(_triton.architecture(student.device), widest)
 

@@ -9,6 +9,7 @@ from tilework import _checks, _implementations, _operators
 from tilework._implementations import Implementation
 from tilework._operators import computation_dtype
 from tilework.norms._row_norm import operators, reference, tiled, torch
+from tilework.norms._row_norm.common import RowNorm
 
 IMPLEMENTATIONS = (
     Implementation.triton(
@@ -64,15 +65,26 @@ def row_norm(
         eps = finfo(computation_dtype(input.dtype)).eps
     if num_measured is None:
         num_measured = math.prod(normalized_shape)
-    dims = len(normalized_shape)
-    options = (dims, num_measured, eps, weight_offset, centered)
+    given = RowNorm(
+        input,
+        residual,
+        weight,
+        bias,
+        len(normalized_shape),
+        num_measured,
+        eps,
+        weight_offset,
+        centered,
+        None if residual is None else residual.dtype,
+        chosen,
+    )
     if chosen == "reference" or _operators.only_reference():
-        results = reference.forward(input, residual, weight, bias, *options)
+        output, total = reference.forward(given)
     elif chosen == "torch":
-        results = torch.forward(input, residual, weight, bias, *options)
+        output, total = torch.forward(given)
     else:
-        results = operators.row_norm(input, residual, weight, bias, *options, chosen)
-    return results[0] if residual is None else results[:2]
+        output, total, *_ = operators.row_norm(given)
+    return output if residual is None else (output, total)
 
 
 def _check_tensors(

@@ -3,35 +3,21 @@
 from torch import Tensor
 
 from tilework._operators import computation_dtype
+from tilework.norms._row_norm.common import RowNorm
 
 
-def forward(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dims: int,
-    num_measured: int,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-) -> tuple[Tensor, Tensor]:
-    """Normalize the sum of input and residual over its last ``dims`` dimensions; return both.
-
-    ``centered`` subtracts the mean first. A weight with one dimension more than ``dims`` has a row
-    for each entry of the dimension before. The scale is that of the first ``num_measured``
-    elements, which are all of them if ``dims`` is above 1.
-    """
-    dtype = computation_dtype(input.dtype)
-    total = input.to(dtype)
-    if residual is not None:
-        total = total + residual.to(dtype)
-    trailing = tuple(range(-dims, 0))
-    output = total - total.mean(trailing, keepdim=True) if centered else total
-    measured = output if dims > 1 else output[..., :num_measured]
-    output = output * (measured.square().mean(trailing, keepdim=True) + eps).rsqrt()
-    if weight is not None:
-        output = output * (weight.to(dtype) + weight_offset)
-    if bias is not None:
-        output = output + bias.to(dtype)
-    return output.to(input.dtype), total.to(input.dtype)
+def forward(given: RowNorm) -> tuple[Tensor, Tensor]:
+    """Return the output, and the sum of input and residual."""
+    dtype = computation_dtype(given.input.dtype)
+    total = given.input.to(dtype)
+    if given.residual is not None:
+        total = total + given.residual.to(dtype)
+    trailing = tuple(range(-given.dims, 0))
+    output = total - total.mean(trailing, keepdim=True) if given.centered else total
+    measured = output if given.dims > 1 else output[..., : given.num_measured]
+    output = output * (measured.square().mean(trailing, keepdim=True) + given.eps).rsqrt()
+    if given.weight is not None:
+        output = output * (given.weight.to(dtype) + given.weight_offset)
+    if given.bias is not None:
+        output = output + given.bias.to(dtype)
+    return output.to(given.input.dtype), total.to(given.input.dtype)

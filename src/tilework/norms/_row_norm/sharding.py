@@ -7,69 +7,57 @@ from typing import Any
 
 from torch.distributed.tensor import Partial, Replicate, Shard
 
+from tilework.norms._row_norm.common import Backward, Gradients, Normalized, RowNorm
+
 _Rule = list[tuple[list[Any], list[Any]]]
 
 
-def forward(input: Any, residual: Any, weight: Any, bias: Any, dims: int, *options: Any) -> _Rule:
-    """Of output, sum, mean and rstd."""
-    *_, centered, _implementation = options
-    return [
-        (
-            [
-                tokens,
-                Replicate() if residual is None else tokens,
-                tokens if centered else Replicate(),
-                tokens,
-            ],
-            [
-                tokens,
-                None if residual is None else tokens,
-                None if weight is None else parameter,
-                None if bias is None else Replicate(),
-                *[None] * (1 + len(options)),
-            ],
-        )
-        for tokens, parameter in _placements(input, weight, dims)
-    ]
-
-
-def backward(
-    grad_output: Any,
-    grad_total: Any,
-    total: Any,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    rstd: Any,
-    dims: int,
-    *options: Any,
-) -> _Rule:
-    """Of the gradients of sum, weight and bias."""
-    *_, centered, _dtype, needed, _implementation = options
+def forward(given: RowNorm) -> _Rule:
+    """The rule of the forward."""
     rule = []
-    for tokens, parameter in _placements(total, weight, dims):
+    for tokens, parameter in _placements(given.input, given.weight, given.dims):
+        results = {
+            "output": tokens,
+            "total": Replicate() if given.residual is None else tokens,
+            "mean": tokens if given.centered else Replicate(),
+            "rstd": tokens,
+        }
+        arguments = {"input": tokens, "residual": tokens, "weight": parameter, "bias": Replicate()}
+        rule.append(([results[name] for name in Normalized._fields], _given(given, arguments)))
+    return rule
+
+
+def backward(given: Backward) -> _Rule:
+    """The rule of the gradients."""
+    rule = []
+    for tokens, parameter in _placements(given.total, given.weight, given.dims):
         # Each process sums over the rows that it has.
         summed = Replicate() if tokens == Replicate() else Partial()
-        gradients = (tokens, parameter if parameter != Replicate() else summed, summed)
-        rule.append(
-            (
-                [
-                    gradient if need else Replicate()
-                    for gradient, need in zip(gradients, needed, strict=True)
-                ],
-                [
-                    tokens,
-                    None if grad_total is None else tokens,
-                    tokens,
-                    None if weight is None else parameter,
-                    None if bias is None else Replicate(),
-                    tokens if centered else Replicate(),
-                    tokens,
-                    *[None] * (1 + len(options)),
-                ],
-            )
-        )
+        results = {
+            "total": tokens,
+            "weight": parameter if parameter != Replicate() else summed,
+            "bias": summed,
+        }
+        arguments = {
+            "grad_output": tokens,
+            "grad_total": tokens,
+            "total": tokens,
+            "weight": parameter,
+            "bias": Replicate(),
+            "mean": tokens if given.centered else Replicate(),
+            "rstd": tokens,
+        }
+        needed = zip(Gradients._fields, given.needed, strict=True)
+        gradients = [results[name] if need else Replicate() for name, need in needed]
+        rule.append((gradients, _given(given, arguments)))
     return rule
+
+
+def _given(given: RowNorm | Backward, placements: dict[str, Any]) -> list[Any]:
+    """The placements of the tensors that are there, and None for all other arguments."""
+    return [
+        None if value is None else placements.get(name) for name, value in given._asdict().items()
+    ]
 
 
 def _placements(input: Any, weight: Any, dims: int) -> list[tuple[Any, Any]]:

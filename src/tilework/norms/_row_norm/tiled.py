@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import HALF, computation_dtype
+from tilework.norms._row_norm.common import Backward, Gradients, Normalized, RowNorm
 
 TILE = 2**17  # elements for each thread: 512 KiB in float32
 SMALLEST = 2**21  # elements of an input that is worth the overhead
@@ -44,24 +45,16 @@ def preferred(
     return half and trained(weight, bias)
 
 
-def forward(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dims: int,
-    num_measured: int,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return output, sum, mean and rstd; the second only with residual, the third if centered."""
+def forward(given: RowNorm) -> Normalized:
+    """See ``RowNorm``."""
+    input, residual, dims, eps = given.input, given.residual, given.dims, given.eps
+    weight, centered = given.weight, given.centered
     dtype = computation_dtype(input.dtype)
     output = input.new_empty(input.shape)
     total = input.new_empty(0 if residual is None else input.shape)
     mean = input.new_zeros(input.shape[:-dims] if centered else 0, dtype=dtype)
     rstd = input.new_zeros(input.shape[:-dims], dtype=dtype)
-    gain, shift = _parameters(weight, bias, dims, weight_offset, dtype)
+    gain, shift = _parameters(weight, given.bias, dims, given.weight_offset, dtype)
     ones = rstd.new_ones(input.shape[-dims:].numel())
     others = (residual, output, None if residual is None else total)
     statistics = (mean if centered else None, rstd)
@@ -90,62 +83,52 @@ def forward(
         rstds.copy_(tile_rstd[..., 0])
         if normal is not result:
             result.copy_(normal)
-    return output, total, mean, rstd
+    return Normalized(output, total, mean, rstd)
 
 
-def backward(
-    grad_output: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dims: int,
-    num_measured: int,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-    dtype: torch.dtype,
-    needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum (in ``dtype``), weight and bias; an empty one where not needed."""
+def backward(given: Backward) -> Gradients:
+    """See ``Backward``."""
+    total, dims, centered = given.total, given.dims, given.centered
+    need_total, *need_parameters = given.needed
+    parameters = given.weight, given.bias
     compute = computation_dtype(total.dtype)
-    grad_input = total.new_empty(total.shape if needed[0] else 0, dtype=dtype)
-    gain, _ = _parameters(weight, bias, dims, weight_offset, compute)
-    sums = [
+    grad_rows = total.new_empty(total.shape if need_total else 0, dtype=given.dtype)
+    gain, _ = _parameters(*parameters, dims, given.weight_offset, compute)
+    weight_sum, bias_sum = (
         torch.zeros_like(_flat(parameter, dims), dtype=compute)
         if need and parameter is not None
         else None
-        for parameter, need in zip((weight, bias), needed[1:], strict=True)
-    ]
-    others = (grad_output, grad_total, grad_input if needed[0] else None)
-    statistics = (mean if centered else None, rstd)
+        for parameter, need in zip(parameters, need_parameters, strict=True)
+    )
+    others = (given.grad_output, given.grad_total, grad_rows if need_total else None)
+    statistics = (given.mean if centered else None, given.rstd)
     for some, upper, direct, result, means, rstds in _tiles(
-        weight, dims, total, others, statistics
+        given.weight, dims, total, others, statistics
     ):
         rows, grad = some.to(compute), upper.to(compute)
         tile_rstd = rstds[..., None]
         normal = torch.sub(rows, means[..., None]).mul_(tile_rstd) if centered else rows * tile_rstd
-        if sums[0] is not None:
-            sums[0] += (grad * normal).sum(0)
-        if sums[1] is not None:
-            sums[1] += grad.sum((0, 1))
+        if weight_sum is not None:
+            weight_sum += (grad * normal).sum(0)
+        if bias_sum is not None:
+            bias_sum += grad.sum((0, 1))
         if result is None:
             continue
-        scaled = grad if gain is None else grad * gain
-        c1 = (scaled * normal).mean(-1, keepdim=True)
+        wdy = grad if gain is None else grad * gain
+        c1 = (wdy * normal).mean(-1, keepdim=True)
         if centered:
-            scaled = scaled - scaled.mean(-1, keepdim=True)
-        grad_rows = normal.mul_(c1).neg_().add_(scaled).mul_(tile_rstd)
-        result.copy_(grad_rows if direct is None else grad_rows.add_(direct))
-    grad_weight, grad_bias = (
-        total.new_empty(0)
-        if summed is None or parameter is None
-        else summed.view(parameter.shape).to(parameter.dtype)
-        for summed, parameter in zip(sums, (weight, bias), strict=True)
+            wdy = wdy - wdy.mean(-1, keepdim=True)
+        tile = normal.mul_(c1).neg_().add_(wdy).mul_(tile_rstd)
+        result.copy_(tile if direct is None else tile.add_(direct))
+    return Gradients(
+        grad_rows,
+        *(
+            total.new_empty(0)
+            if summed is None or parameter is None
+            else summed.view(parameter.shape).to(parameter.dtype)
+            for summed, parameter in zip((weight_sum, bias_sum), parameters, strict=True)
+        ),
     )
-    return grad_input, grad_weight, grad_bias
 
 
 def _tiles(

@@ -16,6 +16,7 @@ from torch import Tensor
 from tilework import _triton
 from tilework._operators import HALF
 from tilework._triton import Tuned
+from tilework.norms._row_norm.common import Backward, Gradients, Normalized, RowNorm
 
 
 class Limits(NamedTuple):
@@ -534,18 +535,10 @@ def _constants(
     return constants
 
 
-def forward(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dims: int,
-    num_measured: int,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return output, sum, mean and rstd; the second only with residual, the third if centered."""
+def forward(given: RowNorm) -> Normalized:
+    """See ``RowNorm``."""
+    input, residual, weight, bias = given.input, given.residual, given.weight, given.bias
+    dims, centered = given.dims, given.centered
     shape = input.shape[:-dims]
     num_features = input.shape[-dims:].numel()
     output = input.new_empty(input.shape)
@@ -553,7 +546,7 @@ def forward(
     mean = input.new_empty(shape if centered else 0, dtype=torch.float32)
     rstd = input.new_empty(shape, dtype=torch.float32)
     if input.numel() == 0:
-        return output, total, mean.zero_(), rstd.zero_()
+        return Normalized(output, total, mean.zero_(), rstd.zero_())
     rows, leading = _rows(dims, input, residual)
     num_heads, num_rows = _heads(rstd.numel(), weight, dims)
     config = choose_config(_triton.architecture(input.device), input.dtype, num_features)
@@ -565,76 +558,64 @@ def forward(
         None if residual is None else total,
         mean if centered else None,
         rstd,
-        (num_rows, num_features, num_measured),
+        (num_rows, num_features, given.num_measured),
         leading,
-        EPS=eps,
-        WEIGHT_OFFSET=weight_offset,
+        EPS=given.eps,
+        WEIGHT_OFFSET=given.weight_offset,
         CENTERED=centered,
         # Without the mean, the difference is within the rounding of the gradient.
         ROUNDED=centered and residual is not None and input.dtype in HALF,
         **config,
     )
-    return output, total, mean, rstd
+    return Normalized(output, total, mean, rstd)
 
 
-def backward(
-    grad_output: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dims: int,
-    num_measured: int,
-    eps: float,
-    weight_offset: float,
-    centered: bool,
-    dtype: torch.dtype,
-    needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum (in ``dtype``), weight and bias; an empty one where not needed."""
-    grad_input = total.new_empty(total.shape if needed[0] else 0, dtype=dtype)
+def backward(given: Backward) -> Gradients:
+    """See ``Backward``."""
+    total, weight, dims = given.total, given.weight, given.dims
+    parameters = weight, given.bias
+    need_total, *need_parameters = given.needed
+    grad_rows = total.new_empty(total.shape if need_total else 0, dtype=given.dtype)
     if total.numel() == 0:
-        grad_weight, grad_bias = (
+        of_parameters = (
             torch.zeros_like(parameter) if need and parameter is not None else total.new_empty(0)
-            for parameter, need in zip((weight, bias), needed[1:], strict=True)
+            for parameter, need in zip(parameters, need_parameters, strict=True)
         )
-        return grad_input, grad_weight, grad_bias
+        return Gradients(grad_rows, *of_parameters)
     num_features = total.shape[-dims:].numel()
-    rows, leading = _rows(dims, grad_output, grad_total, total)
-    num_heads, num_rows = _heads(rstd.numel(), weight, dims)
+    rows, leading = _rows(dims, given.grad_output, given.grad_total, total)
+    num_heads, num_rows = _heads(given.rstd.numel(), weight, dims)
     arch = _triton.architecture(total.device)
-    config = choose_config(arch, total.dtype, num_features, sum(needed[1:]))
+    config = choose_config(arch, total.dtype, num_features, sum(need_parameters))
     num_programs = triton.cdiv(num_rows, config["BLOCK_ROWS"])
-    if needed[1] or needed[2]:
+    if any(need_parameters):
         threads = config["num_warps"] * LANES.get(arch, USUAL_LANES)
         most = THREADS // threads * _triton.multiprocessors(total.device)
         num_programs = min(num_programs, max(1, most // num_heads))
+    size = num_heads, num_programs, num_features
     partials = [
-        total.new_empty(num_heads, num_programs, num_features, dtype=rstd.dtype) if need else None
-        for need in needed[1:]
+        total.new_empty(size, dtype=torch.float32) if need else None for need in need_parameters
     ]
     backward_kernel[(num_programs, num_heads)](
         *rows,
         None if weight is None else weight.contiguous(),
-        mean.contiguous() if centered else None,
-        rstd.contiguous(),
-        grad_input if needed[0] else None,
+        given.mean.contiguous() if given.centered else None,
+        given.rstd.contiguous(),
+        grad_rows if need_total else None,
         *partials,
-        (num_rows, num_features, num_measured),
+        (num_rows, num_features, given.num_measured),
         leading,
-        WEIGHT_OFFSET=weight_offset,
-        CENTERED=centered,
+        WEIGHT_OFFSET=given.weight_offset,
+        CENTERED=given.centered,
         **config,
     )
-    grad_weight, grad_bias = (
+    of_parameters = (
         total.new_empty(0)
         if partial is None or parameter is None
         else partial.sum(1).view(parameter.shape).to(parameter.dtype)
-        for partial, parameter in zip(partials, (weight, bias), strict=True)
+        for partial, parameter in zip(partials, parameters, strict=True)
     )
-    return grad_input, grad_weight, grad_bias
+    return Gradients(grad_rows, *of_parameters)
 
 
 def _heads(num_rows: int, weight: Tensor | None, dims: int) -> tuple[int, int]:
@@ -643,7 +624,7 @@ def _heads(num_rows: int, weight: Tensor | None, dims: int) -> tuple[int, int]:
     return num_heads, num_rows // max(1, num_heads)
 
 
-def _rows(dims: int, *tensors: Tensor | None) -> tuple[tuple[Rows | None, ...], tuple[int, int]]:
+def _rows(dims: int, *tensors: Tensor | None) -> tuple[list[Rows | None], tuple[int, int]]:
     """Count the leading dimensions of tensors of one shape as three, so that rows can be found.
 
     Returns the tensors, copied where that cannot be done or their rows are not dense, and the sizes
@@ -651,8 +632,8 @@ def _rows(dims: int, *tensors: Tensor | None) -> tuple[tuple[Rows | None, ...], 
     """
     given = [tensor for tensor in tensors if tensor is not None]
     if all(tensor.is_contiguous() for tensor in given):
-        step = given[0].shape[-dims:].numel()
-        return tuple(None if t is None else Rows(t, (step, 0, 0)) for t in tensors), (1, 1)
+        contiguous = given[0].shape[-dims:].numel(), 0, 0
+        return [None if t is None else Rows(t, contiguous) for t in tensors], (1, 1)
     leading = given[0].dim() - dims
     merged: list[tuple[int, tuple[int, ...]]] = []
     for size, *strides in zip(
@@ -669,5 +650,5 @@ def _rows(dims: int, *tensors: Tensor | None) -> tuple[tuple[Rows | None, ...], 
         return _rows(dims, *(None if t is None else t.contiguous() for t in tensors))
     merged += [(1, (0,) * len(given))] * (3 - len(merged))
     by_tensor = iter(zip(*(strides for _, strides in merged), strict=True))
-    rows = tuple(None if t is None else Rows(t, next(by_tensor)) for t in tensors)
+    rows = [None if t is None else Rows(t, next(by_tensor)) for t in tensors]
     return rows, (merged[1][0], merged[2][0])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tilework._operators import Gradients, Needed, computation_dtype
 from tilework.losses._classes import tiles
+from tilework.losses._classes.kept import note
 from tilework.losses._classes.linear.common import LinearStats
 from tilework.losses._classes.statistics import Statistics, empty, is_wanted, masked, of_wanted
 from tilework.losses._classes.tiles import (
@@ -153,6 +154,7 @@ def backward(
             sizes = (grad / scale[:, None]).abs_().amax(0)
             sizes[column[inside]] = torch.inf
             large, spent = large_classes(sizes, budget)
+            note(lambda: (len(large), len(sizes)))
             unspent[tokens.start] = budget - spent
         return grad if slope is None else grad.mul_(slope), large
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._triton import Config
+from tilework.losses._classes.kept import note
 from tilework.losses._classes.kernels import precision
 from tilework.losses._classes.tiles import accumulate
 
@@ -142,6 +143,7 @@ def kept_tiles(
         BLOCK_ROWS=config.block_rows,
         BLOCK_COLUMNS=config.block_columns,
     )
+    note(lambda: (int(kept.sum()), kept.numel()))
     return kept
 
 
