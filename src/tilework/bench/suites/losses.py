@@ -28,15 +28,20 @@ from tilework.bench.suites import (
 )
 
 CROSS_ENTROPY, SQUENTROPY = "cross_entropy_with_z_loss", "squentropy"
-COMP_SUM, FOCAL = "comp_sum_loss", "multilabel_focal_loss"
+PLAIN = "cross_entropy"  # the first one without smoothing and penalty, which more peers have
+COMP_SUM, Z, FOCAL = "comp_sum_loss", "z_loss", "multilabel_focal_loss"
+ERROR_NORM, NUMBERS = "error_norm_truncation_loss", "number_token_cross_entropy"
 HL_GAUSS, PINBALL, BALANCE = "hl_gauss_loss", "pinball_loss", "load_balancing_loss"
 HALF = ("bfloat16", "float16")
 SMOOTHING, Z_LOSS = 0.1, 1e-4
 TAU = 1.7  # the generalized cross-entropy with q = 0.7
 GAMMA = 2.0
+THRESHOLD = 1.3  # of error norms: a few positions in a hundred exceed it
+DIGITS = 100  # tokens that stand for a number
+NUMBER_WEIGHT = 0.3
 RANGE = 10.0  # of the bins' values, in both directions
 CHOSEN = 8  # experts of a token
-COLUMNS = ("levels", "costs")  # what there is of columns alone, not of rows
+COLUMNS = ("levels", "costs", "values")  # what there is of columns alone, not of rows
 TRUTH_ELEMENTS = 2**24
 
 Loss = Callable[..., Tensor]
@@ -53,10 +58,15 @@ def cases(device: str) -> list[Case]:
         HL_GAUSS: (65536, 101),
         COMP_SUM: (1024, 32768),
         PINBALL: (2**20, 9),
+        PLAIN: (1024, 32768),
+        Z: (1024, 32768),
+        ERROR_NORM: (1024, 32768),
+        NUMBERS: (1024, 32768),
     }
+    of_classes = (PLAIN, CROSS_ENTROPY, SQUENTROPY, COMP_SUM, Z, ERROR_NORM, NUMBERS)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     if device != "cpu":
-        sizes |= dict.fromkeys((CROSS_ENTROPY, SQUENTROPY, COMP_SUM), (4096, 128256))
+        sizes |= dict.fromkeys(of_classes, (4096, 128256))
         sizes |= {BALANCE: (2**19, 128), FOCAL: (2**20, 80), HL_GAUSS: (2**19, 101)}
         sizes |= {PINBALL: (2**23, 9)}
         dtypes = ("bfloat16",)
@@ -108,6 +118,14 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
         target = torch.randint(width, (rows,), device=device, generator=generator)
         input.mul_(2)[torch.arange(rows, device=device), target] += math.log(width)
         others = {"target": target}
+    if case.kind == Z:
+        del others["target"]
+    elif case.kind == NUMBERS:
+        values = torch.full((width,), math.nan, device=device)
+        digits = min(DIGITS, width // 2)
+        values[:digits] = torch.arange(digits, device=device).float()
+        others["target"] = others["target"].where(uniform(rows) < 0.5, others["target"] % digits)
+        others["values"] = values
     return {"input": input.to(dtype).requires_grad_(), **others}
 
 
@@ -118,6 +136,9 @@ def truth(case: Case, inputs: Inputs) -> Results:
     if case.kind == BALANCE:
         chosen = tensors["input"].topk(CHOSEN).indices.flatten()
         tensors["costs"] = chosen.bincount(minlength=width).double() * width / rows
+    elif case.kind == NUMBERS:
+        counts = tensors["target"] < int(tensors["values"].isfinite().sum())
+        tensors["share"] = counts.double() * rows / counts.sum()
     step = max(1, TRUTH_ELEMENTS // width)
     total = torch.zeros((), dtype=torch.float64, device=inputs["input"].device)
     grads = []
@@ -143,7 +164,13 @@ def flops(case: Case) -> int:
 def traffic(case: Case, dtype: torch.dtype) -> int:
     """Read the input and the targets, write the gradient."""
     rows, width = case.sizes.values()
-    targets = {FOCAL: dtype.itemsize * width, HL_GAUSS: 4, PINBALL: dtype.itemsize, BALANCE: 0}
+    targets = {
+        FOCAL: dtype.itemsize * width,
+        HL_GAUSS: 4,
+        PINBALL: dtype.itemsize,
+        BALANCE: 0,
+        Z: 0,
+    }
     return rows * (2 * width * dtype.itemsize + targets.get(case.kind, 8))
 
 
@@ -209,6 +236,75 @@ def _true_comp_sum(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     power = grad[_at(target)] ** (TAU - 1)
     grad[_at(target)] -= 1
     return (1 - power) / (TAU - 1), power[:, None] * grad
+
+
+def _ours_plain(input: Tensor, target: Tensor) -> Tensor:
+    return losses.cross_entropy_with_z_loss(input, target, z_loss=0.0)
+
+
+def _true_plain(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    log_probs = input.log_softmax(1)
+    grad = log_probs.exp()
+    grad[_at(target)] -= 1
+    return -log_probs[_at(target)], grad
+
+
+def _ours_z(input: Tensor) -> Tensor:
+    return losses.z_loss(input, coefficient=1.0)
+
+
+def _z(input: Tensor) -> Tensor:
+    return input.logsumexp(1).square().mean()
+
+
+def _true_z(input: Tensor) -> tuple[Tensor, Tensor]:
+    log_sum = input.logsumexp(1)
+    return log_sum.square(), 2 * log_sum[:, None] * input.softmax(1)
+
+
+def _ours_error_norm(input: Tensor, target: Tensor) -> Tensor:
+    return losses.error_norm_truncation_loss(input, target, threshold=THRESHOLD)
+
+
+def _error_norm(input: Tensor, target: Tensor) -> Tensor:
+    with torch.no_grad():
+        gaps = input.softmax(1) - F.one_hot(target, input.shape[1]).to(input.dtype)
+        survives = torch.linalg.vector_norm(gaps, dim=1) <= THRESHOLD
+    total = (F.cross_entropy(input, target, reduction="none") * survives).sum()
+    return total / len(target)
+
+
+def _true_error_norm(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    values, grad = _true_plain(input, target)
+    survives = (grad.square().sum(1) <= THRESHOLD**2).double()
+    return survives * values, survives[:, None] * grad
+
+
+def _ours_numbers(input: Tensor, target: Tensor, values: Tensor) -> Tensor:
+    return losses.number_token_cross_entropy(input, target, values, ntl_weight=NUMBER_WEIGHT)
+
+
+def _numbers(input: Tensor, target: Tensor, values: Tensor) -> Tensor:
+    """As it is released, but with a mask in place of a selection of rows."""
+    digits = int(values.isfinite().sum())
+    counts = target < digits
+    gaps = (values[:digits] - values[target.where(counts, 0)][:, None]).abs().to(input.dtype)
+    distance = (input[:, :digits].softmax(1) * gaps).sum(1)
+    mean = (distance * counts).sum() / counts.sum()
+    return F.cross_entropy(input, target) + NUMBER_WEIGHT * mean
+
+
+def _true_numbers(
+    input: Tensor, target: Tensor, values: Tensor, share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """With the share of each row's distance in the mean of those that have one."""
+    likelihood, grad = _true_plain(input, target)
+    digits = int(values.isfinite().sum())
+    gaps = (values[:digits] - values[target.clamp(max=digits - 1)][:, None]).abs()
+    probabilities = input[:, :digits].softmax(1)
+    distance = (probabilities * gaps).sum(1, keepdim=True)
+    grad[:, :digits] += NUMBER_WEIGHT * share[:, None] * probabilities * (gaps - distance)
+    return likelihood + NUMBER_WEIGHT * share * distance[:, 0], grad
 
 
 def _ours_focal(input: Tensor, target: Tensor) -> Tensor:
@@ -285,6 +381,10 @@ def _true_balance(input: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
 FORMULAS = {
     CROSS_ENTROPY: _Formula(_ours_cross_entropy, _cross_entropy, _true_cross_entropy, flops=12),
     SQUENTROPY: _Formula(losses.squentropy, _squentropy, _true_squentropy, flops=12),
+    PLAIN: _Formula(_ours_plain, F.cross_entropy, _true_plain, flops=8),
+    Z: _Formula(_ours_z, _z, _true_z, flops=8),
+    ERROR_NORM: _Formula(_ours_error_norm, _error_norm, _true_error_norm, flops=16),
+    NUMBERS: _Formula(_ours_numbers, _numbers, _true_numbers, flops=10),
     COMP_SUM: _Formula(_ours_comp_sum, _comp_sum, _true_comp_sum, flops=8),
     FOCAL: _Formula(_ours_focal, _focal, _true_focal, flops=20),
     HL_GAUSS: _Formula(_ours_hl_gauss, _hl_gauss, _true_hl_gauss, flops=16),
@@ -307,7 +407,11 @@ def _upcast(case: Case) -> Loss:
 
 
 def _ours(case: Case, inputs: Inputs) -> Step:
-    return _step(FORMULAS[case.kind].ours, inputs, f"tilework losses.{case.kind}", default=True)
+    return _step(FORMULAS[case.kind].ours, inputs, f"tilework losses.{_name(case)}", default=True)
+
+
+def _name(case: Case) -> str:
+    return CROSS_ENTROPY if case.kind == PLAIN else case.kind
 
 
 def _compiled(case: Case, loss: Loss) -> Loss:
@@ -319,7 +423,7 @@ def _compiled(case: Case, loss: Loss) -> Loss:
 
 def _ours_compiled(case: Case, inputs: Inputs) -> Step:
     compiled = _compiled(case, FORMULAS[case.kind].ours)
-    return _step(compiled, inputs, f"inductor of tilework losses.{case.kind}")
+    return _step(compiled, inputs, f"inductor of tilework losses.{_name(case)}")
 
 
 def _torch_eager(case: Case, inputs: Inputs) -> Step:
@@ -336,16 +440,32 @@ def _torch_compile(case: Case, inputs: Inputs) -> Step:
 
 
 def _liger(case: Case, inputs: Inputs) -> Step:
-    if case.kind != CROSS_ENTROPY:
+    options = {
+        CROSS_ENTROPY: {"label_smoothing": SMOOTHING, "lse_square_scale": Z_LOSS},
+        PLAIN: {},
+    }
+    if case.kind not in options:
         raise Unavailable(f"it has no {case.kind}")
     module = import_module("liger_kernel.transformers")
-    function = module.LigerCrossEntropyLoss(label_smoothing=SMOOTHING, lse_square_scale=Z_LOSS)
+    function = module.LigerCrossEntropyLoss(**options[case.kind])
 
     def loss(input: Tensor, target: Tensor) -> Tensor:
         value: Tensor = function(input.clone(), target)  # it overwrites its input
         return value
 
     return _step(loss, inputs, "a copy, LigerCrossEntropyLoss")
+
+
+def _quack(case: Case, inputs: Inputs) -> Step:
+    if case.kind != PLAIN:
+        raise Unavailable(f"it has no {case.kind}")
+    function = import_module("quack.cross_entropy").cross_entropy
+
+    def loss(input: Tensor, target: Tensor) -> Tensor:
+        value: Tensor = function(input, target, reduction="mean")
+        return value
+
+    return _step(loss, inputs, "quack.cross_entropy")
 
 
 def _transformers(case: Case, inputs: Inputs) -> Step:
@@ -389,6 +509,9 @@ SUITE = Suite(
             package="liger_kernel",
             distribution="liger-kernel",
             devices=("cuda",),
+        ),
+        Candidate(
+            "quack", _quack, package="quack", distribution="quack-kernels", devices=("cuda",)
         ),
         Candidate(
             "transformers", _transformers, package="transformers", distribution="transformers"
