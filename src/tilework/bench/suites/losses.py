@@ -271,7 +271,8 @@ def _error_norm(input: Tensor, target: Tensor) -> Tensor:
         gaps = input.softmax(1) - F.one_hot(target, input.shape[1]).to(input.dtype)
         survives = torch.linalg.vector_norm(gaps, dim=1) <= THRESHOLD
     total = (F.cross_entropy(input, target, reduction="none") * survives).sum()
-    return total / len(target)
+    mean: Tensor = total / len(target)
+    return mean
 
 
 def _true_error_norm(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

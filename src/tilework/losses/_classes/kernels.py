@@ -1,4 +1,4 @@
-"""What the kernels of linear heads have in common: tiles of outputs, and panels of gradients."""
+"""What the kernels have in common: statistics of tiles, outputs of heads, panels of gradients."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tilework import _triton
+from tilework.losses._classes.statistics import Statistics
 from tilework.losses._classes.tiles import accumulate, slices
 
 # Classes per share at least, and shares at most: statistics of a share are 12 bytes per token.
@@ -140,6 +141,108 @@ def store_panel(
         grad.to(panel_ptr.dtype.element_ty),
         mask=row_mask[:, None] & column_mask[None, :],
     )
+
+
+# The exponential of its negative is 0, and so is its product with that.
+NEGLIGIBLE_GAP = tl.constexpr(1000.0)
+
+
+@triton.jit
+def add_tile(
+    logits,
+    inside,
+    is_target,
+    weights,
+    peak,
+    base,
+    total,
+    gap,
+    weight_seen,
+    squares,
+    moment,
+    NEED_SQUARES: tl.constexpr,
+    NEED_MOMENT: tl.constexpr,
+):
+    """Running statistics of rows, with a tile of logits more; ``weights`` may be None.
+
+    With the peak ``m`` of the logits ``z`` so far and that of the next tile, ``m'``: the total is
+    ``t' = t * exp(m - m') + sum(exp(z - m'))``, the class gap ``g' = g + (m' - m) * w - sum(w_v *
+    (z_v - m'))`` with ``w`` the sum of the weights before, and the moment ``(s + (m' - m) * t) *
+    exp(m - m') + sum(exp(z - m') * (m' - z))``.
+    """
+    if NEED_SQUARES:
+        squares += tl.sum(tl.where(inside & ~is_target, logits * logits, 0.0), 1)
+    new_peak = tl.maximum(peak, tl.max(tl.where(inside, logits, float("-inf")), 1))
+    # A row of -inf alone has no finite peak to subtract.
+    new_base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    logits -= new_base[:, None]
+    if weights is not None:
+        weighted = tl.where(inside, logits * weights[None, :], 0.0)
+        gap += (new_base - base) * weight_seen - tl.sum(weighted, 1)
+        weight_seen += tl.sum(weights, 0)
+    exponentials = tl.where(inside, tl.exp(logits), 0.0)
+    decay = tl.exp(peak - new_base)
+    if NEED_MOMENT:
+        # A gap of infinity would make nan of a product that is zero.
+        gaps = tl.minimum(-logits, NEGLIGIBLE_GAP)
+        moment = (moment + (new_base - base) * total) * decay + tl.sum(exponentials * gaps, 1)
+    total = total * decay + tl.sum(exponentials, 1)
+    return new_peak, new_base, total, gap, weight_seen, squares, moment
+
+
+class Upstream(NamedTuple):
+    """The shift of each row and the gradients of its statistics; None for those of no use."""
+
+    shift: Tensor
+    total: Tensor | None
+    target_gap: Tensor | None
+    class_gap: Tensor | None
+    squares: Tensor | None
+    moment: Tensor | None
+
+    @classmethod
+    def of(cls, shift: Tensor, grads: Statistics, class_weight: Tensor | None) -> "Upstream":
+        """Contiguous, without that of class gaps where there are no weights."""
+        class_gap = None if class_weight is None else grads.class_gap
+        values = grads.total, grads.target_gap, class_gap, grads.squares, grads.moment
+        return cls(shift.contiguous(), *map(contiguous, values))
+
+    def at(self, rows: slice) -> "Upstream":
+        """Those of some rows."""
+        shift, *grads = (None if values is None else values[rows] for values in self)
+        assert shift is not None
+        return Upstream(shift, *grads)
+
+
+@triton.jit
+def tile_gradient(logits, upstream, rows, kept, is_target, weights):
+    """The gradient of a tile of logits from that of its statistics.
+
+    With the upstream gradients ``G`` of the total, ``S`` of the moment, ``T``, ``C`` and ``Q`` of
+    target gap, class gap and squares: ``exp(z - shift) * (G + S * (shift - z - 1)) - T [target] -
+    C * w + 2 Q z [not target]``.
+    """
+    shift = tl.load(upstream.shift + rows, mask=kept, other=0.0)[:, None]
+    grad = tl.exp(logits - shift)
+    of_total = tl.zeros_like(shift)
+    if upstream.total is not None:
+        of_total = tl.load(upstream.total + rows, mask=kept, other=0.0)[:, None]
+    if upstream.moment is not None:
+        of_moment = tl.load(upstream.moment + rows, mask=kept, other=0.0)[:, None]
+        gaps = tl.minimum(shift - logits, NEGLIGIBLE_GAP)
+        grad *= of_total + of_moment * (gaps - 1)
+    else:
+        grad *= of_total
+    if upstream.target_gap is not None:
+        of_target = tl.load(upstream.target_gap + rows, mask=kept, other=0.0)[:, None]
+        grad -= tl.where(is_target, of_target, 0.0)
+    if upstream.class_gap is not None:
+        of_classes = tl.load(upstream.class_gap + rows, mask=kept, other=0.0)[:, None]
+        grad -= of_classes * weights[None, :]
+    if upstream.squares is not None:
+        of_squares = tl.load(upstream.squares + rows, mask=kept, other=0.0)[:, None]
+        grad += tl.where(is_target, 0.0, 2 * of_squares * logits)
+    return grad
 
 
 def panel_gradients(

@@ -16,12 +16,9 @@ from torch import Tensor
 from tilework import _triton
 from tilework._operators import Needed
 from tilework._triton import Tuned
-from tilework.losses._classes.kernels import contiguous
+from tilework.losses._classes.kernels import Upstream, add_tile, contiguous, tile_gradient
 from tilework.losses._classes.logits.common import LogitStats
 from tilework.losses._classes.statistics import Formula, Rows, Statistics, empty, of_wanted
-
-# The exponential of its negative is 0, and so is its product with that.
-NEGLIGIBLE_GAP = tl.constexpr(1000.0)
 
 
 class Tile(NamedTuple):
@@ -63,17 +60,6 @@ class Logits(NamedTuple):
         return cls(outputs, strides, sizes, bias, 0 if bias is None else bias.stride(0), softcap)
 
 
-class Upstream(NamedTuple):
-    """The shift of each row and the gradients of its statistics; None for those of no use."""
-
-    shift: Tensor
-    total: Tensor | None
-    target_gap: Tensor | None
-    class_gap: Tensor | None
-    squares: Tensor | None
-    moment: Tensor | None
-
-
 @triton.jit
 def _places(sizes, strides, rows, columns):
     """Offsets of a tile in 64 bits."""
@@ -103,13 +89,7 @@ def statistics_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
-    """Statistics of a block of rows, tile by tile of classes.
-
-    With the peak ``m`` of the logits ``z`` so far and that of the next tile, ``m'``: the total is
-    ``t' = t * exp(m - m') + sum(exp(z - m'))``, the class gap ``g' = g + (m' - m) * w - sum(w_v *
-    (z_v - m'))`` with ``w`` the sum of the weights before, and the moment ``(s + (m' - m) * t) *
-    exp(m - m') + sum(exp(z - m') * (m' - z))``.
-    """
+    """Statistics of a block of rows, tile by tile of classes."""
     num_rows, num_classes, _inner = logits.sizes
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < num_rows
@@ -138,30 +118,24 @@ def statistics_kernel(
             values = logits.softcap * _triton.tanh(values / logits.softcap)
         is_target = columns[None, :] == target[:, None]
         target_logit += tl.sum(tl.where(mask & is_target, values, 0.0), 1)
-        if results.squares is not None:
-            squares += tl.sum(tl.where(mask & ~is_target, values * values, 0.0), 1)
-        tile_peak = tl.max(tl.where(mask, values, float("-inf")), 1)
-        # The larger of a number and nan is nan.
-        has_nan = tl.max((mask & (values != values)).to(tl.int32), 1) > 0
-        tile_peak = tl.where(has_nan, float("nan"), tile_peak)
-        new_peak = tl.maximum(peak, tile_peak, propagate_nan=tl.PropagateNan.ALL)
-        # A row of -inf alone has no finite peak to subtract.
-        new_base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        values -= new_base[:, None]
+        weights = None
         if class_weight_ptr is not None:
             weights = tl.load(class_weight_ptr + columns, mask=columns < num_classes, other=0.0)
-            weighted = tl.where(mask, values * weights[None, :], 0.0)
-            gap += (new_base - base) * weight_seen - tl.sum(weighted, 1)
-            weight_seen += tl.sum(weights, 0)
-        exponentials = tl.where(mask, tl.exp(values), 0.0)
-        decay = tl.exp(peak - new_base)
-        if results.moment is not None:
-            # A gap of infinity would make nan of a product that is zero.
-            gaps = tl.minimum(-values, NEGLIGIBLE_GAP)
-            moment = (moment + (new_base - base) * total) * decay + tl.sum(exponentials * gaps, 1)
-        total = total * decay + tl.sum(exponentials, 1)
-        peak = new_peak
-        base = new_base
+        peak, base, total, gap, weight_seen, squares, moment = add_tile(
+            values,
+            mask,
+            is_target,
+            weights,
+            peak,
+            base,
+            total,
+            gap,
+            weight_seen,
+            squares,
+            moment,
+            results.squares is not None,
+            results.moment is not None,
+        )
     known = (target >= 0) & (target < num_classes)
     target_gap = tl.where(known, base - target_logit, float("nan"))
     tl.store(results.shift + rows, tl.where(kept, base, 0.0), mask=inside)
@@ -188,12 +162,7 @@ def gradient_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
-    """The gradient of a tile of outputs, which may take the place of these.
-
-    With the upstream gradients ``G`` of the total, ``S`` of the moment, ``T``, ``C`` and ``Q`` of
-    target gap, class gap and squares: ``exp(z - shift) * (G + S * (shift - z - 1)) - T [target] -
-    C * w + 2 Q z [not target]``, times the slope of the softcap.
-    """
+    """The gradient of a tile of outputs, which may take the place of these."""
     num_rows, num_classes, _inner = logits.sizes
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
@@ -207,28 +176,11 @@ def gradient_kernel(
         values = _triton.tanh(values / logits.softcap)
         slope = 1 - values * values
         values *= logits.softcap
-    shift = tl.load(upstream.shift + rows, mask=kept, other=0.0)[:, None]
-    grad = tl.exp(values - shift)
-    of_total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    if upstream.total is not None:
-        of_total = tl.load(upstream.total + rows, mask=kept, other=0.0)
-    if upstream.moment is not None:
-        of_moment = tl.load(upstream.moment + rows, mask=kept, other=0.0)
-        gaps = tl.minimum(shift - values, NEGLIGIBLE_GAP)
-        grad *= of_total[:, None] + of_moment[:, None] * (gaps - 1)
-    else:
-        grad *= of_total[:, None]
     is_target = columns[None, :] == target[:, None]
-    if upstream.target_gap is not None:
-        of_target = tl.load(upstream.target_gap + rows, mask=kept, other=0.0)
-        grad -= tl.where(is_target, of_target[:, None], 0.0)
+    weights = None
     if upstream.class_gap is not None:
         weights = tl.load(class_weight_ptr + columns, mask=column_mask, other=0.0)
-        of_classes = tl.load(upstream.class_gap + rows, mask=kept, other=0.0)
-        grad -= of_classes[:, None] * weights[None, :]
-    if upstream.squares is not None:
-        of_squares = tl.load(upstream.squares + rows, mask=kept, other=0.0)
-        grad += tl.where(is_target, 0.0, 2 * of_squares[:, None] * values)
+    grad = tile_gradient(values, upstream, rows, kept, is_target, weights)
     grad = tl.where(kept[:, None], grad * slope, 0.0)
     places = _places(logits.sizes, gradient_strides, rows, columns)
     tl.store(
@@ -320,14 +272,7 @@ def _differentiate(
     """Write the gradient of the outputs."""
     if gradient.numel() == 0:
         return
-    upstream = Upstream(
-        shift.contiguous(),
-        contiguous(grads.total),
-        contiguous(grads.target_gap),
-        None if class_weight is None else contiguous(grads.class_gap),
-        contiguous(grads.squares),
-        contiguous(grads.moment),
-    )
+    upstream = Upstream.of(shift, grads, class_weight)
     tile = _tile(logits)
     num_rows, num_classes, _ = logits.sizes
     grid = triton.cdiv(num_rows, tile.block_rows), triton.cdiv(num_classes, tile.block_classes)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tilework import _triton
 from tilework._operators import Gradients, Needed
 from tilework.losses._classes import kernels
-from tilework.losses._classes.kernels import Head, Panel, contiguous, precision
+from tilework.losses._classes.kernels import Head, Panel, Upstream, contiguous, precision
 from tilework.losses._classes.linear.common import LinearStats
 from tilework.losses._classes.linear.triton import filter
 from tilework.losses._classes.linear.triton.statistics import (
@@ -21,7 +21,6 @@ from tilework.losses._classes.linear.triton.statistics import (
     FORWARD,
     FORWARD_MOMENTS,
     Shares,
-    Upstream,
     backward_kernel,
     forward_kernel,
     merge_kernel,
@@ -129,13 +128,8 @@ def backward(
     column_sums = numbers(triton.cdiv(tokens, config.block_rows) * classes, of_bias)
     masses = numbers(triton.cdiv(classes, config.block_columns) * tokens, filters)
     target = target.contiguous()
-    zeros = torch.zeros_like(results.shift)
-    of_total = zeros if grads.total is None else grads.total.contiguous()
-    of_target = zeros if grads.target_gap is None else grads.target_gap.contiguous()
-    others = contiguous(grads.class_gap), contiguous(grads.squares), contiguous(grads.moment)
-    if given.class_weight is None:
-        others = None, *others[1:]
-    upstream = Upstream(results.shift, of_total, of_target, *others)
+    upstream = Upstream.of(results.shift, grads, given.class_weight)
+    of_total = torch.zeros_like(results.total) if grads.total is None else grads.total
     scale = filter_scale(of_total, upstream.moment, results.total)
     left = torch.zeros_like(scale)
 

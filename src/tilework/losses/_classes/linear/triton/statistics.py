@@ -13,10 +13,13 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._triton import Config, Tuned
-from tilework.losses._classes.kernels import grouped_tile, outputs, store_panel
-
-# The exponential of its negative is 0, and so is its product with that.
-NEGLIGIBLE_GAP = tl.constexpr(1000.0)
+from tilework.losses._classes.kernels import (
+    add_tile,
+    grouped_tile,
+    outputs,
+    store_panel,
+    tile_gradient,
+)
 
 FORWARD = Tuned(
     {
@@ -50,21 +53,6 @@ class Shares(NamedTuple):
     argmax: Tensor | None
 
 
-class Upstream(NamedTuple):
-    """The shift of each row and the gradients of its statistics; None for those of no use."""
-
-    shift: Tensor
-    total: Tensor
-    target_gap: Tensor
-    class_gap: Tensor | None
-    squares: Tensor | None
-    moment: Tensor | None
-
-    def at(self, tokens: slice) -> "Upstream":
-        """Those of some rows."""
-        return Upstream(*(None if values is None else values[tokens] for values in self))  # type: ignore[arg-type]
-
-
 @triton.jit
 def forward_kernel(
     head,
@@ -81,13 +69,7 @@ def forward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """Statistics of one share of the classes, for one block of tokens.
-
-    With the peak ``m`` of the logits ``z`` so far and that of the next tile, ``m'``: the total is
-    ``t' = t * exp(m - m') + sum(exp(z - m'))``, the class gap ``g' = g + (m' - m) * w - sum(w_v *
-    (z_v - m'))`` with ``w`` the sum of the weights before, and the moment ``(s + (m' - m) * t) *
-    exp(m - m') + sum(exp(z - m') * (m' - z))``.
-    """
+    """Statistics of one share of the classes, for one block of tokens."""
     num_tokens, num_classes, share = sizes
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     share_index = tl.program_id(1).to(tl.int64)
@@ -142,29 +124,24 @@ def forward_kernel(
         is_target = tl.arange(0, BLOCK_COLUMNS)[None, :] == place[:, None]
         target_logit = tl.sum(tl.where(is_target, logits, 0.0), 1)
         tl.store(target_logit_ptr + rows, target_logit, mask=found)
-        if shares.squares is not None:
-            others = tl.where(column_mask[None, :] & ~is_target, logits, 0.0)
-            squares += tl.sum(others * others, 1)
-
-        # Columns past the end repeat a logit, so they leave the peak as it is.
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        # A row of -inf alone has no finite peak to subtract.
-        new_base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        logits -= new_base[:, None]
+        weights = None
         if shares.gap is not None:
             weights = tl.load(class_weight_ptr + columns, mask=column_mask, other=0.0)
-            weighted = tl.where(column_mask[None, :], logits * weights[None, :], 0.0)
-            gap += (new_base - base) * weight_seen - tl.sum(weighted, 1)
-            weight_seen += tl.sum(weights, 0)
-        exponentials = tl.where(column_mask[None, :], tl.exp(logits), 0.0)
-        decay = tl.exp(peak - new_base)
-        if shares.moment is not None:
-            # A gap of infinity would make nan of a product that is zero.
-            gaps = tl.minimum(-logits, NEGLIGIBLE_GAP)
-            moment = (moment + (new_base - base) * total) * decay + tl.sum(exponentials * gaps, 1)
-        total = total * decay + tl.sum(exponentials, 1)
-        peak = new_peak
-        base = new_base
+        peak, base, total, gap, weight_seen, squares, moment = add_tile(
+            logits,
+            column_mask[None, :],
+            is_target,
+            weights,
+            peak,
+            base,
+            total,
+            gap,
+            weight_seen,
+            squares,
+            moment,
+            shares.squares is not None,
+            shares.moment is not None,
+        )
         first_column = columns_end
     offsets = share_index * num_tokens + rows
     tl.store(shares.peak + offsets, peak, mask=kept)
@@ -265,9 +242,7 @@ def backward_kernel(
 ):
     """The gradient of a panel of logits, whose classes begin at ``first_class``.
 
-    All but targets start at the panel's first token or class. With the upstream gradients ``G`` of
-    the total, ``S`` of the moment, ``T``, ``C`` and ``Q`` of target gap, class gap and squares:
-    ``exp(z - shift) * (G + S * (shift - z - 1)) - T [target] - C * w + 2 Q z [not target]``.
+    All but targets start at the panel's first token or class.
     """
     num_tokens, num_classes = panel.sizes
     row_block, column_block = grouped_tile(panel.sizes, BLOCK_ROWS, BLOCK_COLUMNS, GROUP)
@@ -296,27 +271,13 @@ def backward_kernel(
         slope = 1 - logits * logits
         logits *= head.softcap
     logits *= inverse_temperature
-    shift = tl.load(upstream.shift + rows, mask=kept, other=0.0)
-    of_total = tl.load(upstream.total + rows, mask=kept, other=0.0)
-    of_target = tl.load(upstream.target_gap + rows, mask=kept, other=0.0)
-    grad = tl.exp(logits - shift[:, None])
-    if upstream.moment is not None:
-        of_moment = tl.load(upstream.moment + rows, mask=kept, other=0.0)
-        gaps = tl.minimum(shift[:, None] - logits, NEGLIGIBLE_GAP)
-        grad *= of_total[:, None] + of_moment[:, None] * (gaps - 1)
-    else:
-        grad *= of_total[:, None]
     place = target - first_class - first_column
     place = tl.where((place >= 0) & (place < BLOCK_COLUMNS), place, -1).to(tl.int32)
     is_target = tl.arange(0, BLOCK_COLUMNS)[None, :] == place[:, None]
-    grad -= tl.where(is_target, of_target[:, None], 0.0)
+    weights = None
     if upstream.class_gap is not None:
         weights = tl.load(class_weight_ptr + panel_columns, mask=column_mask, other=0.0)
-        of_classes = tl.load(upstream.class_gap + rows, mask=kept, other=0.0)
-        grad -= of_classes[:, None] * weights[None, :]
-    if upstream.squares is not None:
-        of_squares = tl.load(upstream.squares + rows, mask=kept, other=0.0)
-        grad += tl.where(is_target, 0.0, 2 * of_squares[:, None] * logits)
+    grad = tile_gradient(logits, upstream, rows, kept, is_target, weights)
     if mass_ptr is not None:
         mass = tl.sum(tl.where(column_mask[None, :], tl.abs(grad), 0.0), 1)
         mass = tl.where(place >= 0, float("inf"), mass)
