@@ -308,7 +308,8 @@ class _Gradients(Generic[Given, Results]):
     ) -> Gradients:
         """The gradients of the other operator, by this one where somebody looks at the call."""
         if not torch.is_grad_enabled() and not _is_watched((*given, *results, *grads)):
-            return backward(given, results, grads, needed)
+            all_found = backward(given, results, grads, needed)
+            return {name: all_found.get(name) for name in needed}
         values = given._asdict() | {
             name: value for name, value in results._asdict().items() if value is not None
         }
