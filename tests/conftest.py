@@ -25,7 +25,7 @@ hypothesis.settings.load_profile("tilework")
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.hypothesis_seed is None:
-        config.option.hypothesis_seed = SEED
+        config.option.hypothesis_seed = str(SEED)  # as from the command line; 0 would count as none
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,8 +18,11 @@ def forward(given: LogitStats) -> Statistics:
     exponentials = gap.neg().exp()
     total = exponentials.sum(1)
     inside = (given.target >= 0) & (given.target < classes)
-    column = given.target.where(inside, 0).unsqueeze(1)
-    target_gap = (shift - logits.gather(1, column).squeeze(1)).where(inside, torch.nan)
+    # Not a gather, whose gradient is a scatter that compilers do not fuse.
+    order = torch.arange(classes, device=logits.device)
+    is_target = _of_classes(order, logits) == given.target.unsqueeze(1)
+    target_logit = logits.where(is_target, 0).sum(1)
+    target_gap = (shift - target_logit).where(inside, torch.nan)
     statistics = empty(given.input, given.target, given.squares, given.moments)
     class_gap = torch.zeros_like(shift)
     if given.class_weight is not None:
@@ -28,8 +31,7 @@ def forward(given: LogitStats) -> Statistics:
         shift=shift, total=total, target_gap=target_gap, class_gap=class_gap
     )
     if given.squares:
-        order = _of_classes(torch.arange(classes, device=logits.device), logits)
-        others = logits.where(order != given.target.unsqueeze(1), 0)
+        others = logits.where(~is_target, 0)
         statistics = statistics._replace(squares=others.square().sum(1))
     if given.moments:
         # Classes of a logit of -inf have no part in it.
