@@ -35,9 +35,9 @@ def test_every_suite_is_complete(suite: suites.Suite) -> None:
 
 
 def test_implementations_say_which_is_the_default_and_why_one_cannot_run() -> None:
-    table = TABLES["losses.linear_log_probs"]
+    table = TABLES["losses.linear_kl_div"]
     inputs = {"target": torch.zeros(1, dtype=torch.int64), "input": torch.zeros(1)}
-    candidates = suites.implementations("losses.linear_log_probs", lambda *_: dict)
+    candidates = suites.implementations("losses.linear_kl_div", lambda *_: dict)
     assert [one.name for one in candidates] == [f"tilework {entry.name}" for entry in table]
     by_name = {one.name: one for one in candidates}
     assert not any(one.peer for one in candidates)
