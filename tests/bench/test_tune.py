@@ -205,7 +205,7 @@ def test_two_entries_are_compared_in_turn(monkeypatch: pytest.MonkeyPatch) -> No
 @triton
 def test_a_case_that_does_not_run_the_kernel() -> None:
     kernel = replace(tune.KERNELS["linear_cross_entropy.forward"], kind="forward+backward")
-    kernel = replace(kernel, table="FORWARD_MOMENTS")
+    kernel = replace(kernel, table="FORWARD_MORE")
     case = Case(kernel.kind, SIZES[kernel.suite])
     with pytest.raises(ValueError, match=r"does not run for forward.backward N=20 .*: it asks for"):
         tune.Problem(kernel, case, torch.float32, CPU)
@@ -241,7 +241,7 @@ def test_the_entry_is_printed_as_it_is_written() -> None:
 # No suite has a case of moments, of rows side by side, of gradients through attention's map, or of
 # several query tokens of a sequence.
 UNSERVED = {
-    "losses._classes.linear.triton.statistics: FORWARD_MOMENTS",
+    "losses._classes.linear.triton.statistics: FORWARD_MORE",
     "losses._classes.logits.triton: APART",
     "attention._attention_map.triton: TILES.query",
     "attention._attention_map.triton: TILES.key",

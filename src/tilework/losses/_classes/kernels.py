@@ -222,26 +222,27 @@ def tile_gradient(logits, upstream, rows, kept, is_target, weights):
     target gap, class gap and squares: ``exp(z - shift) * (G + S * (shift - z - 1)) - T [target] -
     C * w + 2 Q z [not target]``.
     """
-    shift = tl.load(upstream.shift + rows, mask=kept, other=0.0)[:, None]
-    grad = tl.exp(logits - shift)
+    shift = tl.load(upstream.shift + rows, mask=kept, other=0.0)
     of_total = tl.zeros_like(shift)
     if upstream.total is not None:
-        of_total = tl.load(upstream.total + rows, mask=kept, other=0.0)[:, None]
-    if upstream.moment is not None:
-        of_moment = tl.load(upstream.moment + rows, mask=kept, other=0.0)[:, None]
-        gaps = tl.minimum(shift - logits, NEGLIGIBLE_GAP)
-        grad *= of_total + of_moment * (gaps - 1)
-    else:
-        grad *= of_total
+        of_total = tl.load(upstream.total + rows, mask=kept, other=0.0)
+    of_target = tl.zeros_like(shift)
     if upstream.target_gap is not None:
-        of_target = tl.load(upstream.target_gap + rows, mask=kept, other=0.0)[:, None]
-        grad -= tl.where(is_target, of_target, 0.0)
+        of_target = tl.load(upstream.target_gap + rows, mask=kept, other=0.0)
+    grad = tl.exp(logits - shift[:, None])
+    if upstream.moment is not None:
+        of_moment = tl.load(upstream.moment + rows, mask=kept, other=0.0)
+        gaps = tl.minimum(shift[:, None] - logits, NEGLIGIBLE_GAP)
+        grad *= of_total[:, None] + of_moment[:, None] * (gaps - 1)
+    else:
+        grad *= of_total[:, None]
+    grad -= tl.where(is_target, of_target[:, None], 0.0)
     if upstream.class_gap is not None:
-        of_classes = tl.load(upstream.class_gap + rows, mask=kept, other=0.0)[:, None]
-        grad -= of_classes * weights[None, :]
+        of_classes = tl.load(upstream.class_gap + rows, mask=kept, other=0.0)
+        grad -= of_classes[:, None] * weights[None, :]
     if upstream.squares is not None:
-        of_squares = tl.load(upstream.squares + rows, mask=kept, other=0.0)[:, None]
-        grad += tl.where(is_target, 0.0, 2 * of_squares * logits)
+        of_squares = 2 * tl.load(upstream.squares + rows, mask=kept, other=0.0)
+        grad += tl.where(is_target, 0.0, of_squares[:, None] * logits)
     return grad
 
 

@@ -19,7 +19,7 @@ from tilework.losses._classes.linear.triton import filter
 from tilework.losses._classes.linear.triton.statistics import (
     BACKWARD,
     FORWARD,
-    FORWARD_MOMENTS,
+    FORWARD_MORE,
     Shares,
     backward_kernel,
     forward_kernel,
@@ -38,7 +38,7 @@ def forward(given: LinearStats) -> Statistics:
         return results
     share = max(kernels.SHARE, triton.cdiv(num_classes, kernels.MAX_SHARES))
     num_shares = triton.cdiv(num_classes, share)
-    table = FORWARD_MOMENTS if given.moments else FORWARD
+    table = FORWARD_MORE if given.squares or given.moments else FORWARD
     config = table.choose(_triton.architecture(given.input.device), given.input.dtype)
     target, class_weight = given.target.contiguous(), contiguous(given.class_weight)
 

@@ -32,10 +32,11 @@ FORWARD = Tuned(
     },
     otherwise="float32",
 )
-# Narrower where the registers of the moments would spill.
-FORWARD_MOMENTS = FORWARD | {
+# Narrower where the registers of squares or moments would spill.
+FORWARD_MORE = FORWARD | {
     "sm_80": Config(128, 64, 32, num_warps=8, num_stages=3),
     "sm_100": Config(128, 64, 64, num_warps=8, num_stages=3),
+    "gfx942": Config(128, 64, 32, num_warps=8, num_stages=2),
     "float32": Config(64, 32, 32, num_warps=8, num_stages=2),
 }
 BACKWARD = FORWARD | {}
