@@ -84,6 +84,13 @@ def test_modes() -> None:
     assert not _torch.modes_are_active()
     with FlopCounterMode(display=False):
         assert _torch.modes_are_active()
+    seen = []
+    leaf = torch.ones(3, requires_grad=True)
+    doubled = 2 * leaf
+    doubled.register_hook(lambda grad: seen.append(_torch.modes_are_active()))
+    torch.autograd.grad(doubled, leaf, torch.ones(4, 3), retain_graph=True, is_grads_batched=True)
+    torch.autograd.grad(doubled, leaf, torch.ones(3))
+    assert seen == [True, False]
     assert not _torch.modes_are_active()
 
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+_BATCHED_GRADIENTS: Any = torch._C._parse_dispatch_key("VmapMode")
 
 
 def constant_when_traced(function: Callable[[], None]) -> Callable[[], None]:
@@ -28,8 +31,14 @@ def is_transformed(tensor: Tensor) -> bool:
 
 
 def modes_are_active() -> bool:
-    """Whether a dispatch mode, such as that of fake tensors or a FLOP counter, watches the call."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    """Whether a dispatch mode, such as that of fake tensors or a FLOP counter, watches the call.
+
+    So do batched gradients: ``is_grads_batched`` of ``torch.autograd.grad``.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS)
+    )
 
 
 def is_forward_mode() -> bool:

@@ -1,5 +1,6 @@
 """What the tests of linear forms run on: losses of a linear head without its logits."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -32,6 +33,11 @@ class LinearForm(samples.Sample):
     steps: bool = False
     """Whether rounded logits may change which positions count, under all options but the first."""
 
+    @property
+    def token_weight(self) -> bool:
+        """Whether it takes weights of positions."""
+        return "token_weight" in inspect.signature(self.function).parameters
+
     def composed(
         self,
         input: Tensor,
@@ -39,10 +45,27 @@ class LinearForm(samples.Sample):
         target: Tensor,
         *,
         linear_bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        shift: int = 0,
         **options: Any,
     ) -> Tensor:
         """The loss from torch's own parts; half-precision logits are upcast, as trainers do."""
+        if shift:
+            input, target = input[:, :-shift], target[:, shift:]
+            token_weight = None if token_weight is None else token_weight[:, shift:]
         logits = F.linear(input, linear_weight, linear_bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = self.definition(logits.flatten(0, -2), target.flatten(), **options)
-        return losses.reshape(target.shape) if losses.dim() else losses
+        rows, flat = logits.flatten(0, -2), target.flatten()
+        if token_weight is None:
+            losses = self.definition(rows, flat, **options)
+            return losses.reshape(target.shape) if losses.dim() else losses
+        reduction = options.pop("reduction", "mean")
+        kept = target != options.get("ignore_index", -100)
+        counts = token_weight.to(logits).where(kept, 0)
+        losses = self.definition(rows, flat, reduction="none", **options).reshape(target.shape)
+        losses = losses * counts
+        if reduction != "mean":
+            return losses if reduction == "none" else losses.sum()
+        if options.get("weight") is not None:
+            counts = counts * options["weight"][target.where(kept, 0)]
+        return losses.sum() / counts.sum()

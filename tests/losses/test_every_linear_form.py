@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 import tilework.losses
+from tilework.losses import VocabShard
 
+import processes
 import samples
 from helpers import FLOATING, HALF, assert_exact, dtype_name
 from losses.linear_cross_entropy.problem import IMPLEMENTATIONS, Problem
@@ -19,8 +23,10 @@ from losses.linear_forms import LinearForm
 pytestmark = pytest.mark.usefixtures("small_tiles")
 EXACT = ("reference", "tiled")
 REDUCTIONS = ("none", "sum", "mean")
+SHARDS = [0, 29, 41]  # the last process holds the first classes
 
 every_form = samples.every(LinearForm, name="form")
+every_weighted_form = samples.every(LinearForm, lambda form: form.token_weight, name="form")
 
 
 def test_every_linear_form_is_here() -> None:
@@ -323,6 +329,173 @@ def test_bad_input(
         "linear_weight": torch.zeros(9, 4),
         "target": torch.zeros(3, dtype=torch.int64),
     }
+    with pytest.raises(error, match=f"^{form.name}: {message}"):
+        form.function(**(arguments | change))
+
+
+@pytest.mark.parametrize("implementation", [*EXACT, "chunked"])
+@every_form
+def test_shift_is_slicing(form: LinearForm, implementation: str) -> None:
+    function = partial(form.function, implementation=implementation)
+    for options in form.options:
+        for reduction in REDUCTIONS:
+            for shift in (1, 4):
+                problem = sequences(form, reduction=reduction, shift=shift, **options)
+                actual = problem.solve(function)
+                torch.testing.assert_close(actual, problem.solve(form.composed))
+                if reduction == "none":
+                    assert actual[0].shape == (3, 6 - shift)
+                assert not actual[1][:, 6 - shift :].any()
+
+
+@pytest.mark.parametrize("implementation", [*EXACT, "chunked"])
+@every_weighted_form
+def test_token_weights(form: LinearForm, implementation: str) -> None:
+    """Those of ignored positions are not read, and a position of weight 0 is ignored."""
+    function = partial(form.function, implementation=implementation)
+    for options in form.options:
+        for reduction in REDUCTIONS:
+            for shift in (0, 2):
+                problem = sequences(form, reduction=reduction, shift=shift, **options)
+                weight = torch.rand(problem.target.shape).double() + 0.5
+                weight[0, 3:5] = 0.0
+                weight[problem.target < 0] = torch.nan
+                problem.options["token_weight"] = weight
+                expected = problem.solve(form.composed)
+                torch.testing.assert_close(problem.solve(function), expected)
+                hidden = problem.input.detach().clone()
+                hidden[0, 3 - shift : 5 - shift] = torch.nan
+                problem.input = hidden.requires_grad_()
+                torch.testing.assert_close(problem.solve(function), expected)
+
+
+@every_weighted_form
+def test_token_weights_of_any_dtype(form: LinearForm) -> None:
+    problem = sequences(form)
+    weight = torch.rand(problem.target.shape).bfloat16()
+    problem.options["token_weight"] = weight.double()
+    expected = problem.solve(form.composed)
+    for dtype in FLOATING:
+        problem.options["token_weight"] = weight.to(dtype)
+        if dtype != torch.float16:  # in which these are not exact
+            torch.testing.assert_close(problem.solve(form.function), expected)
+        half = problem.to(torch.bfloat16)
+        half.options["token_weight"] = weight.to(dtype)
+        assert half.solve(form.function)[0].dtype == torch.float32
+
+
+def sequences(form: LinearForm, **options: Any) -> Problem:
+    """Three sequences of six tokens in float64."""
+    problem = Problem.random(18, 5, 41, torch.float64, bias=True, weight=form.weight, **options)
+    problem.input = problem.input.detach().reshape(3, 6, 5).requires_grad_()
+    problem.target = problem.target.reshape(3, 6)
+    return problem.to(torch.float64)
+
+
+def drawn_cases() -> list[tuple[LinearForm, Problem]]:
+    """Every form with its options, the same in every process."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(7)
+        cases = []
+        for form in samples.collect(LinearForm):
+            for index, options in enumerate(form.options):
+                reduction = REDUCTIONS[index % 3]
+                problem = sequences(form, reduction=reduction, shift=index % 2, **options)
+                problem.target[0, :3] = torch.tensor([40, 28, 29])
+                if form.token_weight:
+                    problem.options["token_weight"] = torch.rand(3, 6).double()
+                cases.append((form, problem))
+        return cases
+
+
+def with_shards() -> list[list[Tensor]]:
+    """Loss and gradients of what this process holds of the head."""
+    place = dist.get_world_size() - 1 - dist.get_rank()
+    shard = VocabShard(*SHARDS[place : place + 2])
+    held = slice(shard.start, shard.stop)
+    results = []
+    for form, whole in drawn_cases():
+        assert whole.linear_bias is not None
+        part = Problem(
+            whole.input,
+            whole.linear_weight.detach()[held].clone().requires_grad_(),
+            whole.target,
+            whole.linear_bias.detach()[held].clone().requires_grad_(),
+            whole.options,
+        )
+        for implementation in EXACT:
+            function = partial(form.function, implementation=implementation, vocab_parallel=shard)
+            results.append(part.solve(weighed(function)))
+    return results
+
+
+def weighed(function: Any) -> Any:
+    """Losses that are not reduced, added up with different weights."""
+
+    def scalar(*arguments: Any, **options: Any) -> Tensor:
+        losses = function(*arguments, **options)
+        return (losses * torch.arange(1, losses.numel() + 1).view(losses.shape)).sum()
+
+    return scalar
+
+
+def test_sharded_over_processes() -> None:
+    expected = [
+        (form, problem.solve(weighed(form.composed)))
+        for form, problem in drawn_cases()
+        for _ in EXACT
+    ]
+    for rank, results in enumerate(processes.run(with_shards, 2)):
+        held = slice(*SHARDS[1 - rank : 3 - rank])
+        for values, (form, (*others, head, bias)) in zip(results, expected, strict=True):
+            for value, truth in zip(values, [*others, head[held], bias[held]], strict=True):
+                torch.testing.assert_close(value, truth, rtol=1e-10, atol=1e-10, msg=form.name)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("message", "error", "change"),
+    [
+        ("shift must be an int", TypeError, {"shift": 1.0}),
+        ("shift must be an int of at least 0", ValueError, {"shift": -1}),
+        ("shift above 0 must come with .*, got shift=6 and", ValueError, {"shift": 6}),
+        (
+            "shift above 0 must come with",
+            ValueError,
+            {
+                "shift": 1,
+                "input": torch.zeros(3, 5),
+                "target": torch.zeros(3, dtype=torch.int64),
+            },
+        ),
+        ("vocab_parallel must be a VocabShard", TypeError, {"vocab_parallel": (0, 41)}),
+        ("token_weight must be of shape", ValueError, {"token_weight": torch.ones(18)}),
+        (
+            "token_weight must not require",
+            ValueError,
+            {"token_weight": torch.ones(3, 6, requires_grad=True)},
+        ),
+        (
+            "token_weight must be a floating-point tensor",
+            TypeError,
+            {"token_weight": torch.ones(3, 6).int()},
+        ),
+        ("token_weight must be a floating-point tensor", TypeError, {"token_weight": 1.0}),
+        ("token_weight must lie on", ValueError, {"token_weight": torch.ones(3, 6).to("meta")}),
+    ],
+)
+@every_form
+def test_bad_sequences(
+    form: LinearForm, message: str, error: type[Exception], change: dict[str, Any]
+) -> None:
+    if "token_weight" in change and not form.token_weight:
+        pytest.skip("takes no weights of positions")
+    arguments = {
+        "input": torch.zeros(3, 6, 5),
+        "linear_weight": torch.zeros(41, 5),
+        "target": torch.zeros(3, 6, dtype=torch.int64),
+    }
+    form.function(**arguments, shift=5)
     with pytest.raises(error, match=f"^{form.name}: {message}"):
         form.function(**(arguments | change))
 

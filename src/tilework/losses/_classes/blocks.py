@@ -39,8 +39,8 @@ def places(input: Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]
         if not inner:
             yield (n,), (n,)
             continue
-        step = inner[0] if row <= ELEMENTS else max(1, ELEMENTS // classes)
-        for s in slices(inner[0], step):
+        step = inner[0] if row <= ELEMENTS else ELEMENTS // classes
+        for s in slices(inner[0], max(1, step)):
             yield (n, s), (n, slice(None), s)
 
 
@@ -103,7 +103,10 @@ def measure(
     else:
         shift = values.amax(1)
     target_gap = (shift - values.gather(1, column).squeeze(1)).where(inside, torch.nan)
-    others = values.clone().scatter_(1, column, 0) if squares else None
+    others, squared, moment = None, none, none
+    if squares:
+        others = values.clone().scatter_(1, column, 0)
+        squared = others.square().sum(1).where(kept, 0)
     gaps = _gaps(values, shift) if moments else None
     class_gap = torch.zeros_like(shift)
     if class_weight is not None:
@@ -111,9 +114,6 @@ def measure(
         class_gap = -_weighted(values, class_weight)
     torch.softmax(values, 1, out=out)
     total = out.amax(1).reciprocal_()  # that of the largest logit has the exponential 1
-    squared, moment = none, none
-    if others is not None:
-        squared = torch.linalg.vector_norm(others, dim=1).square_().where(kept, 0)
     if gaps is not None:
         moment = ((out * gaps).sum(1) * total).where(kept, 0)
     statistics = Statistics(

@@ -44,7 +44,7 @@ def hand_over(
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """The gradient times a number, in place where nobody will ask for it again."""
-    if type(scale) is not Tensor or _torch.keeps_graph():
+    if type(scale) is not Tensor or _torch.modes_are_active() or _torch.keeps_graph():
         return (gradient * scale).to(gradient.dtype)
     if _checks.holds_values(scale) and scale.item() == 1:
         return gradient

@@ -57,7 +57,7 @@ def forward(given: LinearStats) -> Statistics:
             target_logit = here.where(inside, target_logit)
             if given.squares:
                 others = _others(logits, column, inside, here)
-                some.squares.add_(torch.linalg.vector_norm(others, dim=1).square_())
+                some.squares.add_(others.square_().sum(1))
 
             old_peak, peak = peak, torch.maximum(peak, logits.amax(1))
             # A row of -inf alone has no finite peak to subtract.
