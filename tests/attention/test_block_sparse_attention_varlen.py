@@ -295,6 +295,7 @@ def scalar(query: Tensor, key: Tensor, value: Tensor, implementation: str) -> Te
     return output.sin().sum() + lse.masked_fill(lse == -torch.inf, 0).cos().sum()
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("implementation", ["reference", "tiled"])
 def test_gradcheck(implementation: str) -> None:
     leaves = [tensor[..., :3].clone().requires_grad_() for tensor in (QUERY, KEY, VALUE)]

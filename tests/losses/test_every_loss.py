@@ -167,7 +167,7 @@ def test_vmap(sample: Loss) -> None:
 @every_loss
 def test_compiles(sample: Loss) -> None:
     compiled = torch.compile(sample.function, fullgraph=True, dynamic=True, backend="aot_eager")
-    for options in sample.options:
+    for options in sample.options[:: max(1, len(sample.options) - 1)]:  # a graph for each
         tensors = sample.draw(torch.float32)
         expected, actual = sample.function(**tensors, **options), compiled(**tensors, **options)
         torch.testing.assert_close(actual, expected)

@@ -297,6 +297,7 @@ def test_functional_transforms(transform: Callable[..., Any], implementation: st
         torch.testing.assert_close(result, truth, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("implementation", EXACT)
 def test_gradcheck(implementation: str) -> None:
     leaves = [tensor.clone().requires_grad_() for tensor in (HIDDEN[0], HEAD)]

@@ -66,6 +66,7 @@ FUNCTIONS = (lse, entropy, mass, pooled)
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("implementation", ["reference", "tiled"])
 @pytest.mark.parametrize("function", DIFFERENTIABLE)
 def test_gradcheck(function: Callable[..., Tensor], implementation: str) -> None:

@@ -32,6 +32,7 @@ def scalar(implementation: str) -> Callable[..., Tensor]:
     return loss
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("implementation", ["reference", "tiled"])
 def test_gradcheck(implementation: str) -> None:
     leaves = [tensor.clone().requires_grad_() for tensor in (QUERY, KEY, VALUE)]

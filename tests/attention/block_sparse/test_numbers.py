@@ -127,8 +127,11 @@ def check(
     for dtype in (same, torch.float64):
         copies = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
         results.append(solve(composed(*copies, visible, scale), copies, 0))  # type: ignore[call-arg, arg-type]
-    for values in zip(*results, strict=True):
-        assert_exact(*values, query.dtype)
+    for value, composition, truth in zip(*results, strict=True):
+        if visible.sum(-1).max() > 1:
+            assert_exact(value, composition, truth, query.dtype)
+        else:  # the softmax of one key is exact in a composition, and its derivative 0
+            torch.testing.assert_close(value, truth.to(value.dtype))
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), BUILT)

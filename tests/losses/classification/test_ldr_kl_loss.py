@@ -179,14 +179,18 @@ def test_is_the_worst_distribution(temperature: float) -> None:
     """Searched for on the simplex, as logits of a distribution."""
     input, target = class_index(4, classes=5, scale=1.0).values()
     target = target.clamp(min=0)
+    uniform = torch.full((5,), 0.2, dtype=torch.float64)
     actual = ldr_kl_loss(input, target, temperature=temperature, margin=0.7, reduction="none")
     for row, value in zip(gaps_of(input, target, 0.7), actual, strict=True):
 
-        def negated(logits: Any, row: Tensor = row) -> float:
-            p = torch.tensor(logits).softmax(0).numpy()
-            return float(temperature * entropy(p, [0.2] * 5) - p @ row.numpy())
+        def negated(logits: Any, row: Tensor = row) -> tuple[float, Any]:
+            leaf = torch.tensor(logits, requires_grad=True)
+            p = leaf.softmax(0)
+            value = temperature * F.kl_div(uniform.log(), p, reduction="sum") - p @ row
+            (gradient,) = torch.autograd.grad(value, leaf)
+            return value.item(), gradient.numpy()
 
-        best = minimize(negated, [0.0] * 5, tol=1e-12)
+        best = minimize(negated, [0.0] * 5, jac=True, tol=1e-12)
         assert -best.fun == pytest.approx(value.item(), abs=1e-6)
 
 

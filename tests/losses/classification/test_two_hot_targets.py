@@ -74,8 +74,15 @@ def test_two_hot_in_every_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> N
     actual = two_hot_targets(target, **RANGE, num_bins=100)
     assert actual.shape == (*shape, 100)
     assert actual.dtype == dtype
+    truth = composed(torch.float64)
+    if target.numel() == 1:  # of which a composition is right by luck
+        eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        assert (
+            (actual.double() - truth).abs() <= 4 * 3 * eps * 99 / 5 + torch.finfo(dtype).eps
+        ).all()
+        return
     # In single precision also for half, which is rounded once.
-    assert_exact(actual, composed(torch.float32), composed(torch.float64), dtype)
+    assert_exact(actual, composed(torch.float32), truth, dtype)
 
 
 def test_points_and_ends() -> None:

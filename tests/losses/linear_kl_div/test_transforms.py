@@ -205,8 +205,9 @@ def test_functional_transforms_compile() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["tiled", "triton"])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("divergence", "bias"), [("forward", False), ("reverse", True), ("jsd", True)]
+)
 def test_operators(implementation: str, divergence: str, bias: bool) -> None:
     problem = Problem.random(5, 4, 30, bias=bias)
     student = (problem.student_input, problem.student_weight, problem.student_bias)
