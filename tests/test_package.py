@@ -42,6 +42,22 @@ def test_families_need_neither_triton_nor_optional_packages() -> None:
     """)
 
 
+def test_families_are_cheap_to_import() -> None:
+    """About 0.15 s each, as a part of what torch takes, since machines differ."""
+    code = """if True:
+        import sys, time
+        start = time.process_time()
+        import torch, jaxtyping
+        middle = time.process_time()
+        import tilework.{family}
+        print((time.process_time() - middle) / (middle - start))
+        assert "torch._dynamo" not in sys.modules, "the compiler, which takes seconds"
+    """
+    for family in tilework.FAMILIES:
+        parts = [float(run(code.replace("{family}", family))) for _ in range(2)]
+        assert min(parts) < 0.12, family
+
+
 def test_families_do_not_import_triton() -> None:
     run("""if True:
         import sys
