@@ -2,8 +2,8 @@
 
 ``compiled(path)`` imports the Python file ``path`` in a process without Triton's interpreter, calls
 each function in its list ``LAUNCHES`` once per architecture on CPU tensors, compiles what it
-launches instead of running it, and returns what the compilers say about each kernel. Where Triton's cache is empty, that takes some seconds, and
-more where a kernel has many configurations.
+launches instead of running it, and returns what the compilers say about each kernel.
+That takes some seconds where Triton's cache is empty.
 """
 
 import importlib.util
