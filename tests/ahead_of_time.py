@@ -3,6 +3,7 @@
 ``compiled(path)`` imports the Python file ``path`` in a process without Triton's interpreter, calls
 each function in its list ``LAUNCHES`` once per architecture on CPU tensors, compiles what it
 launches instead of running it, and returns what the compilers say about each kernel.
+That takes some seconds where Triton's cache is empty.
 """
 
 import importlib.util
