@@ -153,7 +153,9 @@ def formula(
 ) -> Callable[[Function], Function]:
     """Make a function the formula of the loss of this name.
 
-    It must be proportional to the weights of :class:`Rows`, as a mean divides these.
+    It must be proportional to the weights of :class:`Rows`, as a mean divides these, and a function
+    of the logits' differences and log-sum-exp alone: the shift is a constant to the gradient, so
+    that gaps come with the logarithm of the total, as in ``nll`` and ``lse``.
     """
 
     def register(function: Function) -> Function:
