@@ -154,6 +154,9 @@ def test_small_gradients_of_float16_are_scaled_before_they_are_rounded() -> None
 def test_are_given_as_often_as_asked(source: Source) -> None:
     expected = torch.autograd.grad(source.late(), source.leaves)
     loss = source.loss()
+    for scale in (3.0, 0.5):
+        scaled = torch.autograd.grad(scale * loss, source.leaves, retain_graph=True)
+        torch.testing.assert_close(scaled, tuple(scale * gradient for gradient in expected))
     loss.backward(retain_graph=True)
     first = [leaf.grad for leaf in source.leaves]
     torch.testing.assert_close(first, list(expected))
