@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ahead_of_time
-from helpers import HALF, assert_exact, dtype_name
+from helpers import DEVICES, HALF, assert_exact, dtype_name
 from losses._classes.logits.problem import DIFFERENTIABLE, definition, draw_targets, measured
 
 
@@ -52,6 +52,17 @@ def test_addresses_beyond_32_bits(shape: tuple[int, ...], room: str) -> None:
         for found, leaf in zip((results, expected), leaves, strict=True)
     ]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_shows_in_what_is_largest(device: str) -> None:
+    """Which a GPU's maximum passes over, unlike the interpreter's."""
+    input = torch.randn(5, 9000 if device == "cuda" else 100, device=device)
+    input[2, 70] = torch.nan
+    found = measured(input, torch.zeros(5, dtype=torch.int64, device=device), room="triton")
+    for name in ("shift", "total", "target_gap", "squares", "moment"):
+        assert getattr(found, name).isnan().tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.gpu
