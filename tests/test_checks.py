@@ -247,8 +247,8 @@ def test_sizes() -> None:
             _checks.sizes("f", "a", value)
 
 
-INPUT, TARGET = torch.randn(2, 3, 8), torch.tensor([[1, 0, 4], [3, -1, 2]])
-HEAD, SCORES = torch.randn(5, 8), torch.randn(1, 1, 4, 4)
+INPUT, TARGET = torch.ones(2, 3, 8), torch.tensor([[1, 0, 4], [3, -1, 2]])
+HEAD, SCORES = torch.ones(5, 8), torch.arange(16.0).view(1, 1, 4, 4)
 CALLS: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any]]] = {
     "head": (
         lambda **options: losses.linear_cross_entropy(INPUT, HEAD, TARGET, **options),
