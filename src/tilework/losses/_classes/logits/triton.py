@@ -136,6 +136,8 @@ def statistics_kernel(
             results.squares is not None,
             results.moment is not None,
         )
+    # The largest of numbers and nan is a number; the total tells.
+    base = tl.where((total != total) & (base < float("inf")), total, base)
     known = (target >= 0) & (target < num_classes)
     target_gap = tl.where(known, base - target_logit, float("nan"))
     tl.store(results.shift + rows, tl.where(kept, base, 0.0), mask=inside)
