@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 # Classes that lie side by side; few of them leave a program more rows.
 ADJACENT = Tuned({"sm_90": Tile(1, 4096, 8), "interpreter": Tile(2, 32, 1)}, otherwise="sm_90")
 # Rows that lie side by side, as those of images.
-APART = Tuned({"sm_90": Tile(64, 32, 4), "interpreter": Tile(16, 8, 1)}, otherwise="sm_90")
+APART = Tuned({"sm_90": Tile(32, 32, 4), "interpreter": Tile(16, 8, 1)}, otherwise="sm_90")
 
 
 class Logits(NamedTuple):
