@@ -21,7 +21,8 @@ class Block(NamedTuple):
     """What a gradient needs of a block, in the computation dtype."""
 
     probabilities: Tensor
-    total: Tensor
+    divisor: Tensor
+    """What the exponentials were divided by, which is less exact than their total."""
     column: Tensor
     """The class of each position, in a dimension of the classes."""
     kept: Tensor
@@ -113,9 +114,10 @@ def measure(
         values = torch.sub(values, shift.unsqueeze(1), out=out)
         class_gap = -_weighted(values, class_weight)
     torch.softmax(values, 1, out=out)
-    total = out.amax(1).reciprocal_()  # that of the largest logit has the exponential 1
+    divisor = out.amax(1).reciprocal_()  # that of the largest logit has the exponential 1
+    total = divisor * out.sum(1)
     if gaps is not None:
-        moment = ((out * gaps).sum(1) * total).where(kept, 0)
+        moment = ((out * gaps).sum(1) * divisor).where(kept, 0)
     statistics = Statistics(
         shift.where(kept, 0),
         total.where(kept, 1),
@@ -126,7 +128,7 @@ def measure(
         top,
         argmax,
     )
-    return statistics, Block(out, total, column, kept, others, gaps)
+    return statistics, Block(out, divisor, column, kept, others, gaps)
 
 
 def measure_again(
@@ -146,7 +148,8 @@ def measure_again(
     others = values.clone().scatter_(1, column, 0) if squares else None
     gaps = _gaps(values, shift) if moments else None
     torch.softmax(values, 1, out=out)
-    return Block(out, total, column, target != ignore_index, others, gaps)
+    divisor = total / out.sum(1)
+    return Block(out, divisor, column, target != ignore_index, others, gaps)
 
 
 def _gaps(values: Tensor, shift: Tensor) -> Tensor:
@@ -167,15 +170,15 @@ def _weighted(values: Tensor, class_weight: Tensor) -> Tensor:
 
 def differentiate_(block: Block, grads: Statistics, class_weight: Tensor | None) -> None:
     """Turn the probabilities of a block into the gradient of its logits."""
-    values, total, column, kept, others, gaps = block
-    scale = torch.zeros_like(total) if grads.total is None else grads.total * total
+    values, divisor, column, kept, others, gaps = block
+    scale = torch.zeros_like(divisor) if grads.total is None else grads.total * divisor
     scale = scale.unsqueeze(1)
     if class_weight is not None and grads.class_gap is not None:
         of_classes = grads.class_gap.unsqueeze(1)
     else:
         of_classes, class_weight = scale, None
     if gaps is not None and grads.moment is not None:
-        slope = (grads.moment * total).unsqueeze(1)
+        slope = (grads.moment * divisor).unsqueeze(1)
         values.mul_(gaps.mul_(slope).add_(scale - slope))
     else:
         values.mul_(scale)
