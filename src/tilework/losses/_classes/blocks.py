@@ -107,7 +107,9 @@ def measure(
     others, squared, moment = None, none, none
     if squares:
         others = values.clone().scatter_(1, column, 0)
-        squared = others.square().sum(1).where(kept, 0)
+        # In place: every further block that is freed goes back to the system, and comes as new.
+        squared = others.square_().sum(1).where(kept, 0)
+        others.copy_(values).scatter_(1, column, 0)
     gaps = _gaps(values, shift) if moments else None
     class_gap = torch.zeros_like(shift)
     if class_weight is not None:

@@ -304,8 +304,8 @@ def _error_norms(positions: OfLogits) -> Tensor:
         wrong = probabilities.scatter(1, target.where(known, 0).unsqueeze(1), 0)
         total = wrong.sum(1)
         # Shares of the total, as squares of small probabilities underflow.
-        shares = wrong / total.where(total > 0, 1).unsqueeze(1)
-        return (total * (1 + shares.square().sum(1)).sqrt()).where(known, torch.nan)
+        squares = wrong.div_(total.where(total > 0, 1).unsqueeze(1)).square_().sum(1)
+        return (total * (1 + squares).sqrt()).where(known, torch.nan)
 
     return blocks.by_blocks(norms, positions.input.detach(), positions.target)
 
