@@ -41,15 +41,6 @@ class Positions(NamedTuple):
         """The negative log-likelihood of each position's target."""
         return -self.at_target(self.logits.log_softmax(self.dim))
 
-    def cross_entropy(self, label_smoothing: float = 0.0) -> Tensor:
-        """The weighted and smoothed cross-entropy of each position, as torch defines it."""
-        if not label_smoothing:
-            return self.weights * self.nll()
-        log_probs = self.logits.log_softmax(self.dim)
-        hard = -self.weights * self.at_target(log_probs)
-        weighted = log_probs if self.class_weight is None else log_probs * self.class_weight
-        return (1 - label_smoothing) * hard - label_smoothing * weighted.mean(self.dim)
-
     def reduce(self, losses: Tensor, reduction: str) -> Tensor:
         """Reduce the losses of the kept positions."""
         losses = losses.where(self.kept, 0)
