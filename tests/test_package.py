@@ -43,8 +43,8 @@ def test_families_need_neither_triton_nor_optional_packages() -> None:
 
 
 def test_families_are_cheap_to_import() -> None:
-    """About 0.15 s each, as a part of what torch takes, since machines differ."""
-    parts = run("""if True:
+    """At most 0.15 s each where torch takes 0.85 s; the best of three, as others use the machine."""
+    code = """if True:
         import importlib, sys, time
         start = time.process_time()
         import torch, jaxtyping
@@ -55,8 +55,11 @@ def test_families_are_cheap_to_import() -> None:
             importlib.import_module(f"tilework.{family}")
             print((time.process_time() - start) / whole)
         assert "torch._dynamo" not in sys.modules, "the compiler, which takes seconds"
-    """)
-    assert max(map(float, parts.split())) < 0.12
+    """
+    runs = [map(float, run(code).split()) for _ in range(3)]
+    best = [min(parts) for parts in zip(*runs, strict=True)]
+    assert len(best) == len(tilework.FAMILIES)
+    assert max(best) < 0.15 / 0.85
 
 
 def test_families_do_not_import_triton() -> None:
