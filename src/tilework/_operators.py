@@ -35,6 +35,11 @@ T = TypeVar("T")
 HALF = (torch.float16, torch.bfloat16)
 
 
+def no_products(given: Any) -> int:
+    """The operations of what multiplies no matrices, as ``torch.utils.flop_counter`` counts."""
+    return 0
+
+
 def computation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and accumulators: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -114,6 +119,7 @@ def define(
     saved: Sequence[str] = (),
     constant: Sequence[str] = (),
     attached: Sequence[str] = (),
+    operations: Callable[[Given], int] = no_products,
     sharding: Callable[..., Any] | None = None,
 ) -> Callable[[Given], Results]:
     """Register the operator ``tilework::name`` and return what differentiates and batches it.
@@ -131,9 +137,13 @@ def define(
         constant: Results that have no gradient.
         attached: Saved results that stay results: what ``derivative`` makes of them is
             differentiated through them. Others it reads as constants.
+        operations: The floating-point operations of the matrix products that a call is, for
+            ``torch.utils.flop_counter``; what an implementation does twice counts once.
         sharding: The rule for ``torch.distributed.tensor.experimental.register_sharding``.
     """
-    operator = _Operator(name, arguments, results, kernel, derivative, saved, constant, attached)
+    operator = _Operator(
+        name, arguments, results, kernel, derivative, saved, constant, attached, operations
+    )
     operator.register(fake, sharding)
     return operator
 
@@ -153,6 +163,8 @@ def define_pair(
     backward: str = "backward",
     empty_gradient: Callable[[Any, Tensor], Tensor] | None = None,
     second_derivative: Callable[..., Gradients] | None = None,
+    operations: Callable[[Given], int] = no_products,
+    backward_operations: Callable[[Given, Needed], int] = lambda given, needed: 0,
 ) -> Callable[[Given], Results]:
     """Register an operator and that of its gradients, for a folder of implementations.
 
@@ -163,7 +175,8 @@ def define_pair(
     second derivative of all, unless a ``second_derivative`` refuses it. ``differentiable`` names
     the arguments that have gradients; ``saved`` holds these and what else ``backward`` and
     ``reference`` read. ``empty_gradient`` makes one like those of ``backward``, from the arguments
-    of the gradients' operator and a leaf, where they are not contiguous.
+    of the gradients' operator and a leaf, where they are not contiguous. ``operations`` are those
+    that :func:`define` describes, ``backward_operations`` those of the gradients that are needed.
     """
     gradients = _Gradients(
         arguments, results, reference, differentiable, saved, constant, empty_gradient
@@ -177,6 +190,7 @@ def define_pair(
         gradients.fake,
         derivative=second_derivative or gradients.second_derivative,
         saved=gradients.saved,
+        operations=lambda given: gradients.operations(backward_operations, given),
     )
     operator = define(
         name,
@@ -187,6 +201,7 @@ def define_pair(
         derivative=lambda *args: gradients.derivative(derivative, of_implementation, *args),
         saved=saved,
         constant=constant,
+        operations=operations,
     )
     return or_reference(operator, reference)
 
@@ -215,13 +230,18 @@ def or_reference(
     return call
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor holds its values: it is no subclass, nor lazily negated."""
+    return type(tensor) in _PLAIN and not tensor.is_neg()
+
+
 def _is_watched(values: Iterable[Any]) -> bool:
     """Whether a compiler, a transform, a mode or a kind of tensor has to see a call."""
     return (
         torch.compiler.is_compiling()
         or _torch.transforms_are_active()
         or _torch.modes_are_active()
-        or any(isinstance(one, Tensor) and type(one) not in _PLAIN for one in values)
+        or any(isinstance(one, Tensor) and not _is_plain(one) for one in values)
     )
 
 
@@ -285,6 +305,11 @@ class _Gradients(Generic[Given, Results]):
                 for name, need in zip(self.differentiable, given.needed, strict=True)
             )
         )
+
+    def operations(self, backward: Callable[[Given, Needed], int], given: Any) -> int:
+        """Those of the gradients that are needed."""
+        arguments, *_ = self.unpack(given)
+        return backward(arguments, self.wanted(given))
 
     def fake(self, given: Any) -> Any:
         """Gradients of the shapes of the arguments."""
@@ -369,11 +394,13 @@ class _Operator(Generic[Given, Results]):
         saved: Sequence[str],
         constant: Sequence[str],
         attached: Sequence[str],
+        operations: Callable[[Given], int],
     ) -> None:
         self.name = name
         self.arguments: Any = arguments
         self.results: Any = results
         self.kernel, self.derivative = without_autocast(kernel), derivative
+        self.operations = operations
         self.argument_names: tuple[str, ...] = arguments._fields
         self.result_names: tuple[str, ...] = results._fields
         self.count = len(self.result_names)
@@ -442,13 +469,14 @@ class _Operator(Generic[Given, Results]):
         if _torch.transforms_are_active():
             return self.transformable.apply(*given)
         if _torch.modes_are_active():
+            _torch.tell_flop_counters(self.operator, self.count_operations)
             return self.operator(*given)
         # Nobody looks at this call, so that the dispatcher can be spared: it takes as long as the
         # launch of a small kernel.
         needs_grad = False
         for value in self.tensors(given):
             if value is not None:
-                if type(value) not in _PLAIN:
+                if not _is_plain(value):
                     _register_shardings()
                     return self.operator(*given)
                 needs_grad |= value.requires_grad
@@ -463,6 +491,10 @@ class _Operator(Generic[Given, Results]):
     def run(self, *args: Any) -> Any:
         """The kernel by position."""
         return self.plain(self.kernel(self.arguments(*args)))
+
+    def count_operations(self, *args: Any, out_val: Any = None) -> int:
+        """The operations by position, as flop counters ask for them."""
+        return self.operations(self.arguments(*args))
 
     def forward(self, ctx: Any, *args: Any) -> Any:
         """The kernel, and what its gradients need."""

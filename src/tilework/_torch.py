@@ -1,5 +1,6 @@
 """The private names of PyTorch that the library leans on; ``tests/test_torch.py`` checks each."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _BATCHED_GRADIENTS: Any = torch._C._parse_dispatch_key("VmapMode")
 
@@ -41,6 +44,22 @@ def modes_are_active() -> bool:
     )
 
 
+def tell_flop_counters(operator: Any, count: Callable[..., int]) -> None:
+    """Let ``torch.utils.flop_counter`` know an operator, if somebody has imported it.
+
+    A counter copies the registry when it is made, and importing the module, which imports Triton,
+    takes too long to do so beforehand: so those that count now are told as well.
+    """
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    packet = operator.overloadpacket
+    module.flop_registry.setdefault(packet, count)
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, module._FlopCounterMode):
+            mode.counter.flop_registry.setdefault(packet, count)
+
+
 def is_forward_mode() -> bool:
     """Whether the call runs under forward-mode differentiation."""
     return forward_ad._current_level >= 0
@@ -56,14 +75,21 @@ def standard_gamma(shape: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch._standard_gamma(shape, generator=generator)
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @contextmanager
 def autograd_enabled() -> Iterator[None]:
-    """Record gradients, also inside of an operator's kernel, where PyTorch has left autograd."""
+    """Record gradients, also inside of an operator's kernel, where PyTorch has left autograd.
+
+    They are the kernel's own: hooks on saved tensors, such as those of checkpointing, see none.
+    """
     key = torch._C.DispatchKey.AutogradFunctionality
     was_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
     torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), saved_tensors_hooks(_same, _same):
             yield
     finally:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, was_excluded)

@@ -1,5 +1,6 @@
 """What implementations of reductions of the map of attention take and give."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import Tensor
@@ -75,6 +76,16 @@ class Pooled(NamedTuple):
     """The largest entry of each block, or the sum of its entries."""
 
     pooled: Tensor
+
+
+def operations(given: Queries | Rows | Columns | Blocks) -> int:
+    """Those of the scores; the gradient of either factor has as many."""
+    return 2 * given.query.numel() * given.key.shape[2]
+
+
+def backward_operations(given: Queries | Rows, needed: Collection[str]) -> int:
+    """Those of the scores, which are computed anew, and of the gradients."""
+    return (1 + len(needed)) * operations(given)
 
 
 def upstream_of_entropy(grad: Tensor, results: Entropy) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ from tilework.attention._attention_map.common import (
     Pooled,
     Queries,
     Rows,
+    backward_operations,
+    operations,
 )
 
 
@@ -68,6 +70,8 @@ attention_lse = _operators.define_pair(
     backward="attention_lse_backward",
     differentiable=("query", "key"),
     saved=("query", "key", "lse"),
+    operations=operations,
+    backward_operations=backward_operations,
 )
 attention_entropy = _operators.define_pair(
     "attention_entropy",
@@ -81,6 +85,8 @@ attention_entropy = _operators.define_pair(
     differentiable=("query", "key"),
     saved=("query", "key", "lse", "entropy", "total"),
     constant=("total",),
+    operations=operations,
+    backward_operations=backward_operations,
 )
 attention_column_mass = _operators.or_reference(
     _operators.define(
@@ -91,6 +97,7 @@ attention_column_mass = _operators.or_reference(
         _column_mass_fake,
         derivative=_no_gradient,
         constant=("mass",),
+        operations=operations,
     ),
     reference.attention_column_mass,
 )
@@ -103,6 +110,7 @@ block_pooled_attention = _operators.or_reference(
         _block_pooled_fake,
         derivative=_no_gradient,
         constant=("pooled",),
+        operations=operations,
     ),
     reference.block_pooled_attention,
 )

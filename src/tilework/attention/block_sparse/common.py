@@ -1,5 +1,6 @@
 """What implementations of block-sparse attention take and give."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import Tensor
@@ -31,6 +32,35 @@ class Attention(NamedTuple):
     is_causal: bool
     scale: float
     implementation: str
+
+
+def pair_operations(features: int, values: int, needed: Collection[str] | None = None) -> int:
+    """Those of a query and a key that meet: of a result, or of the gradients that are ``needed``.
+
+    The scores, which are computed anew for gradients, count twice, as PyTorch counts them for
+    fused attention.
+    """
+    if needed is None:
+        return 2 * (features + values)
+    of_scores = sum(name in needed for name in ("query", "key"))
+    of_weights = values if of_scores else 0
+    return 2 * (features + of_weights + of_scores * features + ("value" in needed) * values)
+
+
+def operations(given: Attention, needed: Collection[str] | None = None) -> int:
+    """Those of a result, or of the gradients that are ``needed``, over the layout's blocks."""
+    pairs = _pairs(given.query, given.kv_num_blocks, given.kv_indices, given.query_starts)
+    area = given.block_size[0] * given.block_size[1]
+    return pairs * area * pair_operations(given.query.shape[-1], given.value.shape[-1], needed)
+
+
+def _pairs(query: Tensor, counts: Tensor, indices: Tensor, starts: Tensor | None) -> int:
+    """How many blocks meet in all heads; without values, the most that lists have room for."""
+    has_values = type(counts) is Tensor and not counts.is_meta
+    blocks = int(counts.sum()) if has_values else indices.numel()
+    batch, heads = query.shape[:2]
+    copies = batch // len(counts) if starts is None else 1
+    return blocks * copies * (heads // counts.shape[1])
 
 
 class Attended(NamedTuple):

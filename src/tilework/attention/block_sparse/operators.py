@@ -11,6 +11,7 @@ from tilework.attention.block_sparse.common import (
     Attention,
     empty_gradient,
     empty_results,
+    operations,
 )
 
 
@@ -45,4 +46,6 @@ attention = _operators.define_pair(
     saved=("query", "key", "value", "output", "lse", *_LISTS),
     empty_gradient=_empty_gradient,
     second_derivative=_refuse,
+    operations=operations,
+    backward_operations=operations,
 )

@@ -1,10 +1,12 @@
 """What implementations of block-sparse decoding take and give."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
 
 from tilework._operators import computation_dtype
+from tilework.attention.block_sparse.common import pair_operations
 
 
 class Decoding(NamedTuple):
@@ -40,3 +42,20 @@ def empty_results(given: Decoding) -> Decoded:
     shape, dtype = query.shape[:3], computation_dtype(query.dtype)
     output = query.new_empty(*shape, given.value_cache.shape[-1])
     return Decoded(output, query.new_empty(shape, dtype=dtype))
+
+
+def operations(given: Decoding) -> int:
+    """Those of the two products with the selected tokens; at most so many without values."""
+    query, table = given.query, given.block_table
+    if given.kv_indices is not None:
+        listed, unit = given.kv_num_blocks, given.block_size
+        most = given.kv_indices.shape[-1]
+    else:
+        listed, unit = given.seq_lengths, 1
+        most = given.key_cache.shape[1] * (1 if table is None else table.shape[1])
+    rows = math.prod(query.shape[:3])
+    if listed is not None and listed.numel() and type(listed) is Tensor and not listed.is_meta:
+        selected = unit * int(listed.sum()) * rows // listed.numel()
+    else:
+        selected = unit * most * rows
+    return selected * pair_operations(query.shape[-1], given.value_cache.shape[-1])

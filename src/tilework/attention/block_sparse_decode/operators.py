@@ -7,7 +7,12 @@ from torch import Tensor
 
 from tilework import _operators
 from tilework.attention.block_sparse_decode import reference
-from tilework.attention.block_sparse_decode.common import Decoded, Decoding, empty_results
+from tilework.attention.block_sparse_decode.common import (
+    Decoded,
+    Decoding,
+    empty_results,
+    operations,
+)
 
 
 def refusal(features: int, values: int) -> str | None:
@@ -60,7 +65,13 @@ def _refuse(*_: Any) -> NoReturn:
 
 decode = _operators.or_reference(
     _operators.define(
-        "block_sparse_decode", Decoding, Decoded, _forward, empty_results, derivative=_refuse
+        "block_sparse_decode",
+        Decoding,
+        Decoded,
+        _forward,
+        empty_results,
+        derivative=_refuse,
+        operations=operations,
     ),
     reference.forward,
 )

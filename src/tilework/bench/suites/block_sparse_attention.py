@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilework.attention import BlockLayout, block_sparse_attention
+from tilework.attention.block_sparse.common import pair_operations
 from tilework.bench.suites import (
     Candidate,
     Case,
@@ -116,7 +117,11 @@ def pairs(case: Case) -> int:
 
 def flops(case: Case) -> int:
     """Two matrix products forward, five backward."""
-    return (14 if case.kind == TRAINING else 4) * case.sizes["E"] * pairs(case)
+    features = case.sizes["E"]
+    of_pair = pair_operations(features, features)
+    if case.kind == TRAINING:
+        of_pair += pair_operations(features, features, NAMES)
+    return of_pair * pairs(case)
 
 
 def traffic(case: Case, dtype: torch.dtype) -> int:

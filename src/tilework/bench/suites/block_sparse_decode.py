@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilework.attention import BlockLayout, block_sparse_decode, paged_block_sparse_decode
+from tilework.attention.block_sparse.common import pair_operations
 from tilework.bench.suites import (
     Candidate,
     Case,
@@ -116,7 +117,7 @@ def _tokens(inputs: Inputs, name: str, row: int, head: int, tokens: Tensor) -> T
 def flops(case: Case) -> int:
     """Two products of each head with the selected tokens."""
     batch, _, heads, _, features, kept = case.sizes.values()
-    return 4 * batch * heads * features * kept * BLOCK
+    return batch * heads * kept * BLOCK * pair_operations(features, features)
 
 
 def traffic(case: Case, dtype: torch.dtype) -> int:

@@ -27,6 +27,7 @@ from tilework.bench.suites import (
 )
 from tilework.losses import linear_cross_entropy
 from tilework.losses._classes.kept import noted
+from tilework.losses._classes.linear.common import product_operations
 
 FORWARD, TRAINING, PEAKED = "forward", "forward+backward", "forward+backward, peaked"
 FILTER = 1e-3
@@ -119,8 +120,7 @@ def truth(case: Case, inputs: Inputs) -> Results:
 
 def flops(case: Case) -> int:
     """One matrix product forward, two backward."""
-    tokens, features, classes = case.sizes.values()
-    return (6 if case.kind != FORWARD else 2) * tokens * features * classes
+    return (1 if case.kind == FORWARD else 3) * product_operations(*case.sizes.values())
 
 
 def traffic(case: Case, dtype: torch.dtype) -> int:

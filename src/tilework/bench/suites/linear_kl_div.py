@@ -23,6 +23,7 @@ from tilework.bench.suites import (
     loss_and_gradients,
 )
 from tilework.losses import linear_kl_div
+from tilework.losses._classes.linear.common import product_operations
 
 FORWARD, REVERSE, JSD = "forward KL", "reverse KL", "JSD"
 DIVERGENCES = {FORWARD: "forward", REVERSE: "reverse", JSD: "jsd"}
@@ -107,7 +108,8 @@ def truth(case: Case, inputs: Inputs) -> Results:
 def flops(case: Case) -> int:
     """A product of each head forward, two of the student's backward."""
     tokens, features, teacher_features, classes = case.sizes.values()
-    return (6 * features + 2 * teacher_features) * tokens * classes
+    student = product_operations(tokens, features, classes)
+    return 3 * student + product_operations(tokens, teacher_features, classes)
 
 
 def traffic(case: Case, dtype: torch.dtype) -> int:

@@ -4,12 +4,13 @@ One pass over the classes gives the first sums; for ``"jsd"`` a second one, whic
 those under the mixture. Where the classes are in parts, the sums of the parts are merged.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tilework.losses._classes.linear.common import product_operations
 from tilework.losses._classes.tiles import NEGLIGIBLE, merge_exponentials
 
 # A part that the other exceeds by more, in logarithms, vanishes beside it in every dtype.
@@ -55,6 +56,19 @@ class Heads(NamedTuple):
     def teacher(self) -> HeadTensors:
         """Input, weight, bias and softcap."""
         return self.teacher_input, self.teacher_weight, self.teacher_bias, self.teacher_softcap
+
+
+def operations(given: Heads) -> int:
+    """Those of the logits of both heads."""
+    classes = given.student_weight.shape[0]
+    student = product_operations(*given.student_input.shape, classes)
+    return student + product_operations(*given.teacher_input.shape, classes)
+
+
+def backward_operations(given: Heads, needed: Collection[str]) -> int:
+    """Those of the student's gradients."""
+    factors = sum(name in needed for name in STUDENT[:2])
+    return factors * product_operations(*given.student_input.shape, given.student_weight.shape[0])
 
 
 class Divergences(NamedTuple):

@@ -3,7 +3,14 @@
 from tilework import _operators
 from tilework._operators import computation_dtype
 from tilework.losses.linear_kl_div import reference
-from tilework.losses.linear_kl_div.common import STUDENT, SUMS, Divergences, Heads
+from tilework.losses.linear_kl_div.common import (
+    STUDENT,
+    SUMS,
+    Divergences,
+    Heads,
+    backward_operations,
+    operations,
+)
 
 
 def _fake(given: Heads) -> Divergences:
@@ -24,4 +31,6 @@ divergences = _operators.define_pair(
     differentiable=STUDENT,
     saved=(*STUDENT, "teacher_input", "teacher_weight", "teacher_bias", "counted", "statistics"),
     constant=("statistics",),
+    operations=operations,
+    backward_operations=backward_operations,
 )

@@ -1,5 +1,6 @@
 """The arguments of the operators of a linear head."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -44,6 +45,16 @@ class LinearSum(NamedTuple):
     softcap: float | None
     ignore_index: int
     needed: list[bool]
+
+
+def product_operations(*sizes: int) -> int:
+    """Those of the logits, for tokens, features, classes; as many give a factor's gradient."""
+    return 2 * math.prod(sizes)
+
+
+def operations(given: LinearStats | LinearSum) -> int:
+    """Those of the logits."""
+    return product_operations(*given.input.shape, given.linear_weight.shape[0])
 
 
 class Sum(NamedTuple):

@@ -6,7 +6,7 @@ from tilework import _implementations, _operators
 from tilework._operators import Gradients, Needed, computation_dtype
 from tilework.losses._classes import early
 from tilework.losses._classes.linear import IMPLEMENTATIONS, chunked, reference
-from tilework.losses._classes.linear.common import LinearStats, LinearSum, Sum
+from tilework.losses._classes.linear.common import LinearStats, LinearSum, Sum, operations
 from tilework.losses._classes.statistics import CONSTANT, FORMULAS, Rows, Statistics, empty
 
 HEAD = ("input", "linear_weight", "linear_bias")
@@ -34,6 +34,10 @@ _logit_stats = _operators.define_pair(
     differentiable=HEAD,
     saved=(*HEAD, "target", "class_weight", "shift", "total"),
     constant=CONSTANT,
+    operations=operations,
+    backward_operations=lambda given, needed: (
+        sum(name in needed for name in HEAD[:2]) * operations(given)
+    ),
 )
 
 
@@ -89,6 +93,10 @@ def _differentiate(given: LinearSum, results: Sum, grads: Sum, needed: Needed) -
     )
 
 
+def _summed_operations(given: LinearSum) -> int:
+    return (1 + sum(given.needed[:2])) * operations(given)
+
+
 _GRADIENTS = Sum._fields[1:]
 summed_loss = _operators.define(
     "linear_summed_loss",
@@ -99,4 +107,5 @@ summed_loss = _operators.define(
     derivative=_differentiate,
     saved=(*_GRADIENTS, *HEAD, "target", "class_weight", "weight", "target_weight"),
     constant=_GRADIENTS,
+    operations=_summed_operations,
 )
