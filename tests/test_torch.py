@@ -128,6 +128,14 @@ def test_autograd_of_an_operator_is_its_own() -> None:
     assert torch.equal(found, torch.full((3,), 3.0))
 
 
+def test_autocast() -> None:
+    assert not _torch.autocast_is_active()
+    with torch.autocast("cpu"):
+        assert _torch.autocast_is_active()
+        with torch.autocast("cpu", enabled=False):
+            assert not _torch.autocast_is_active()
+
+
 def test_forward_mode() -> None:
     assert not _torch.is_forward_mode()
     with forward_ad.dual_level():

@@ -99,12 +99,11 @@ def missing(entry: Implementation) -> str | None:
 
 def unfit(entry: Implementation, tensor: Tensor) -> str | None:
     """Why an implementation does not take tensors like this one, if it does not."""
-    device = tensor.device.type
     if tensor.dtype not in entry.dtypes:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in entry.dtypes)
         return f"it takes {accepted}, not {_checks.describe(tensor)}"
-    if entry.devices and device not in entry.devices and not _interpreted(entry):
-        return f"it runs on {', '.join(entry.devices)}, not on {device}"
+    if entry.devices and tensor.device.type not in entry.devices and not _interpreted(entry):
+        return f"it runs on {', '.join(entry.devices)}, not on {tensor.device.type}"
     return missing(entry)
 
 

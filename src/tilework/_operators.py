@@ -60,9 +60,9 @@ def without_autocast(function: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(function)
     def run(first: Any, *args: Any) -> T:
-        device = (first if isinstance(first, Tensor) else first[0]).device.type
-        if not torch.is_autocast_enabled(device):
+        if not _torch.autocast_is_active():
             return function(first, *args)
+        device = (first if isinstance(first, Tensor) else first[0]).device.type
         with torch.autocast(device, enabled=False):
             return function(first, *args)
 
