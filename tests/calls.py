@@ -142,15 +142,16 @@ def of_implementations(calls: Iterable[Call]) -> Iterator[Call]:
                 yield replace(call, options=(options,))
 
 
-def _marked(calls: Iterable[Call]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("call", calls, ids=lambda call: call.label)
+def marked(calls: Iterable[Call]) -> pytest.MarkDecorator:
+    """Run a test on these calls."""
+    return pytest.mark.parametrize("call", list(calls), ids=lambda call: call.label)
 
 
 def every_call(test: Callable[..., None]) -> Any:
     """Run a test on every call."""
-    return _marked(all_calls())(test)
+    return marked(all_calls())(test)
 
 
 def every_call_and_implementation(test: Callable[..., None]) -> Any:
     """Run a test on every call by default and by each implementation."""
-    return _marked(of_implementations(all_calls()))(test)
+    return marked(of_implementations(all_calls()))(test)

@@ -43,7 +43,7 @@ def test_families_need_neither_triton_nor_optional_packages() -> None:
 
 
 def test_families_are_cheap_to_import() -> None:
-    """At most 0.15 s each where torch takes 0.85 s; the best of three, as others use the machine."""
+    """At most 0.15 s each where torch takes 0.85 s; the best of three."""
     code = """if True:
         import importlib, sys, time
         start = time.process_time()
