@@ -92,18 +92,20 @@ def linear_cross_entropy(
             over processes; ``weight`` and ``target`` are those of the whole head, ``input`` is the
             same on all processes, and each gets the whole loss and gradient of ``input``. A
             ``linear_weight`` that is a ``DTensor`` says this itself: sharded on dimension 0 over
-            one dimension of its mesh, with ``input`` replicated, or sharded over tokens on another
-            one.
+            one dimension of its mesh, with an ``input`` that is a ``DTensor`` too, replicated, or
+            sharded over tokens on another one. Under FSDP2, call this where the weight is gathered,
+            such as in the root's forward.
 
     Returns:
         A scalar, or for ``"none"`` the shape of the shifted target with zeros at ignored
-        positions; float32 for half-precision input, otherwise of its dtype. ``"mean"`` over
-        nothing is nan.
+        positions, placed as a sharded ``input`` is; float32 for half-precision input, otherwise of
+        its dtype. ``"mean"`` over nothing is nan.
 
     Raises:
         ValueError: A shape, option or implementation is not one of those above, or ``weight`` or
             ``token_weight`` requires a gradient.
-        TypeError: ``target`` is not int64, or the floating dtypes differ outside autocast.
+        TypeError: ``target`` is not int64, the floating dtypes differ outside autocast, or
+            ``linear_weight`` is a ``DTensor`` and ``input`` is none.
         IndexError: A kept target lies outside ``[0, V)``, on the CPU. Where reading it would
             synchronize (CUDA, ``torch.compile``, ``vmap``) its loss and gradients are nan.
 

@@ -16,7 +16,7 @@ def problem() -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     return [
         torch.randn(shape, dtype=torch.float64, generator=generator)
-        for shape in ((4, 6, 8), (4, 6, 8), (8,), (8,), (4, 6, 8))
+        for shape in ((7, 5, 8), (7, 5, 8), (8,), (8,), (7, 5, 8))  # no half of 7 or 5
     ]
 
 
@@ -57,6 +57,7 @@ def spread() -> list[list[Tensor]]:
         tensors.append(distribute_tensor(upstream, mesh, [Shard(dim)]))
         found = results(tensors, implementation)
         assert all(isinstance(value, DTensor) for value in found)
+        assert found[0].shape == (7, 5, 8)
         if dim < 2:  # the features themselves are gathered
             assert found[0].placements == (Shard(dim),)  # type: ignore[attr-defined]
         everything.append([value.full_tensor().detach() for value in found])  # type: ignore[attr-defined]

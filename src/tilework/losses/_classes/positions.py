@@ -355,6 +355,9 @@ def of_head(
         target = torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device)
         ignore_index = _NEVER
     class_index.check_target(function, "target", target, tuple(input.shape[:-1]))
+    if sharding.is_distributed(weight):
+        accepted = "a plain tensor, the same on all processes"
+        raise _checks.bad_type(function, "weight", accepted, weight)
     for name, constant, size in (
         ("weight", weight, (classes,)),
         ("token_weight", token_weight, input.shape[:-1]),

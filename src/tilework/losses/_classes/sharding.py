@@ -184,7 +184,7 @@ def _localize_distributed(
     linear_bias: Any,
     of_tokens: dict[str, Tensor | None],
 ) -> tuple[Layout, list[Any]]:
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Shard
 
     input_name, weight_name, bias_name = names
     if not isinstance(linear_weight, DTensor):
@@ -193,6 +193,16 @@ def _localize_distributed(
     if mesh.get_coordinate() is None:
         raise ValueError(f"{function}: {weight_name} must lie on a mesh with this process")
     placed = linear_weight.placements
+    if not isinstance(input, DTensor):
+        # The same placement means classes that are spread, or FSDP2, where the tokens are.
+        accepted = (
+            f"a DTensor beside {weight_name}, which is one of {placed}: for a head whose classes "
+            f"are spread, DTensor.from_local({input_name}, mesh, [Replicate()]), or plain shards "
+            "with vocab_parallel=VocabShard(...); for a parameter under FSDP2, call this where it "
+            "is gathered, in the forward of the module that fully_shard made a unit with the head "
+            "in it, such as the root or a LinearCrossEntropyLoss"
+        )
+        raise _checks.bad_type(function, input_name, accepted, input)
     spread = [dim for dim in range(mesh.ndim) if placed[dim].is_shard(0)]
     whole = [dim for dim in range(mesh.ndim) if placed[dim].is_replicate()]
     if len(spread) > 1 or len(spread) + len(whole) < mesh.ndim:
@@ -200,26 +210,22 @@ def _localize_distributed(
             f"{function}: {weight_name} must be sharded on dimension 0 over at most one dimension "
             f"of the mesh and replicated over others, got {placed}"
         )
-    if linear_bias is not None and (
-        not isinstance(linear_bias, DTensor) or linear_bias.placements != placed
-    ):
-        raise ValueError(f"{function}: {bias_name} must be a DTensor placed as {weight_name}")
+    if linear_bias is not None and not _is_placed(linear_bias, mesh, placed):
+        accepted = f"a DTensor placed as {weight_name}, {placed} on its mesh"
+        raise ValueError(f"{function}: {bias_name} must be {accepted}, got {_place(linear_bias)}")
 
-    token_dims: list[int] = []
-    placements: tuple[Any, ...] = (Replicate(),) * mesh.ndim
-    if isinstance(input, DTensor):
-        placements = input.placements
-        token_dims = [dim for dim in range(mesh.ndim) if not placements[dim].is_replicate()]
-        if (
-            input.device_mesh != mesh
-            or not all(placements[dim] in (Shard(0), Shard(input.dim() - 2)) for dim in token_dims)
-            or set(token_dims) & set(spread)
-        ):
-            raise ValueError(
-                f"{function}: {input_name} must be replicated, or sharded over tokens on another "
-                f"dimension of {weight_name}'s mesh, got {placements}"
-            )
-    locals_: list[Any] = [input.to_local() if isinstance(input, DTensor) else input]
+    placements = input.placements
+    token_dims = [dim for dim in range(mesh.ndim) if not placements[dim].is_replicate()]
+    if (
+        input.device_mesh != mesh
+        or not all(placements[dim] in (Shard(0), Shard(input.dim() - 2)) for dim in token_dims)
+        or set(token_dims) & set(spread)
+    ):
+        raise ValueError(
+            f"{function}: {input_name} must be replicated, or sharded over tokens on another "
+            f"dimension of {weight_name}'s mesh, {mesh}, got {_place(input)}"
+        )
+    locals_: list[Any] = [input.to_local()]
     token_groups = tuple(mesh.get_group(dim) for dim in token_dims)
     for parameter in (linear_weight, linear_bias):
         # The gradient that comes back is that of all tokens, as placed as the tensor.
@@ -229,11 +235,9 @@ def _localize_distributed(
         locals_.append(local)
     for name, tensor in of_tokens.items():
         if isinstance(tensor, DTensor):
-            if tensor.device_mesh != mesh or tensor.placements != placements:
-                raise ValueError(
-                    f"{function}: {name} must be placed as {input_name}, {placements}, "
-                    f"got {tensor.placements}"
-                )
+            if not _is_placed(tensor, mesh, placements):
+                accepted = f"placed as {input_name}, {placements} on its mesh"
+                raise ValueError(f"{function}: {name} must be {accepted}, got {_place(tensor)}")
             locals_.append(tensor.to_local())
         elif tensor is not None and token_dims:
             raise _checks.bad_type(function, name, f"a DTensor placed as {input_name}", tensor)
@@ -241,11 +245,31 @@ def _localize_distributed(
             locals_.append(tensor)
 
     def wrap(value: Tensor) -> Tensor:
-        return DTensor.from_local(value, mesh, placements, run_check=False)
+        # Where tokens are split unevenly, a process cannot tell the whole from its own.
+        sizes = zip(input.shape[:-1], value.shape, strict=True)
+        shape = torch.Size(
+            whole if any(placement.is_shard(dim) for placement in placements) else held
+            for dim, (whole, held) in enumerate(sizes)
+        )
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            value.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
+        )
 
     shard = _shard_of(function, weight_name, linear_weight, mesh, spread[0]) if spread else None
     splits_sequences = any(placement.is_shard(1) for placement in placements)
     return Layout(shard, token_groups, splits_sequences, wrap if token_dims else None), locals_
+
+
+def _is_placed(tensor: Any, mesh: Any, placements: tuple[Any, ...]) -> bool:
+    return is_distributed(tensor) and tensor.device_mesh == mesh and tensor.placements == placements
+
+
+def _place(tensor: Any) -> str:
+    """Where a tensor lies, in the words of an error message."""
+    if is_distributed(tensor):
+        return f"{tensor.placements} on {tensor.device_mesh}"
+    return _checks.describe(tensor)
 
 
 def _shard_of(function: str, name: str, linear_weight: Any, mesh: Any, dim: int) -> VocabShard:

@@ -108,7 +108,8 @@ def linear_kl_div(
             the same ones of both; the hidden states are the same on all processes, and each gets
             the whole loss and gradient of ``student_input``. Weights that are ``DTensor`` say this
             themselves: sharded on dimension 0 over one dimension of their mesh, with hidden states
-            replicated, or sharded over tokens on another one. Communication is one gather of six
+            that are ``DTensor`` too, replicated, or sharded over tokens on another one. Under FSDP2
+            as in :func:`linear_cross_entropy`. Communication is one gather of six
             numbers for each position and for ``"jsd"`` one of two, and in the backward pass one sum
             of ``student_input``'s gradient. ``"reference"`` takes no such heads.
 
@@ -120,7 +121,8 @@ def linear_kl_div(
     Raises:
         ValueError: A shape, option or implementation is not one of those above, the heads differ in
             their positions or classes, or ``token_weight`` requires a gradient.
-        TypeError: ``mask`` is not bool, or the floating dtypes of a head differ outside autocast.
+        TypeError: ``mask`` is not bool, the floating dtypes of a head differ outside autocast, or
+            its weight is a ``DTensor`` and its hidden states are none.
 
     Example:
         >>> import torch
