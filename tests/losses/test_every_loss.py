@@ -174,6 +174,13 @@ def test_compiles(sample: Loss) -> None:
         torch.testing.assert_close(
             sample.gradients(actual, tensors), sample.gradients(expected, tensors)
         )
+    if sample.class_index:
+        # Values are not read there: a target that is no class shows in loss and gradient.
+        target = tensors["target"].clone()
+        target[4] = tensors["input"].shape[1]
+        loss = compiled(**(tensors | {"target": target}), **options)
+        assert loss.isnan()
+        assert sample.gradients(loss, tensors)[0][4].isnan().all()
 
 
 @every_loss

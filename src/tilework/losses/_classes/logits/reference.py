@@ -14,6 +14,8 @@ def forward(given: LogitStats) -> Statistics:
     logits = given.input.to(computation_dtype(given.input.dtype)).where(kept.unsqueeze(1), 0)
     classes = logits.shape[1]
     shift = logits.detach().amax(1)
+    # A row of -inf alone, as a part of the classes may be, has no finite peak to subtract.
+    shift = shift.where(shift != -torch.inf, 0)
     gap = shift.unsqueeze(1) - logits
     exponentials = gap.neg().exp()
     total = exponentials.sum(1)
