@@ -30,7 +30,6 @@ def forward(given: Attention) -> Attended:
     output = torch.zeros_like(queries)
     lse = queries.new_full(queries.shape[:2], -torch.inf)
     room = grid.room(keys), grid.room(values)
-    fused = _can_be_fused(queries, keys)
     for batch in grid.batches():
         result, log_sum = _attend(
             queries.index_select(0, batch.rows),
@@ -38,7 +37,6 @@ def forward(given: Attention) -> Attended:
             batch.gather(values, room[1]),
             batch.mask,
             given.scale,
-            fused,
         )
         if batch.may_be_blind and batch.mask is not None:
             log_sum = log_sum.masked_fill((batch.mask == -torch.inf).all(-1), -torch.inf)
@@ -69,7 +67,6 @@ def backward(given: Attention, results: Attended, grads: Attended, _: Needed) ->
     grad_queries = torch.zeros_like(queries)
     grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
     room = grid.room(keys), grid.room(values)
-    fused = _can_be_fused(queries, keys)
     for batch in grid.batches():
         above, asked, result, log_sum = (
             tensor.index_select(0, batch.rows) for tensor in (upstream, queries, outputs, log_sums)
@@ -83,7 +80,6 @@ def backward(given: Attention, results: Attended, grads: Attended, _: Needed) ->
             log_sum,
             batch.mask,
             given.scale,
-            fused,
         )
         grad_queries.index_copy_(0, batch.rows, found[0])
         batch.scatter_add_(grad_keys, found[1])
@@ -95,22 +91,14 @@ def backward(given: Attention, results: Attended, grads: Attended, _: Needed) ->
     }
 
 
-def _can_be_fused(queries: Tensor, keys: Tensor) -> bool:
-    """Whether torch's fused attention gives what this is.
-
-    It adds its mask, from which nan and infinite scores come out as nan, also where it hides them.
-    """
-    return queries.device.type in FUSED and bool((queries.sum() + keys.sum()).isfinite())
-
-
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, fused: bool
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of each row to its keys, and the log-sum-exp.
 
     Queries that see no key have an output of 0 and any log-sum-exp.
     """
-    if fused:
+    if _can_be_fused(query, key):
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(tensor[:, None] for tensor in (query, key, value)),
             attn_mask=None if mask is None else mask[:, None],
@@ -132,10 +120,9 @@ def _attend_backward(
     lse: Tensor,
     mask: Tensor | None,
     scale: float,
-    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value of :func:`_attend`."""
-    if fused:
+    if _can_be_fused(query, key):
         tensors = (grad_output, query, key, value, output, lse)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(tensor[:, None] for tensor in tensors),
@@ -149,6 +136,14 @@ def _attend_backward(
     slope = (grad_output @ value.mT).sub_((grad_output * output).sum(-1, keepdim=True))
     slope.mul_(weights).mul_(scale)
     return slope @ key, slope.mT @ query, weights.mT @ grad_output
+
+
+def _can_be_fused(query: Tensor, key: Tensor) -> bool:
+    """Whether torch's fused attention computes this.
+
+    It adds its mask, which leaves scores that are nan or infinite where they are hidden.
+    """
+    return query.device.type in FUSED and bool((query.sum() + key.sum()).isfinite())
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
