@@ -208,11 +208,11 @@ CALLS: dict[str, Call] = {
         attended, of_rows(attention_column_mass, query_window=22), differentiable=False
     ),
     "block_pooled_attention max": Call(
-        attended, of_rows(block_pooled_attention, block_size=(20, 9)), differentiable=False
+        attended, of_rows(block_pooled_attention, block_size=(20, 5)), differentiable=False
     ),
     "block_pooled_attention sum": Call(
         attended,
-        of_rows(block_pooled_attention, block_size=(9, 20), pool="sum"),
+        of_rows(block_pooled_attention, block_size=(5, 20), pool="sum"),
         differentiable=False,
     ),
     "block_sparse_attention": Call(partial(attended, values=6), sparse),
@@ -370,11 +370,15 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, name, value)
 
 
-def swing(*shape: int, dim: int = 0) -> Tensor:
-    """Whole numbers along a dimension whose sums grow over the first half, and then come back."""
-    there = torch.randint(64, 128, shape)
-    back = there.flip(dim) - torch.randint(-3, 4, shape)
-    return torch.cat((there, -back.clamp(64, 127)), dim).float()
+def swing(dtype: torch.dtype, *shape: int, dim: int = 0) -> Tensor:
+    """Numbers of a dtype whose sums grow over the first half of a dimension, and then come back.
+
+    They end near a rounding unit of what they were on their way.
+    """
+    units = round(1 / torch.finfo(dtype).eps)
+    there = torch.randint(units, 2 * units, shape)
+    back = (there.flip(dim) + torch.randint(-3, 4, shape)).clamp(units, 2 * units - 1)
+    return torch.cat((there, -back), dim) / units
 
 
 def gradients(
@@ -445,45 +449,43 @@ def norm_sums(
     return found + gradients(plain, [weight], upstream)
 
 
-def apart(length: int, other: int, *leading: int) -> list[Tensor]:
-    """Two swings whose products are 0."""
-    query = torch.cat(
-        (swing(*leading, length // 2, 4, dim=-2), torch.zeros(*leading, length, 4)), -1
-    )
-    shape = (*leading[:-1], 1) if leading else ()
-    key = torch.cat((torch.zeros(*shape, other, 4), swing(*shape, other // 2, 4, dim=-2)), -1)
+def apart(dtype: torch.dtype, *leading: int) -> list[Tensor]:
+    """Two swings of 64 rows whose products are 0."""
+    query = torch.zeros(*leading, 64, 8)
+    key = query[:, :1].clone() if leading else query.clone()
+    query[..., :4] = swing(dtype, *query.shape[:-2], 32, 4, dim=-2)
+    key[..., 4:] = swing(dtype, *key.shape[:-2], 32, 4, dim=-2)
     return [query, key]
 
 
 def signs(rows: int, columns: int) -> Tensor:
-    """Rows of as many ones as minus ones."""
-    return 1 - 2.0 * ((torch.arange(rows)[:, None] + torch.arange(columns)) % 2)
+    """Columns of ones and of minus ones."""
+    return (1 - 2.0 * (torch.arange(columns) % 2)).repeat(rows, 1)
 
 
-SUMS: dict[str, tuple[Callable[..., list[Tensor]], Callable[[], list[Tensor]]]] = {
-    "_attention_map": (map_sums, lambda: apart(64, 64, 1, 2)),
+SUMS: dict[str, tuple[Callable[..., list[Tensor]], Callable[[torch.dtype], list[Tensor]]]] = {
+    "_attention_map": (map_sums, lambda dtype: apart(dtype, 1, 2)),
     "block_sparse": (
         attention_sums,
-        lambda: [
-            *apart(64, 64, 1, 2),
-            swing(1, 1, 32, 4, dim=-2),
-            swing(1, 2, 32, 4, dim=-2),
+        lambda dtype: [
+            *apart(dtype, 1, 2),
+            swing(dtype, 1, 1, 32, 4, dim=-2),
+            swing(dtype, 1, 2, 32, 4, dim=-2),
         ],
     ),
     "block_sparse_decode": (
         decoding_sums,
-        lambda: [
+        lambda dtype: [
             torch.zeros(1, 2, 1, 4),
-            swing(1, 1, 32, 4, dim=-2),
-            swing(1, 1, 32, 4, dim=-2),
+            *(swing(dtype, 1, 1, 32, 4, dim=-2) for _ in range(2)),
         ],
     ),
-    "linear": (head_sums, lambda: apart(64, 64)),
-    "linear filtered": (partial(head_sums, gradient_filter=1e-12), lambda: apart(64, 64)),
-    "linear_kl_div": (divergence_sums, lambda: apart(64, 64)),
+    "linear": (head_sums, apart),
+    "linear filtered": (partial(head_sums, gradient_filter=1e-12), apart),
+    "linear_kl_div": (divergence_sums, apart),
     "_row_norm": (
         norm_sums,
-        lambda: [signs(64, 8), torch.ones(8), torch.ones(8), swing(32, 8)],
+        lambda dtype: [signs(64, 8), torch.ones(8), torch.ones(8), swing(dtype, 32, 8)],
     ),
 }
 
@@ -501,7 +503,7 @@ def test_sums_are_rounded_at_their_end(
         return  # the interpreter is slow
     small_tiles(monkeypatch)
     function, draw = SUMS[name]
-    tensors = draw()
+    tensors = draw(dtype)
     for tensor in tensors:
         assert torch.equal(tensor.to(dtype).float(), tensor)
 
@@ -541,11 +543,12 @@ def test_launches_are_what_compilers_take(
     monkeypatch.setattr(_triton, "INTERPRETED", False)
     monkeypatch.setattr(_triton, "architecture", lambda device: arch)
     # The wider of keys and values decides.
+    fewer = features // 10 + 1
     draws = {
-        "attended": partial(attended, features, 2 * features // 3),
-        "attended values": partial(attended, 2 * features // 3, features),
-        "one": partial(cache_of, 1, features, 2 * features // 3),
-        "several": partial(cache_of, 3, 2 * features // 3, features),
+        "attended": partial(attended, features, fewer),
+        "attended values": partial(attended, fewer, features),
+        "one": partial(cache_of, 1, features, fewer),
+        "several": partial(cache_of, 3, fewer, features),
         "head": partial(head, features),
     }
     calls: list[tuple[Callable[[], list[Tensor]], Call]] = [

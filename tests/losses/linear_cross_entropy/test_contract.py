@@ -217,7 +217,9 @@ def test_costs_of_the_schedules() -> None:
     assert default(*shapes(2053, 511, 2**20, torch.float32)) == "chunked"
     assert default(*shapes(2052, 511, 2**20, torch.float32)) == "tiled"
     # On other devices than a CPU they are for those who ask for them.
-    assert default(*(tensor.to("meta").requires_grad_() for tensor in head)) == "tiled"
+    small = shapes(64, 32, 100, torch.float32)
+    assert default(*small) == "chunked"
+    assert default(*(tensor.to("meta").requires_grad_() for tensor in small)) == "tiled"
     # Without gradients, of single losses and in float16 there is nothing to take early.
     assert default(*head, is_sum=False) == "tiled"
     assert default(*shapes(2048, 768, 50304, torch.float16)) == "tiled"
@@ -280,7 +282,8 @@ def test_small_gradients_of_float16_are_scaled_before_they_are_rounded(
     scaled = torch.autograd.grad(loss * 2**20, (hidden, head))
     loss = linear_cross_entropy(hidden, head, TARGET, reduction="sum", implementation="tiled")
     for gradient, expected in zip(scaled, torch.autograd.grad(loss, (hidden, head)), strict=True):
-        torch.testing.assert_close(gradient, expected)
+        # In units of half precision, in which kernels hold the gradients of logits.
+        assert (gradient - expected).norm() <= 2 * torch.finfo(torch.float16).eps * expected.norm()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
