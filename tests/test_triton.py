@@ -1,12 +1,16 @@
 """Tuned tables: where an entry stands, what takes its place, and the line to paste."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
+from tilework import _triton
 from tilework._triton import Place, Tuned
 
 
@@ -125,3 +129,29 @@ def test_the_line_makes_the_table_that_has_the_entry(
         if table is PLAIN or place.arch == "interpreter"
         else table.choose(place.arch, place.dtype, 200)
     )
+
+
+@triton.jit
+def elementary_kernel(input_ptr, output_ptr, FUNCTION: tl.constexpr, SIZE: tl.constexpr):
+    places = tl.arange(0, SIZE)
+    tl.store(output_ptr + places, FUNCTION(tl.load(input_ptr + places)))
+
+
+@pytest.mark.untyped
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="on the CPU")
+@pytest.mark.parametrize(
+    ("function", "exact", "lowest"),
+    [
+        (_triton.tanh, torch.tanh, -20.0),
+        (_triton.expm1, torch.expm1, -20.0),
+        (_triton.log1p, torch.log1p, -0.999),
+    ],
+    ids=["tanh", "expm1", "log1p"],
+)
+def test_elementary_functions(function: Any, exact: Any, lowest: float) -> None:
+    """In units of the result, however small it is."""
+    sizes = torch.logspace(-9, 1.3, 512)
+    input = torch.cat((sizes, -sizes, torch.linspace(-0.6, 0.6, 1024))).clamp(min=lowest)
+    output = torch.empty_like(input)
+    elementary_kernel[(1,)](input, output, FUNCTION=function, SIZE=len(input))
+    torch.testing.assert_close(output.double(), exact(input.double()), rtol=5e-7, atol=0)

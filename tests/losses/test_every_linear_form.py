@@ -253,8 +253,13 @@ def test_compiles(form: LinearForm) -> None:
     function = partial(form.function, implementation="tiled", **form.options[-1])
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (6, 9):
-        problem = Problem.random(tokens, 4, 30, bias=True)
+        problem = Problem.random(tokens, 4, 30, bias=True, ignored=0.0)
         torch.testing.assert_close(problem.solve(compiled), problem.solve(function))
+    # Values are not read there: a target that is no class shows in the loss and in its gradient.
+    problem.target[2] = 30
+    loss, of_input, *_ = problem.solve(compiled)
+    assert loss.isnan()
+    assert of_input[2].isnan().all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -174,6 +174,13 @@ def test_compiles(sample: Loss) -> None:
         torch.testing.assert_close(
             sample.gradients(actual, tensors), sample.gradients(expected, tensors)
         )
+    if sample.class_index:
+        # Values are not read there: a target that is no class shows in the loss.
+        target = tensors["target"].clone()
+        target[4] = tensors["input"].shape[1]
+        loss = compiled(**(tensors | {"target": target}), **options)
+        assert loss.requires_grad
+        assert loss.isnan()
 
 
 @every_loss

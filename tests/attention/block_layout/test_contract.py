@@ -677,6 +677,31 @@ def test_is_immutable_and_moves():
     assert layout.device.type == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [
+        (lambda layout, other: layout.trim_causal(), lambda mask, _: mask.tril()),
+        (lambda layout, other: layout | other, lambda mask, other: mask | other),
+        (lambda layout, other: layout & other, lambda mask, other: mask & other),
+        (lambda layout, other: BlockLayout.cat([layout, other], 0), lambda *both: torch.cat(both)),
+        (lambda layout, other: BlockLayout.cat([layout], 1), lambda mask, _: mask),
+        (lambda layout, other: layout.to("cpu"), lambda mask, _: mask),
+    ],
+    ids=["trim_causal", "or", "and", "cat", "cat of one", "to"],
+)
+def test_columns_are_those_of_the_new_rows(operation, expected):
+    """Also where those of the old ones were read before."""
+    masks = torch.rand(2, 1, 3, 5, 5) < 0.5
+    layouts = [BlockLayout.from_dense(mask, 4) for mask in masks]
+    for layout in layouts:
+        layout.q_indices  # noqa: B018
+    result = operation(*layouts)
+    assert torch.equal(result.to_dense(), expected(*masks))
+    assert transposed(result) == active(result)
+    for layout, mask in zip(layouts, masks, strict=True):
+        assert transposed(layout) == {tuple(block) for block in mask.nonzero().tolist()}
+
+
 @pytest.mark.untyped
 def test_compiled_code_closes_over_it():
     layout = random_layout((1, 2, 3, 4))

@@ -197,6 +197,20 @@ def test_of_nothing_and_nan(norm: str, binning: str) -> None:
     assert expected_calibration_error(input, target, **options).isnan()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_stays_in_its_bin(bad: float) -> None:
+    input, target = torch.randn(40, 3), torch.randint(3, (40,))
+    expected = ReliabilityDiagram.from_logits(input, target, num_bins=5)
+    assert (expected.count[:-1] > 0).sum() >= 2
+    input = torch.cat((input, torch.full((1, 3), bad)))
+    target = torch.cat((target, torch.zeros(1, dtype=torch.int64)))
+    diagram = ReliabilityDiagram.from_logits(input, target, num_bins=5)
+    for values, others in zip(diagram[:3], expected[:3], strict=True):
+        torch.testing.assert_close(values[:-1], others[:-1], equal_nan=True)
+    assert diagram.count[-1] == expected.count[-1] + 1
+    assert diagram.confidence[-1].isnan()
+
+
 def test_calibrated_probabilities_have_a_small_error() -> None:
     generator = torch.Generator().manual_seed(0)
     confidence = torch.rand(40000, generator=generator)

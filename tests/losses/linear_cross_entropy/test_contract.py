@@ -213,11 +213,80 @@ def test_costs_of_the_schedules() -> None:
     assert default(*shapes(4096, 64, 1000000, torch.float32)) == "tiled"
     batched = shapes(4096, 64, 1000000, torch.float32)
     assert default(batched[0].unflatten(0, (64, 64)), batched[1]) == "tiled"
+    # Both sides of the bounds: what is small, and half of the gradients.
+    assert schedule.costs(*shapes(4096, 64, 2**18, torch.float32))[1].extra_bytes == schedule.SMALL
+    assert default(*shapes(4096, 64, 2**18, torch.float32)) == "chunked"
+    assert default(*shapes(4096, 64, 2**18 + 1, torch.float32)) == "tiled"
+    assert default(*shapes(2053, 511, 2**20, torch.float32)) == "chunked"
+    assert default(*shapes(2052, 511, 2**20, torch.float32)) == "tiled"
+    # On other devices than a CPU they are for those who ask for them.
+    small = shapes(64, 32, 100, torch.float32)
+    assert default(*small) == "chunked"
+    assert default(*(tensor.to("meta").requires_grad_() for tensor in small)) == "tiled"
     # Without gradients, of single losses and in float16 there is nothing to take early.
     assert default(*head, is_sum=False) == "tiled"
     assert default(*shapes(2048, 768, 50304, torch.float16)) == "tiled"
     with torch.no_grad():
         assert default(*head) == "tiled"
+
+
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+def test_memory_of_half_precision(
+    dtype: torch.dtype, products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tilework.losses._classes import tiles
+    from tilework.losses._classes.linear import schedule
+
+    monkeypatch.setattr(tiles, "_BFLOAT16_PRODUCTS", products)
+    size = 2 if products and dtype == torch.bfloat16 else 4
+    # A float32 copy of the weight for the products, unless they are of half precision.
+    cast = (size - 2) * 2 * 50304 * 768
+    for tokens, chunk, added in ((2048, 2048, 0), (2049, 512, 4 * 50304 * 768)):
+        one = torch.empty((), dtype=dtype)
+        again, chunks = schedule.costs(one.expand(tokens, 768), one.expand(50304, 768))
+        assert chunks.extra_bytes == size * chunk * 50304 + added + cast
+        # Tiles of 2048 x 1024, and the float32 gradients of the input and of a tile of the weight.
+        assert again.extra_bytes == 4 * (3 * 2048 * 1024 + tokens * 768 + 1024 * 768)
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient_filter": 1e-3}, {"reduction": "none"}, {"implementation": "tiled"}]
+)
+def test_no_chunks_for_what_they_cannot_give(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tilework.losses._classes.linear import chunked
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("chunks were taken")
+
+    monkeypatch.setattr(chunked, "loss_and_gradients", refuse)
+    head = HEAD.clone().requires_grad_()
+    linear_cross_entropy(HIDDEN, head, TARGET, **options).sum().backward()
+    with pytest.raises(AssertionError, match="chunks were taken"):
+        linear_cross_entropy(HIDDEN, head, TARGET)
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_small_gradients_of_float16_are_scaled_before_they_are_rounded(
+    implementation: str | None,
+) -> None:
+    hidden, head = (torch.randn(*shape).half().requires_grad_() for shape in ((4, 7), (9, 7)))
+    weight = torch.full((4,), 2.0**-20)
+    loss = linear_cross_entropy(
+        hidden,
+        head,
+        TARGET,
+        token_weight=weight,
+        reduction="sum",
+        implementation=implementation,
+    )
+    scaled = torch.autograd.grad(loss * 2**20, (hidden, head))
+    loss = linear_cross_entropy(hidden, head, TARGET, reduction="sum", implementation="tiled")
+    for gradient, expected in zip(scaled, torch.autograd.grad(loss, (hidden, head)), strict=True):
+        # In units of half precision, in which kernels hold the gradients of logits.
+        assert (gradient - expected).norm() <= 2 * torch.finfo(torch.float16).eps * expected.norm()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -153,6 +153,38 @@ def test_close_heads(implementation: str, divergence: str) -> None:
     check(problem, implementation, torch.ones(problem.student_input.shape[0]))
 
 
+@pytest.mark.parametrize("implementation", ["tiled", "triton"])
+@pytest.mark.parametrize("divergence", ["reverse", "jsd"])
+def test_heads_that_barely_differ(implementation: str, divergence: str) -> None:
+    """By 1e-4, of which the last digits of an exponential near 1 would leave a thousandth.
+
+    The composition, which has no more, is no yardstick.
+    """
+    problem = Problem.random(
+        teacher_features=19, bias=True, mask=1, divergence=divergence, reduction="none"
+    )
+    same = zip(problem.tensors[2:4], problem.tensors[:2], strict=True)
+    for theirs, mine in (*same, (problem.teacher_bias, problem.teacher_bias)):
+        # Logits and their differences are exact.
+        assert theirs is not None
+        assert mine is not None
+        mine.detach().mul_(2**4).round_().div_(2**4)
+        theirs.copy_(mine.detach())
+    assert problem.student_bias is not None
+    assert problem.teacher_bias is not None
+    noise = torch.randint(-1, 2, problem.teacher_bias.shape) * 2.0**-13
+    problem.student_bias.detach().copy_(problem.teacher_bias + noise)
+    upstream = torch.ones(problem.student_input.shape[0])
+    loss, *gradients = problem.solve(
+        partial(linear_kl_div, implementation=implementation), upstream
+    )
+    truth, *exact = problem.to(torch.float64).solve(composed, upstream)
+    if divergence == "jsd":
+        assert (loss - truth).norm() < 1e-2 * truth.norm()
+    for gradient, one in zip(gradients, exact, strict=True):
+        assert (gradient - one).norm() < 2e-6 * one.norm()
+
+
 @EACH
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", FLOATING[1:], ids=dtype_name)

@@ -230,6 +230,19 @@ def test_any_subset_of_gradients(features: int, implementation: str, centered: b
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
+def test_gradient_of_a_float32_residual_is_not_rounded(
+    implementation: str, dtype: torch.dtype, centered: bool
+) -> None:
+    problem = Problem.random(centered, (5, 9), dtype, residual=torch.float32)
+    results = problem.solve(lambda one: one.run(implementation))
+    wide, narrow = results["grad residual"], results["grad input"]
+    assert (wide.dtype, narrow.dtype) == (torch.float32, dtype)
+    assert torch.equal(wide.to(dtype), narrow)
+    assert (wide != narrow).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradient_of_one_of_the_results(implementation: str, centered: bool) -> None:
     problem = Problem.random(centered, (5, 9), torch.bfloat16, residual=torch.float32)
     output, total = problem.run(implementation)

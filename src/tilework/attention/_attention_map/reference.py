@@ -28,6 +28,9 @@ def attention_lse(given: Queries) -> LogSumExp:
 
 def attention_entropy(given: Rows) -> Entropy:
     """The entropy of each query's row; ``lse`` moves with the log-sum-exp of the scores."""
+    dtype = computation_dtype(given.query.dtype)
+    # Once, so that gradients by way of the log-sum-exp are rounded together with the others.
+    given = given._replace(query=given.query.to(dtype), key=given.key.to(dtype))
     exact = _lse(given)
     logs, visible = _logs(given._replace(lse=given.lse + (exact - exact.detach())))
     weights = logs.masked_fill(~visible, -torch.inf).exp()

@@ -98,7 +98,7 @@ def _attend(
 
     Queries that see no key have an output of 0 and any log-sum-exp.
     """
-    if query.device.type in FUSED:
+    if _can_be_fused(query, key):
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(tensor[:, None] for tensor in (query, key, value)),
             attn_mask=None if mask is None else mask[:, None],
@@ -122,7 +122,7 @@ def _attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value of :func:`_attend`."""
-    if query.device.type in FUSED:
+    if _can_be_fused(query, key):
         tensors = (grad_output, query, key, value, output, lse)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(tensor[:, None] for tensor in tensors),
@@ -138,9 +138,17 @@ def _attend_backward(
     return slope @ key, slope.mT @ query, weights.mT @ grad_output
 
 
+def _can_be_fused(query: Tensor, key: Tensor) -> bool:
+    """Whether torch's fused attention computes this.
+
+    It adds its mask, which leaves scores that are nan or infinite where they are hidden.
+    """
+    return query.device.type in FUSED and bool((query.sum() + key.sum()).isfinite())
+
+
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     scores = (query @ key.mT).mul_(scale)
-    return scores if mask is None else scores.add_(mask)
+    return scores if mask is None else scores.masked_fill_(mask != 0, -torch.inf)
 
 
 class _Batch(NamedTuple):
