@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tilework.attention import attention_column_mass, attention_lse, block_pooled_attention
 
+import samples
 from attention._attention_map.problem import (
     BUILT,
     IMPLEMENTATIONS,
@@ -18,6 +19,8 @@ from attention._attention_map.problem import (
     tensors,
     weights,
 )
+from attention.tensors import GROUPS, heads, with_lse
+from calls import Call
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -177,3 +180,18 @@ def test_properties(queries: int, keys: int, window: int, is_causal: bool, seed:
         enable_gqa=True,
     )
     torch.testing.assert_close(whole, blocks[:, :, 0])
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            attention_column_mass,
+            lambda: with_lse(heads("query", "key")),
+            options=(
+                {"enable_gqa": True},
+                {"enable_gqa": True, "is_causal": True, "query_window": 3},
+            ),
+            sizes=GROUPS,
+        ),
+    ]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tilework.attention import attention_entropy, attention_lse
 
+import samples
 from attention._attention_map.problem import (
     BUILT,
     IMPLEMENTATIONS,
@@ -18,6 +19,8 @@ from attention._attention_map.problem import (
     strided,
     tensors,
 )
+from attention.tensors import GROUPS, heads, with_lse
+from calls import Call
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -203,3 +206,16 @@ def test_properties(queries: int, keys: int, is_causal: bool, scale: float, seed
     # Gradients of a row of scores add up to 0, so that those of keys do.
     (gradient,) = torch.autograd.grad(values.sum(), key)
     torch.testing.assert_close(gradient.sum(2), torch.zeros(2, 2, 12).double(), rtol=0, atol=1e-9)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            attention_entropy,
+            lambda: with_lse(heads("query", "key")),
+            differentiable=("query", "key"),
+            options=({"enable_gqa": True}, {"enable_gqa": True, "is_causal": True}),
+            sizes=GROUPS,
+        ),
+    ]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tilework.attention import BlockLayout, attention_lse, block_sparse_attention
 
+import samples
 from attention._attention_map.problem import (
     BUILT,
     IMPLEMENTATIONS,
@@ -17,6 +18,8 @@ from attention._attention_map.problem import (
     strided,
     tensors,
 )
+from attention.tensors import GROUPS, heads
+from calls import Call
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -174,3 +177,16 @@ def test_properties(queries: int, keys: int, is_causal: bool, scale: float, seed
     step = torch.randn(12, dtype=torch.float64)
     moved = function(query, key + step, is_causal=is_causal)
     torch.testing.assert_close(moved, lse + scale * (query @ step))
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            attention_lse,
+            lambda: heads("query", "key"),
+            differentiable=("query", "key"),
+            options=({"enable_gqa": True}, {"enable_gqa": True, "is_causal": True}),
+            sizes=GROUPS,
+        ),
+    ]

@@ -15,6 +15,7 @@ from tilework.attention import (
     block_sparse_attention,
 )
 
+import samples
 from attention._attention_map.problem import (
     BUILT,
     IMPLEMENTATIONS,
@@ -24,6 +25,8 @@ from attention._attention_map.problem import (
     tensors,
     weights,
 )
+from attention.tensors import GROUPS, heads, with_lse
+from calls import Call
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 POOLS = ("max", "mean", "sum")
@@ -253,3 +256,19 @@ def test_properties(
     for pool in POOLS:
         normal = function(query, key, lse, pool=pool, normalize=True)
         torch.testing.assert_close(normal.sum(-1), torch.ones_like(counts).expand(2, 4, -1))
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            block_pooled_attention,
+            lambda: with_lse(heads("query", "key")),
+            options=(
+                {"enable_gqa": True, "block_size": 4},
+                {"enable_gqa": True, "block_size": 4, "is_causal": True, "normalize": True},
+                {"enable_gqa": True, "block_size": 4, "pool": "sum"},
+            ),
+            sizes=GROUPS,
+        ),
+    ]

@@ -14,6 +14,8 @@ from tilework.attention import (
 )
 
 import ahead_of_time
+import samples
+from calls import Call, draw
 from helpers import FLOATING, assert_exact, dtype_name
 
 IMPLEMENTATIONS = ("reference", "tiled", "triton")
@@ -478,3 +480,25 @@ def test_on_a_gpu(is_causal: bool, dtype: torch.dtype) -> None:
     leaves = [t.detach().cuda().requires_grad_() for t in tensors(lengths, dtype=dtype)]
     mask = torch.rand(5, 2, 5, 5) < 0.6
     check(leaves, mask, (64, 64), "triton", is_causal, lengths, torch.int32)
+
+
+def packed(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+    """Two sequences, each with half of the tokens."""
+    tokens = query.shape[0]
+    borders = torch.arange(3, device=query.device) * tokens // 2
+    layout = BlockLayout.from_window((tokens, tokens), 16, left=0, num_sink_blocks=1)
+    return block_sparse_attention_varlen(query, key, value, layout, borders, **options)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            block_sparse_attention_varlen,
+            lambda: {"query": draw(41, 4, 6), "key": draw(41, 2, 6), "value": draw(41, 2, 5)},
+            by=packed,
+            differentiable=("query", "key", "value"),
+            options=({"enable_gqa": True}, {"enable_gqa": True, "is_causal": True}),
+            sizes={4: 8, 2: 4},
+        ),
+    ]

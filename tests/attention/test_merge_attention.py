@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tilework.attention import BlockLayout, attention_lse, block_sparse_attention, merge_attention
 
+import samples
+from calls import Call, draw
 from helpers import FLOATING, assert_exact, dtype_name
 
 
@@ -215,3 +217,17 @@ def test_bad_input(
     with pytest.raises(error) as caught:
         merge_attention(outputs, lses)
     assert f"merge_attention: {message}" in str(caught.value)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            merge_attention,
+            lambda: {
+                "outputs": [draw(3, 7, 4) for _ in range(2)],
+                "lses": [draw(3, 7) for _ in range(2)],
+            },
+            differentiable=("outputs", "lses"),
+        ),
+    ]

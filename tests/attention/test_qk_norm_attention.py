@@ -12,6 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tilework.attention import QKNormAttention, qk_norm_attention
 
+import samples
+from attention.tensors import GROUPS, heads
+from calls import Call, draw
 from helpers import DEVICES, FLOATING, HALF, assert_exact, clones
 
 SHAPES = [
@@ -551,3 +554,16 @@ def test_bad_input(error, match, changed):
 def test_bad_module_options(error, match, seq_length, options):
     with pytest.raises(error, match=f"qk_norm_attention: {match}"):
         QKNormAttention(seq_length, **options)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            qk_norm_attention,
+            lambda: heads("query", "key", "value") | {"scale": draw(4)},
+            differentiable=("query", "key", "value", "scale"),
+            options=({"enable_gqa": True}, {"enable_gqa": True, "is_causal": True}),
+            sizes=GROUPS,
+        ),
+    ]

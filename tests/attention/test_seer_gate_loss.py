@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tilework.attention import seer_gate_loss
 
+import samples
+from calls import Call, draw
 from helpers import DEVICES, FLOATING, assert_exact, clones, dtype_name
 
 
@@ -274,3 +276,15 @@ def test_bad_input(error: type[Exception], match: str, change: dict[str, Any]) -
     input, target = arguments.pop("input"), arguments.pop("target")
     with pytest.raises(error, match=f"seer_gate_loss: {match}"):
         seer_gate_loss(input, target, **arguments)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            seer_gate_loss,
+            lambda: {"input": draw(3, 2, 9, 7), "target": draw(3, 2, 9, 7).softmax(-1)},
+            differentiable=("input",),
+            options=({}, {"reduction": "none"}, {"reduction": "rowmean"}),
+        ),
+    ]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tilework.decoding import TypicalP, typical_p
 
+import samples
+from calls import Call, draw
 from helpers import DEVICES, FLOATING, clones
 
 
@@ -328,3 +330,14 @@ def test_bad_mass(mass):
         TypicalP(0.5, min_tokens_to_keep=0)
     with pytest.raises(TypeError, match="positional"):
         TypicalP(0.5, 2)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(typical_p, lambda: {"logits": draw(5, 7)}, options=({}, {"mass": 0.5})),
+        Call(
+            typical_p,
+            lambda: {"logits": draw(5, 7), "mass": torch.rand(5).double().clamp(min=0.1)},
+        ),
+    ]

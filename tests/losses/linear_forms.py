@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import samples
+from calls import Call, Tensors, draw
 
 
 def zeros() -> dict[str, Tensor]:
@@ -69,3 +70,31 @@ class LinearForm(samples.Sample):
         if options.get("weight") is not None:
             counts = counts * options["weight"][target.where(kept, 0)]
         return losses.sum() / counts.sum()
+
+
+LINEAR_LEAVES = ("input", "linear_weight", "linear_bias")
+
+
+def linear_tensors() -> Tensors:
+    """Thirteen tokens, one in five ignored, for a head of seventeen classes."""
+    target = torch.randint(17, (13,)).masked_fill(torch.rand(13) < 0.2, -100)
+    return {
+        "input": draw(13, 6),
+        "linear_weight": draw(17, 6),
+        "target": target,
+        "linear_bias": draw(17),
+    }
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    """A mean and single losses of every form."""
+    return [
+        Call(
+            form.function,
+            linear_tensors,
+            differentiable=LINEAR_LEAVES,
+            options=(form.options[0], form.options[-1] | {"reduction": "none"}),
+        )
+        for form in samples.collect(LinearForm)
+    ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import samples
+from calls import Call
 
 Arguments = dict[str, Tensor]
 
@@ -105,3 +106,17 @@ class Loss(samples.Sample):
             yield lambda: self.module(**own)
         else:
             yield lambda: self.module(**own)(**arguments)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    """Every loss, its samples by turns with a mean and with single losses."""
+    return [
+        Call(
+            loss.function,
+            loss.tensors,
+            differentiable=loss.differentiable,
+            options=(loss.options[0], loss.options[-1] | loss.reductions[0]),
+        )
+        for loss in samples.collect(Loss)
+    ]

@@ -17,8 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from tilework.losses import LinearLogProbs, linear_cross_entropy, linear_log_probs
 
+import samples
+from calls import Call
 from helpers import FLOATING, assert_exact, dtype_name
 from losses.linear_cross_entropy.problem import IMPLEMENTATIONS, Problem
+from losses.linear_forms import LINEAR_LEAVES, linear_tensors
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 EXACT = ("reference", "tiled")
@@ -402,3 +405,15 @@ def test_bad_input(message: str, error: type[Exception], change: dict[str, Any])
 def test_options_are_keywords() -> None:
     with pytest.raises(TypeError, match="positional"):
         linear_log_probs(torch.zeros(3, 4), torch.zeros(9, 4), TARGET[0, :3], None)  # type: ignore[misc]
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            linear_log_probs,
+            linear_tensors,
+            differentiable=LINEAR_LEAVES,
+            options=({}, {"softcap": 4.0, "temperature": 0.7}),
+        ),
+    ]

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from tilework.losses import linear_log_probs, sequence_log_probs
 
+import samples
+from calls import Call, draw
 from helpers import FLOATING, dtype_name
 
 TARGET = torch.tensor([[3, -100, 1, 0], [-100, -100, -100, -100], [5, 2, 2, 2]])
@@ -102,3 +104,15 @@ def test_bad_input(message: str, error: type[Exception], change: dict[str, Any])
 def test_options_are_keywords() -> None:
     with pytest.raises(TypeError, match="positional"):
         sequence_log_probs(torch.zeros(3, 4), TARGET, -100)  # type: ignore[misc]
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            sequence_log_probs,
+            lambda: {"log_prob": draw(3, 7), "target": torch.randint(-1, 5, (3, 7))},
+            differentiable=("log_prob",),
+            options=({"ignore_index": -1}, {"ignore_index": -1, "average": True}),
+        ),
+    ]

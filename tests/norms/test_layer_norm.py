@@ -9,6 +9,8 @@ from torch import nn
 
 from tilework.norms import LayerNorm, layer_norm
 
+import samples
+from calls import Call, draw
 from helpers import FLOATING
 from norms._row_norm.problem import EXACT, IMPLEMENTATIONS
 
@@ -146,3 +148,28 @@ def test_bad_input(error, match, arguments, options):
 def test_bad_module_options(error, match, arguments):
     with pytest.raises(error, match=f"layer_norm: {match}"):
         LayerNorm(*arguments)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            layer_norm,
+            lambda: {"input": draw(3, 5, 6), "weight": draw(6), "bias": draw(6)},
+            differentiable=("input", "weight", "bias"),
+            options=({"normalized_shape": 6},),
+            sizes={6: 6},
+        ),
+        Call(
+            layer_norm,
+            lambda: {
+                "input": draw(5, 6),
+                "weight": draw(6),
+                "bias": draw(6),
+                "residual": draw(5, 6),
+            },
+            differentiable=("input", "weight", "bias", "residual"),
+            options=({"normalized_shape": 6},),
+            sizes={6: 6},
+        ),
+    ]

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from tilework import _implementations
 from tilework.norms import PartialRMSNorm, partial_rms_norm, rms_norm
 
+import samples
+from calls import Call, draw
 from helpers import FLOATING, assert_exact, clones
 
 CASES = [("reference", dtype) for dtype in FLOATING]
@@ -189,3 +191,16 @@ def test_bad_input(error, match, arguments, options):
     if "fraction" in options:
         with pytest.raises(error, match=f"partial_rms_norm: {match}"):
             PartialRMSNorm(4, **options)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            partial_rms_norm,
+            lambda: {"input": draw(3, 5, 6), "weight": draw(6)},
+            differentiable=("input", "weight"),
+            options=({"normalized_shape": 6, "fraction": 0.5},),
+            sizes={6: 6},
+        ),
+    ]

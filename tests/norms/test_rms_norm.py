@@ -9,6 +9,8 @@ from torch import nn
 
 from tilework.norms import RMSNorm, rms_norm
 
+import samples
+from calls import Call, draw
 from helpers import FLOATING
 from norms._row_norm.problem import IMPLEMENTATIONS, Problem
 from norms._row_norm.test_numbers import CASES, check
@@ -172,3 +174,23 @@ def test_bad_input(error, match, arguments, options):
 def test_bad_module_options(error, match, arguments, options):
     with pytest.raises(error, match=f"rms_norm: {match}"):
         RMSNorm(*arguments, **options)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            rms_norm,
+            lambda: {"input": draw(3, 5, 6), "weight": draw(6)},
+            differentiable=("input", "weight"),
+            options=({"normalized_shape": 6},),
+            sizes={6: 6},
+        ),
+        Call(
+            rms_norm,
+            lambda: {"input": draw(5, 6), "weight": draw(6), "residual": draw(5, 6)},
+            differentiable=("input", "weight", "residual"),
+            options=({"normalized_shape": 6},),
+            sizes={6: 6},
+        ),
+    ]

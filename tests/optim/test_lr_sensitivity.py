@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from tilework.optim import lr_sensitivity
 
+import samples
+from calls import Call, draw
 from helpers import FLOATING, dtype_name
 
 # Of what is above 1e-300, differences do not underflow.
@@ -97,3 +99,14 @@ def test_bad_input() -> None:
         lr_sensitivity([1.0], initial_loss="1")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="positional"):
         lr_sensitivity([1.0], 1.0)  # type: ignore[misc]
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            lr_sensitivity,
+            lambda: {"losses": draw(5, 4) + 3},
+            options=({"initial_loss": 10.0},),
+        ),
+    ]

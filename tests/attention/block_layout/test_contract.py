@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from tilework.attention import BlockLayout, causal_topk
 from tilework.attention.block_layout import tiled
 
+import samples
+from calls import Call, Tensors, draw
 from helpers import DEVICES, dtype_name
 
 INT32 = torch.iinfo(torch.int32)
@@ -958,3 +961,39 @@ def changed(tensor, value):
 def test_bad_input(error, match, call):
     with pytest.raises(error, match=match):
         call()
+
+
+def lists(layout: BlockLayout) -> tuple[Tensor, ...]:
+    """What a layout holds, and the lists of its columns."""
+    columns = (layout.q_num_blocks, layout.q_indices)
+    return layout.kv_num_blocks, layout.to_dense(), *columns, layout.density()
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    def scores() -> Tensors:
+        return {"scores": draw(3, 2, 5, 7)}
+
+    def window(input: Tensor) -> tuple[Tensor, ...]:
+        lengths = (input.shape[0], input.shape[0])
+        return lists(BlockLayout.from_window(lengths, 4, left=1, is_causal=True))
+
+    return [
+        Call(
+            BlockLayout,
+            scores,
+            by=lambda scores: lists(BlockLayout.from_scores_topk(scores, 2, is_causal=True)),
+        ),
+        Call(
+            BlockLayout,
+            scores,
+            by=lambda scores: lists(BlockLayout.from_scores_threshold(scores, 0.3)),
+        ),
+        Call(BlockLayout, scores, by=lambda scores: lists(BlockLayout.from_dense(scores > 0.3))),
+        Call(
+            BlockLayout,
+            lambda: {"document_ids": torch.randint(3, (2, 13))},
+            by=lambda document_ids: lists(BlockLayout.from_documents(document_ids, 4)),
+        ),
+        Call(BlockLayout, lambda: {"input": draw(13)}, by=window),
+    ]

@@ -11,6 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from tilework.attention import BlockLayout, block_sparse_attention
 
+import samples
+from attention.tensors import GROUPS, heads
+from calls import Call, Tensors, draw
+
 MASK = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool)[None, None]
 LAYOUT = BlockLayout.from_dense(MASK, 4)
 QUERY, KEY, VALUE = torch.zeros(3, 2, 2, 11, 5, dtype=torch.float64)
@@ -194,3 +198,39 @@ def test_sizes_that_kernels_do_not_take() -> None:
     wide = [torch.zeros(1, 1, 11, 257) for _ in range(3)]
     with pytest.raises(ValueError, match="it takes 1 to 256 features, got 257 and 257"):
         block_sparse_attention(*wide, layout, implementation="triton")
+
+
+def windowed(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+    lengths = (query.shape[2], key.shape[2])
+    layout = BlockLayout.from_window(lengths, 16, left=0, num_sink_blocks=1)
+    return block_sparse_attention(query, key, value, layout, **options)
+
+
+def chosen(query: Tensor, key: Tensor, value: Tensor, scores: Tensor, **options: Any) -> Any:
+    layout = BlockLayout.from_scores_topk(scores, 2, 16, is_causal=True)
+    return block_sparse_attention(query, key, value, layout, **options)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    def tensors() -> Tensors:
+        return heads("query", "key", "value", queries=33, keys=41)
+
+    return [
+        Call(
+            block_sparse_attention,
+            tensors,
+            by=windowed,
+            differentiable=("query", "key", "value"),
+            options=({"enable_gqa": True}, {"enable_gqa": True, "return_lse": True}),
+            sizes=GROUPS,
+        ),
+        Call(
+            block_sparse_attention,
+            lambda: tensors() | {"scores": draw(1, 2, 3, 3)},
+            by=chosen,
+            differentiable=("query", "key", "value"),
+            options=({"enable_gqa": True, "is_causal": True},),
+            sizes=GROUPS | {1: 1, 3: 5, 33: 67, 41: 79},
+        ),
+    ]

@@ -11,6 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from tilework.attention import block_sparse_decode, paged_block_sparse_decode
 
+import samples
+from attention.tensors import GROUPS, heads
+from calls import Call, Tensors, draw
+
 QUERY, QUERIES = torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 3, 8)
 KEY, VALUE = torch.zeros(2, 2, 20, 8), torch.zeros(2, 2, 20, 3)
 INDICES = torch.tensor([[[2, 0], [1, 4]], [[3, 1], [0, 2]]])
@@ -348,3 +352,46 @@ def test_sizes_and_dtypes_that_kernels_do_not_take() -> None:
     double = torch.zeros(1, 1, 1, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match="it takes float16, bfloat16, float32, not float64"):
         block_sparse_decode(double, double, double, implementation="triton")
+
+
+def ranked(
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, seq_lengths: Tensor, **options: Any
+) -> Any:
+    blocks = scores.argsort(-1)[..., :2]
+    return block_sparse_decode(query, key, value, blocks, seq_lengths=seq_lengths, **options)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    def lengths() -> Tensor:
+        return torch.tensor([41, 20, 7])
+
+    def paged() -> Tensors:
+        return {
+            "query": draw(3, 4, 1, 6),
+            "key_cache": draw(11, 8, 2, 6),
+            "value_cache": draw(11, 8, 2, 5),
+            "block_table": torch.randint(11, (3, 6)),
+            "seq_lengths": lengths(),
+        }
+
+    sizes = GROUPS | {1: 1, 8: 8, 41: 97}
+    return [
+        Call(
+            block_sparse_decode,
+            lambda: (
+                heads("query", "key", "value", queries=1, keys=41)
+                | {"scores": draw(3, 2, 3), "seq_lengths": lengths()}
+            ),
+            by=ranked,
+            options=({"block_size": 16}, {"block_size": 16, "return_lse": True}),
+            sizes=sizes,
+        ),
+        Call(
+            block_sparse_decode,
+            lambda: heads("query", "key", "value", queries=3, keys=41),
+            options=({"block_size": 16, "is_causal": True},),
+            sizes=sizes,
+        ),
+        Call(paged_block_sparse_decode, paged, options=({"block_size": 16},), sizes=sizes),
+    ]

@@ -19,6 +19,8 @@ from torchmetrics.functional.classification import (
 
 from tilework.losses import ReliabilityDiagram, expected_calibration_error
 
+import samples
+from calls import Call
 from helpers import FLOATING, dtype_name
 from losses.samples import class_index
 
@@ -335,3 +337,14 @@ def test_bad_confidence(message: str, error: type[Exception], change: dict[str, 
     }
     with pytest.raises(error, match=rf"ReliabilityDiagram\.from_confidence: {message}"):
         ReliabilityDiagram.from_confidence(**(arguments | change))
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            expected_calibration_error,
+            lambda: dict(class_index(13)),
+            options=({"num_bins": 4}, {"num_bins": 4, "binning": "equal_mass"}, {"norm": "max"}),
+        ),
+    ]

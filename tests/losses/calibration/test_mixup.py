@@ -14,6 +14,7 @@ from torch import Tensor
 from tilework.losses import MixupBatch, mixup_batch, mixup_cross_entropy
 
 import samples
+from calls import Call, draw
 from helpers import FLOATING, dtype_name
 from losses.samples import Arguments, Loss, class_index, zeros
 
@@ -324,3 +325,14 @@ def test_bad_batch(message: str, error: type[Exception], change: dict[str, Any])
     arguments: dict[str, Any] = {"input": torch.zeros(4, 3), "target": torch.zeros(4)}
     with pytest.raises(error, match=f"mixup_batch: {message}"):
         mixup_batch(**(arguments | change))
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            mixup_batch,
+            lambda: {"input": draw(7, 3), "target": torch.randint(4, (7,))},
+            differentiable=("input",),
+        ),
+    ]

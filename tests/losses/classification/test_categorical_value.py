@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tilework.losses import categorical_value
 
+import samples
+from calls import Call, draw
 from helpers import FLOATING, HALF, assert_exact, dtype_name
 
 RANGE: dict[str, Any] = {"min_value": -2.0, "max_value": 3.0}
@@ -117,3 +119,18 @@ def test_bad_input(message: str, error: type[Exception], change: dict[str, Any])
     arguments: dict[str, Any] = {"input": torch.zeros(3, 4)}
     with pytest.raises(error, match=f"categorical_value: {message}"):
         categorical_value(**(arguments | RANGE | change))
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            categorical_value,
+            lambda: {"input": draw(5, 2, 4)},
+            differentiable=("input",),
+            options=(
+                {"min_value": -1.0, "max_value": 2.0},
+                {"min_value": -1.0, "max_value": 2.0, "kind": "two_hot"},
+            ),
+        ),
+    ]

@@ -19,6 +19,7 @@ from tilework.losses import (
 )
 
 import samples
+from calls import Call
 from helpers import FLOATING, HALF, dtype_name
 from losses.linear_cross_entropy.problem import Problem
 from losses.linear_forms import LinearForm
@@ -411,3 +412,10 @@ def test_norm_of_unread_bad_targets() -> None:
     assert norms.isnan().tolist() == [[False, True]]
     with pytest.raises(TypeError, match="positional"):
         error_norm(torch.zeros(2, 3), torch.tensor([0, 1]), -100)  # type: ignore[misc]
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(error_norm, lambda: dict(class_index(5, 2))),
+    ]

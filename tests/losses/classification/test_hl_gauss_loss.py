@@ -18,6 +18,7 @@ from torch import Tensor
 from tilework.losses import HLGaussLoss, hl_gauss_loss, hl_gauss_targets
 
 import samples
+from calls import Call
 from helpers import FLOATING, assert_exact, dtype_name
 from losses.samples import Arguments, Loss
 
@@ -251,3 +252,14 @@ def test_bad_options(message: str, error: type[Exception], change: dict[str, Any
         hl_gauss_targets(torch.zeros(4), **options)
     with pytest.raises(TypeError, match="hl_gauss_targets: target must be a floating"):
         hl_gauss_targets(torch.zeros(4).long(), **RANGE, num_bins=5)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            hl_gauss_targets,
+            lambda: {"target": 3 * torch.randn(5, 2, dtype=torch.float64)},
+            options=({"min_value": -1.0, "max_value": 2.0, "num_bins": 4},),
+        ),
+    ]

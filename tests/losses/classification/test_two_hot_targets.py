@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tilework.losses import c51_targets, categorical_value, two_hot_targets
 
+import samples
+from calls import Call, draw
 from helpers import FLOATING, assert_exact, dtype_name
 
 RANGE: dict[str, Any] = {"min_value": -2.0, "max_value": 3.0}
@@ -237,3 +239,19 @@ def test_bad_c51(message: str, error: type[Exception], change: dict[str, Any]) -
     arguments: dict[str, Any] = {"next_probs": torch.ones(3, 4) / 4, "reward": torch.zeros(3)}
     with pytest.raises(error, match=f"c51_targets: {message}"):
         c51_targets(**(arguments | {"discount": 0.9} | RANGE | change))
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            c51_targets,
+            lambda: {"next_probs": draw(5, 4).softmax(-1), "reward": draw(5)},
+            options=({"discount": 0.9, "min_value": -1.0, "max_value": 2.0},),
+        ),
+        Call(
+            two_hot_targets,
+            lambda: {"target": draw(5, 2)},
+            options=({"min_value": -1.0, "max_value": 2.0, "num_bins": 4},),
+        ),
+    ]

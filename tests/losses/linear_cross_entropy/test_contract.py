@@ -16,8 +16,11 @@ from tilework import _implementations
 from tilework._implementations import TABLES
 from tilework.losses import LinearCrossEntropy, LinearCrossEntropyLoss, linear_cross_entropy
 
+import samples
+from calls import Call, draw
 from helpers import clones, dtype_name
 from losses.linear_cross_entropy.problem import IMPLEMENTATIONS, Problem, composed
+from losses.linear_forms import LINEAR_LEAVES, linear_tensors
 
 HIDDEN, HEAD, TARGET = torch.ones(4, 7), torch.ones(9, 7), torch.tensor([0, 8, 3, -100])
 BATCH = torch.ones(2, 3, 7)
@@ -322,3 +325,29 @@ def test_memory_stays_within_the_promise() -> None:
             [sys.executable, "-c", code, mode], check=True, capture_output=True, text=True
         ).stdout
         assert float(output) < limit
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            linear_cross_entropy,
+            linear_tensors,
+            differentiable=LINEAR_LEAVES,
+            options=(
+                {},
+                {"reduction": "none", "z_loss": 0.1, "softcap": 4.0},
+                {"reduction": "sum", "label_smoothing": 0.1},
+                {"gradient_filter": 0.01},
+            ),
+        ),
+        Call(
+            linear_cross_entropy,
+            lambda: (
+                {"input": draw(3, 5, 6), "linear_weight": draw(17, 6)}
+                | {"target": torch.randint(17, (3, 5))}
+            ),
+            differentiable=("input", "linear_weight"),
+            options=({"shift": 1},),
+        ),
+    ]

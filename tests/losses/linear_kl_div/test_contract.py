@@ -13,6 +13,8 @@ import torch
 from tilework._implementations import TABLES
 from tilework.losses import LinearKLDivLoss, linear_kl_div
 
+import samples
+from calls import Call, draw
 from losses.linear_kl_div.problem import IMPLEMENTATIONS
 
 HIDDEN, HEAD = torch.ones(4, 7), torch.ones(9, 7)
@@ -257,3 +259,26 @@ def test_memory_stays_within_the_promise(divergence: str, mode: str) -> None:
         [sys.executable, "-c", code, divergence, mode], check=True, capture_output=True, text=True
     ).stdout
     assert float(output) < 125
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            linear_kl_div,
+            lambda: {
+                "student_input": draw(13, 6),
+                "student_weight": draw(17, 6),
+                "teacher_input": draw(13, 4),
+                "teacher_weight": draw(17, 4),
+                "student_bias": draw(17),
+                "mask": torch.rand(13) < 0.8,
+            },
+            differentiable=("student_input", "student_weight", "student_bias"),
+            options=(
+                {},
+                {"divergence": "reverse", "reduction": "none"},
+                {"divergence": "jsd", "temperature": 2.0},
+            ),
+        ),
+    ]

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from tilework.losses import QuantileAggregator, aggregate_quantiles
 
+import samples
+from calls import Call, draw
 from helpers import FLOATING, assert_exact, dtype_name
 
 
@@ -132,3 +134,14 @@ def test_bad_input() -> None:
         QuantileAggregator(3, 4.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="QuantileAggregator: per_level must be a bool"):
         QuantileAggregator(3, 4, per_level=1)  # type: ignore[arg-type]
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            aggregate_quantiles,
+            lambda: {"input": draw(5, 3, 4), "weight_logits": draw(3, 4)},
+            differentiable=("input", "weight_logits"),
+        ),
+    ]

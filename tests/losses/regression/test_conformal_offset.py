@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from tilework.losses import conformal_offset
 
+import samples
+from calls import Call, draw
 from helpers import FLOATING, dtype_name
 
 
@@ -90,3 +92,14 @@ def test_bad_input(message: str, error: type[Exception], change: dict[str, Any])
     arguments: dict[str, Any] = dict.fromkeys(("lower", "upper", "target"), torch.zeros(4))
     with pytest.raises(error, match=f"conformal_offset: {message}"):
         conformal_offset(**(arguments | {"alpha": 0.1} | change))
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            conformal_offset,
+            lambda: {"lower": draw(9), "upper": draw(9) + 3, "target": draw(9)},
+            options=({"alpha": 0.2},),
+        ),
+    ]

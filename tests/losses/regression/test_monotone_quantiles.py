@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tilework.losses import monotone_quantiles, pinball_loss
 
+import samples
+from calls import Call, draw
 from helpers import FLOATING, dtype_name
 from losses.regression.quantiles import quantiles
 
@@ -128,3 +130,15 @@ def test_bad_input() -> None:
         monotone_quantiles(torch.zeros(3), method="pava")
     with pytest.raises(TypeError, match="unexpected keyword"):
         monotone_quantiles(torch.zeros(3), methd="sort")  # type: ignore[call-arg]
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            monotone_quantiles,
+            lambda: {"input": draw(5, 4)},
+            differentiable=("input",),
+            options=({}, {"method": "isotonic"}),
+        ),
+    ]

@@ -15,6 +15,7 @@ from tilework.losses import GlobalLoadBalancer, expert_counts, load_balancing_lo
 
 import processes
 import samples
+from calls import Call
 from losses.samples import Arguments, Loss
 
 EXPERTS, CHOSEN, TOKENS = 5, 2, 24
@@ -444,3 +445,17 @@ def test_bad_balancer(message: str, error: type[Exception], change: dict[str, An
     ):
         with pytest.raises(kind, match=name):
             GlobalLoadBalancer(**options)
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            expert_counts,
+            lambda: {
+                "expert_index": torch.randint(5, (7, 2)),
+                "mask": torch.rand(7) < 0.8,
+            },
+            options=({"num_experts": 5},),
+        ),
+    ]

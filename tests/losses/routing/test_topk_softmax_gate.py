@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tilework.losses import TopKGate, topk_softmax_gate
 
+import samples
+from calls import Call, draw
 from helpers import FLOATING, assert_exact, dtype_name
 
 
@@ -145,3 +147,15 @@ def test_bad_input(message: str, error: type[Exception], change: dict[str, Any])
         topk_softmax_gate(**(arguments | change))
     with pytest.raises(TypeError, match="unexpected keyword"):
         topk_softmax_gate(torch.zeros(3, 4), 2, densely=True)  # type: ignore[call-overload]
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            topk_softmax_gate,
+            lambda: {"input": draw(5, 3, 6)},
+            differentiable=("input",),
+            options=({"k": 2}, {"k": 2, "dense": True}),
+        ),
+    ]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tilework.losses import F1Thresholds, best_f1_thresholds
 
+import samples
+from calls import Call, draw
 from helpers import FLOATING, dtype_name
 
 
@@ -108,3 +110,13 @@ def test_bad_input(message: str, error: type[Exception], change: dict[str, Any])
     arguments = {"scores": torch.zeros(4, 3), "target": torch.zeros(4, 3, dtype=torch.int64)}
     with pytest.raises(error, match=f"best_f1_thresholds: {message}"):
         best_f1_thresholds(**(arguments | change))
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            best_f1_thresholds,
+            lambda: {"scores": draw(7, 3), "target": torch.randint(2, (7, 3))},
+        ),
+    ]

@@ -14,6 +14,7 @@ from tilework.losses import LossBasedReweighting, loss_based_reweighting, loss_b
 
 import processes
 import samples
+from calls import Call, draw
 from helpers import FLOATING, assert_exact, dtype_name
 from losses.samples import Loss
 
@@ -195,3 +196,14 @@ def test_bad_group() -> None:
         LossBasedReweighting(group="group")
     with pytest.raises(TypeError, match="loss_based_reweighting: group must be a process group"):
         loss_based_reweighting(torch.ones(2), group="group")
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(
+            loss_based_weights,
+            lambda: {"losses": draw(7)},
+            options=({}, {"strategy": "extremes"}),
+        ),
+    ]
