@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -92,6 +93,15 @@ def test_modes() -> None:
     torch.autograd.grad(doubled, leaf, torch.ones(3))
     assert seen == [True, False]
     assert not _torch.modes_are_active()
+
+
+def test_fake_mode() -> None:
+    assert not _torch.is_fake_mode()
+    with FlopCounterMode(display=False):
+        assert not _torch.is_fake_mode()
+        with FakeTensorMode():
+            assert _torch.is_fake_mode()
+    assert not _torch.is_fake_mode()
 
 
 def test_forward_mode() -> None:

@@ -41,6 +41,11 @@ def modes_are_active() -> bool:
     )
 
 
+def is_fake_mode() -> bool:
+    """Whether operations give tensors without values, as under ``FakeTensorMode``."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def is_forward_mode() -> bool:
     """Whether the call runs under forward-mode differentiation."""
     return forward_ad._current_level >= 0

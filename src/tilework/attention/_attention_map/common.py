@@ -11,7 +11,7 @@ class Queries(NamedTuple):
     query: Tensor
     key: Tensor
     is_causal: bool
-    scale: float
+    scale: float | None
     implementation: str
 
 
@@ -22,7 +22,7 @@ class Rows(NamedTuple):
     key: Tensor
     lse: Tensor
     is_causal: bool
-    scale: float
+    scale: float | None
     implementation: str
 
 
@@ -34,7 +34,7 @@ class Columns(NamedTuple):
     lse: Tensor
     first_query: int
     is_causal: bool
-    scale: float
+    scale: float | None
     implementation: str
 
 
@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
     width: int
     largest: bool
     is_causal: bool
-    scale: float
+    scale: float | None
     implementation: str
 
 

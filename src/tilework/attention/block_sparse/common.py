@@ -29,7 +29,7 @@ class Attention(NamedTuple):
     key_starts: Tensor | None
     block_size: list[int]
     is_causal: bool
-    scale: float
+    scale: float | None
     implementation: str
 
 
