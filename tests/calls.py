@@ -9,8 +9,7 @@ registers its own, tiny and with sizes that differ where they stand for differen
                      differentiable=("input", "weight"), options=({"normalized_shape": 6},),
                      sizes={6: 6})]
 
-A test asks for ``every_call``, or for ``every_call_and_implementation``, and gets calls with one
-set of options each::
+A test asks for ``every_call``, and gets calls with one set of options each::
 
     @calls.every_call
     def test_something(call: Call) -> None:
@@ -19,9 +18,9 @@ set of options each::
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -53,6 +52,8 @@ class Call(samples.Sample):
     """Calls the function, where it takes what is no tensor, such as a layout, made in here."""
     differentiable: tuple[str, ...] = ()
     """Arguments that take gradients."""
+    statistics: tuple[str, ...] = ()
+    """Arguments that are float32 where the others are of half precision."""
     sizes: Mapping[int, int] = field(default_factory=dict)
     """What a size becomes in a larger problem, if not twice itself and one; itself, where the
     docstring fixes it."""
@@ -74,6 +75,15 @@ class Call(samples.Sample):
     def run(self, **tensors: Any) -> Any:
         """Call the function."""
         return (self.by or self.function)(**tensors, **self.options[0])
+
+    def of_implementations(self) -> Iterator["Call"]:
+        """The call by default and by each implementation of the function."""
+        yield self
+        if "implementation" in inspect.signature(self.function).parameters:
+            name = catalog.find(self.name).name.removeprefix("tilework.")
+            for entry in _implementations.TABLES[name]:
+                options = self.options[0] | {"implementation": entry.name}
+                yield replace(self, options=(options,))
 
     def size(self, size: int) -> int:
         """What a size becomes in a larger problem."""
@@ -99,14 +109,14 @@ class Call(samples.Sample):
     def leaves(self, tensors: Tensors, dtype: torch.dtype) -> Tensors:
         """The same tensors in another dtype, as leaves."""
 
-        def leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
-            wanted = dtype if tensor.is_floating_point() else tensor.dtype
-            return tensor.detach().to(wanted, copy=True).requires_grad_(requires_grad)
+        def leaf(name: str, tensor: Tensor) -> Tensor:
+            wanted = torch.promote_types(dtype, torch.float32) if name in self.statistics else dtype
+            wanted = wanted if tensor.is_floating_point() else tensor.dtype
+            leaf = tensor.detach().to(wanted, copy=True)
+            return leaf.requires_grad_(name in self.differentiable)
 
         return {
-            name: tree_map_only(
-                Tensor, lambda tensor, name=name: leaf(tensor, name in self.differentiable), value
-            )
+            name: tree_map_only(Tensor, partial(leaf, name), value)
             for name, value in tensors.items()
         }
 
@@ -131,27 +141,6 @@ def all_calls() -> tuple[Call, ...]:
     )
 
 
-def of_implementations(calls: Iterable[Call]) -> Iterator[Call]:
-    """Each call, by default and by every implementation of the function."""
-    for call in calls:
-        yield call
-        if "implementation" in inspect.signature(call.function).parameters:
-            name = catalog.find(call.name).name.removeprefix("tilework.")
-            for entry in _implementations.TABLES[name]:
-                options = call.options[0] | {"implementation": entry.name}
-                yield replace(call, options=(options,))
-
-
-def marked(calls: Iterable[Call]) -> pytest.MarkDecorator:
-    """Run a test on these calls."""
-    return pytest.mark.parametrize("call", list(calls), ids=lambda call: call.label)
-
-
 def every_call(test: Callable[..., None]) -> Any:
     """Run a test on every call."""
-    return marked(all_calls())(test)
-
-
-def every_call_and_implementation(test: Callable[..., None]) -> Any:
-    """Run a test on every call by default and by each implementation."""
-    return marked(of_implementations(all_calls()))(test)
+    return pytest.mark.parametrize("call", all_calls(), ids=lambda call: call.label)(test)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from tilework import _checks, attention, decoding, losses, norms
 
@@ -180,7 +181,9 @@ def test_floating() -> None:
 def test_values_are_read_where_that_is_free() -> None:
     assert _checks.holds_values(torch.zeros(1))
     assert _checks.holds_values(torch.nn.Parameter(torch.zeros(1)))
-    assert not _checks.holds_values(torch.zeros(1, device="meta"))
+    assert not _checks.has_values(torch.zeros(1, device="meta"))
+    with FakeTensorMode():
+        assert not _checks.has_values(torch.zeros(1))
     assert not _checks.holds_values(torch.nn.Buffer(torch.zeros(1)).as_subclass(Subclass))
     seen = []
     torch.vmap(lambda x: seen.append(_checks.holds_values(x)) or x)(torch.zeros(2))

@@ -104,14 +104,20 @@ def floating(function: str, argument: str, value: object) -> None:
         raise bad_type(function, argument, "a floating-point tensor", value)
 
 
-def holds_values(tensor: Tensor) -> bool:
-    """Whether reading values is free: a plain CPU tensor, neither traced nor batched."""
+def has_values(tensor: Tensor) -> bool:
+    """Whether values can be read: a plain tensor, neither traced nor batched, nor on meta."""
     return (
-        tensor.device.type == "cpu"
-        and type(tensor) in (Tensor, torch.nn.Parameter)
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type != "meta"
         and not torch.compiler.is_compiling()
         and not _torch.is_transformed(tensor)
+        and not _torch.is_fake_mode()
     )
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Whether reading values is free, as on a CPU."""
+    return tensor.device.type == "cpu" and has_values(tensor)
 
 
 def integer(function: str, argument: str, value: object) -> int:

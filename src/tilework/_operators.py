@@ -55,12 +55,18 @@ def only_reference() -> bool:
     )
 
 
+def is_autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device; some, such as meta, know no autocast."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def without_autocast(function: Callable[..., T]) -> Callable[..., T]:
     """Keep autocast from lowering the products inside; what comes first begins with a tensor."""
 
     @functools.wraps(function)
     def run(first: Any, *args: Any) -> T:
-        if not _torch.autocast_is_active():
+        device = (first if isinstance(first, Tensor) else first[0]).device.type
+        if not is_autocast(device):
             return function(first, *args)
         device = (first if isinstance(first, Tensor) else first[0]).device.type
         with torch.autocast(device, enabled=False):
@@ -162,9 +168,7 @@ def define_pair(
     forward: str = "forward",
     backward: str = "backward",
     empty_gradient: Callable[[Any, Tensor], Tensor] | None = None,
-    second_derivative: Callable[..., Gradients] | None = None,
-    operations: Callable[[Given], int] = no_products,
-    backward_operations: Callable[[Given, Needed], int] = lambda given, needed: 0,
+    twice: Callable[[Given], Results] | None = None,
 ) -> Callable[[Given], Results]:
     """Register an operator and that of its gradients, for a folder of implementations.
 
@@ -172,14 +176,15 @@ def define_pair(
     its first use, which has ``forward(given) -> results`` and ``backward(given, results, grads,
     needed) -> gradients`` as :func:`define` describes them, by these or other names. ``reference``
     is plain PyTorch: that of the name, what runs under transforms that have no other rule, and the
-    second derivative of all, unless a ``second_derivative`` refuses it. ``differentiable`` names
-    the arguments that have gradients; ``saved`` holds these and what else ``backward`` and
+    second derivative of all, unless that is left to the same results in plain PyTorch by ``twice``,
+    where the reference takes more memory than the implementations. ``differentiable`` names the
+    arguments that have gradients; ``saved`` holds these and what else ``backward`` and
     ``reference`` read. ``empty_gradient`` makes one like those of ``backward``, from the arguments
     of the gradients' operator and a leaf, where they are not contiguous. ``operations`` are those
     that :func:`define` describes, ``backward_operations`` those of the gradients that are needed.
     """
     gradients = _Gradients(
-        arguments, results, reference, differentiable, saved, constant, empty_gradient
+        arguments, results, twice or reference, differentiable, saved, constant, empty_gradient
     )
     of_implementation = without_autocast(of_rooms(rooms, backward))
     derivative = define(
@@ -188,7 +193,7 @@ def define_pair(
         gradients.results,
         lambda given: gradients.kernel(of_implementation, given),
         gradients.fake,
-        derivative=second_derivative or gradients.second_derivative,
+        derivative=gradients.second_derivative,
         saved=gradients.saved,
         operations=lambda given: gradients.operations(backward_operations, given),
     )
@@ -231,8 +236,8 @@ def or_reference(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor holds its values: it is no subclass, nor lazily negated."""
-    return type(tensor) in _PLAIN and not tensor.is_neg()
+    """Whether a kernel can take a tensor as it is: no other kind, and with memory."""
+    return type(tensor) in _PLAIN and not tensor.is_meta
 
 
 def _is_watched(values: Iterable[Any]) -> bool:
@@ -252,7 +257,7 @@ class _Gradients(Generic[Given, Results]):
         self,
         arguments: type[Given],
         results: type[Results],
-        reference: Callable[[Given], Results],
+        twice: Callable[[Given], Results],
         differentiable: Sequence[str],
         saved: Sequence[str],
         constant: Sequence[str],
@@ -261,7 +266,7 @@ class _Gradients(Generic[Given, Results]):
         self.empty_gradient = empty_gradient or (lambda _, leaf: leaf.new_empty(leaf.shape))
         self.of_arguments: Any = arguments
         self.of_results: Any = results
-        self.reference = reference
+        self.twice = twice
         self.differentiable = tuple(differentiable)
         types = get_type_hints(arguments)
         used = (f"grad_{name}" for name in results._fields if name not in constant)
@@ -344,7 +349,7 @@ class _Gradients(Generic[Given, Results]):
         return {name: getattr(found, name) for name in self.differentiable if name in needed}
 
     def second_derivative(self, given: Any, _: Any, grads: Any, needed: Needed) -> Gradients:
-        """Gradients of the upstream gradients and of the arguments: those of the reference."""
+        """Gradients of the upstream gradients and of the arguments, by autograd."""
         arguments, _, upstream = self.unpack(given)
         used = [name for name, grad in upstream._asdict().items() if grad is not None]
         leaves = [name for name in self.differentiable if getattr(arguments, name) is not None]
@@ -352,7 +357,7 @@ class _Gradients(Generic[Given, Results]):
 
         def function(*values: Tensor) -> tuple[Tensor, ...]:
             named = dict(zip(leaves, values, strict=True))
-            found = self.reference(arguments._replace(**named))
+            found = self.twice(arguments._replace(**named))
             return tuple(getattr(found, name) for name in used)
 
         def first_derivative(*values: Tensor) -> tuple[Tensor, ...]:

@@ -188,6 +188,7 @@ def calls() -> list[Call]:
         Call(
             attention_column_mass,
             lambda: with_lse(heads("query", "key")),
+            statistics=("lse",),
             options=(
                 {"enable_gqa": True},
                 {"enable_gqa": True, "is_causal": True, "query_window": 3},

@@ -214,6 +214,7 @@ def calls() -> list[Call]:
         Call(
             attention_entropy,
             lambda: with_lse(heads("query", "key")),
+            statistics=("lse",),
             differentiable=("query", "key"),
             options=({"enable_gqa": True}, {"enable_gqa": True, "is_causal": True}),
             sizes=GROUPS,

@@ -264,6 +264,7 @@ def calls() -> list[Call]:
         Call(
             block_pooled_attention,
             lambda: with_lse(heads("query", "key")),
+            statistics=("lse",),
             options=(
                 {"enable_gqa": True, "block_size": 4},
                 {"enable_gqa": True, "block_size": 4, "is_causal": True, "normalize": True},

@@ -1,9 +1,12 @@
 """What every attention checks of query, key and value."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tilework import _checks
+from tilework._operators import is_autocast
 
 
 def check_tensors(
@@ -17,7 +20,7 @@ def check_tensors(
         _checks.floating(function, name, tensor)
         if tensor.dim() != 4:
             raise _checks.bad_value(function, name, "of shape (B, H, L, E)", tensor)
-        if tensor.dtype != query.dtype and not autocast(query.device.type):
+        if tensor.dtype != query.dtype and not is_autocast(query.device.type):
             raise _checks.bad_type(function, name, f"of query's {query.dtype}", tensor)
     batch, heads, _, features = query.shape
     kv_heads, keys = key.shape[1:3]
@@ -33,15 +36,26 @@ def check_tensors(
     _checks.same_device(function, **tensors)
 
 
-def autocast(device: str) -> bool:
-    """Whether autocast is on for a kind of device."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def check_scale(function: str, scale: float | None) -> float | None:
+    """The factor of the scores, None for that of the features; refuse what is no number."""
+    return None if scale is None else float(_checks.number(function, "scale", scale))
+
+
+def scale_of(given: Any) -> float:
+    """The factor of the scores, for the arguments of an operator.
+
+    These have None for the usual one: a number made of a symbolic size would fix it.
+    """
+    scale: float = given.scale
+    if scale is None:
+        scale = 1 / torch.sym_sqrt(torch.sym_max(1, given.query.shape[-1]))
+    return scale
 
 
 def cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts the arguments of attention."""
     device = tensors[0].device.type
-    if not autocast(device):
+    if not is_autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -80,7 +80,6 @@ def block_sparse_attention_varlen(
         ValueError: A shape, option or implementation is not one of those above, the layout does
             not fit the sequences or the heads, or borders on the CPU are not as above.
         TypeError: A tensor is not of one of the dtypes above, or ``layout`` is no ``BlockLayout``.
-        NotImplementedError: A second derivative is asked of another than ``"reference"``.
 
     Example:
         >>> import torch
@@ -93,8 +92,7 @@ def block_sparse_attention_varlen(
 
     Deviations:
         The released kernel copies lengths to the host at each call, expands keys and values for
-        grouped heads, and takes the borders of keys before those of queries. Only ``"reference"``
-        has second derivatives.
+        grouped heads, and takes the borders of keys before those of queries.
 
     Reference:
         As :func:`block_sparse_attention`.
@@ -110,7 +108,7 @@ def block_sparse_attention_varlen(
     query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     check_tensors(_NAME, query, key, value, enable_gqa)
     _check_borders(cu_seqlens_q, cu_seqlens_k, query)
-    block_sparse.check_lists(_NAME, query, layout, len(cu_seqlens_q) - 1, key.shape[1])
+    block_sparse.check_lists(_NAME, query, layout, cu_seqlens_q.shape[0] - 1, key.shape[1])
     for axis, (name, borders, tensor) in enumerate(
         (("cu_seqlens_q", cu_seqlens_q, query), ("cu_seqlens_k", cu_seqlens_k, key))
     ):
@@ -136,7 +134,7 @@ def _check_borders(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, query: Tensor) ->
     for name, borders in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(borders, Tensor) or borders.dtype not in (torch.int32, torch.int64):
             raise _checks.bad_type(_NAME, name, "an int32 or int64 tensor", borders)
-        if borders.dim() != 1 or not len(borders):
+        if borders.dim() != 1 or not borders.shape[0]:
             raise _checks.bad_value(_NAME, name, "of shape (S + 1,)", borders)
         _checks.same_device(_NAME, **{"query": query, name: borders})
     _checks.shape(_NAME, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape)

@@ -212,7 +212,7 @@ def _check_scale(query: Tensor, scale: float | Tensor) -> None:
     heads = query.shape[1]
     if isinstance(scale, Tensor):
         _checks.floating(_NAME, "scale", scale)
-        if scale.dim() > 1 or (scale.dim() == 1 and len(scale) != heads):
+        if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != heads):
             expected = f"a number or of shape () or ({heads},)"
             raise _checks.bad_value(_NAME, "scale", expected, scale)
         _checks.same_device(_NAME, query=query, scale=scale)

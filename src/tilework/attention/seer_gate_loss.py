@@ -103,5 +103,4 @@ def seer_gate_loss(
     total = losses.sum()
     if reduction == "sum":
         return total
-    count = losses.shape[:3].numel() * (losses.shape[3] if reduction == "mean" else 1)
-    return total / count
+    return total / (losses if reduction == "mean" else losses[..., 0]).numel()

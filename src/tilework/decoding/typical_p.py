@@ -71,7 +71,7 @@ def typical_p(
         arXiv:2202.00666.
     """
     _check_logits(logits)
-    _check_options(mass, min_tokens_to_keep, len(logits))
+    _check_options(mass, min_tokens_to_keep, logits.shape[0])
 
     shifted = logits.detach().to(computation_dtype(logits.dtype))
     shifted = shifted - shifted.amax(1, keepdim=True)
@@ -121,7 +121,7 @@ def _check_options(mass: float | Tensor, min_tokens_to_keep: int, batch: int | N
         _checks.positive_fraction(_NAME, "mass", mass)
         return
     _checks.floating(_NAME, "mass", mass)
-    if mass.dim() != 1 or batch not in (None, len(mass)):
+    if mass.dim() != 1 or batch not in (None, mass.shape[0]):
         raise _checks.bad_value(_NAME, "mass", "a number or of shape (B,)", mass)
     if _checks.holds_values(mass):
         outside = mass[~((mass > 0) & (mass <= 1))]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from tilework.attention import BlockLayout, causal_topk
@@ -667,7 +668,7 @@ def test_is_immutable_and_moves():
     layout = random_layout((1, 2, 3, 4))
     with pytest.raises(AttributeError):
         layout.kv_indices = layout.kv_indices
-    assert "_transposed" not in layout.to("meta").__dict__
+    assert layout.to("meta")._columns is None
     assert layout.q_indices.shape[:3] == (1, 2, 4)
     moved = layout.to("meta")
     tensors = moved.kv_num_blocks, moved.kv_indices, moved.q_num_blocks, moved.q_indices
@@ -700,6 +701,22 @@ def test_columns_are_those_of_the_new_rows(operation, expected):
     assert transposed(result) == active(result)
     for layout, mask in zip(layouts, masks, strict=True):
         assert transposed(layout) == {tuple(block) for block in mask.nonzero().tolist()}
+
+
+@pytest.mark.untyped
+def test_lists_of_columns_in_traced_code():
+    """They are made in the graph, and what has no values does not stay behind."""
+    layout = random_layout((1, 2, 3, 4))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layout.q_num_blocks.shape == (1, 2, 4)
+
+    def count(input: Tensor) -> Tensor:
+        return input + layout.q_num_blocks
+
+    compiled = torch.compile(count, fullgraph=True, backend="eager")
+    expected = layout.to_dense().sum(2)
+    assert torch.equal(compiled(torch.zeros(1, 2, 4)), expected.float())
+    assert torch.equal(layout.q_num_blocks, expected.int())
 
 
 @pytest.mark.untyped
@@ -989,9 +1006,10 @@ def test_bad_input(error, match, call):
 
 
 def lists(layout: BlockLayout) -> tuple[Tensor, ...]:
-    """What a layout holds, and the lists of its columns."""
-    columns = (layout.q_num_blocks, layout.q_indices)
-    return layout.kv_num_blocks, layout.to_dense(), *columns, layout.density()
+    """What a layout holds; its lists, which may have room for more, as a mask of their blocks."""
+    counts, indices = layout.q_num_blocks, layout.q_indices
+    columns = BlockLayout(counts, indices, layout.shape[2], layout.block_size)
+    return layout.kv_num_blocks, layout.to_dense(), columns.to_dense(), layout.density()
 
 
 @samples.of(Call)
@@ -1001,7 +1019,9 @@ def calls() -> list[Call]:
 
     def window(input: Tensor) -> tuple[Tensor, ...]:
         lengths = (input.shape[0], input.shape[0])
-        return lists(BlockLayout.from_window(lengths, 4, left=1, is_causal=True))
+        return lists(
+            BlockLayout.from_window(lengths, 4, left=1, is_causal=True, device=input.device)
+        )
 
     return [
         Call(

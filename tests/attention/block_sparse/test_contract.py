@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tilework.attention import BlockLayout, block_sparse_attention
@@ -42,12 +43,41 @@ def test_gradcheck(implementation: str) -> None:
     leaves = [tensor.clone().requires_grad_() for tensor in (QUERY, KEY, VALUE)]
     loss = scalar(implementation)
     assert torch.autograd.gradcheck(loss, leaves, check_forward_ad=True)
-    if implementation == "reference":
-        assert torch.autograd.gradgradcheck(loss, leaves)
-        return
-    (first,) = torch.autograd.grad(loss(*leaves), leaves[:1], create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"'tiled' has no second derivative"):
-        first.sum().backward()
+    assert torch.autograd.gradgradcheck(loss, leaves, fast_mode=implementation != "reference")
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        results = func(*args, **(kwargs or {}))
+        for one in tree_leaves(results):
+            self.size = max(self.size, one.numel() if isinstance(one, Tensor) else 0)
+        return results
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_second_derivative_stores_active_blocks_alone(is_causal: bool) -> None:
+    mask = torch.eye(32, dtype=torch.bool)
+    mask[-1, 3] = True
+    layout = BlockLayout.from_dense(mask[None, None], 8)
+    active, block = int(mask.sum()), 8 * 8
+    leaves = [torch.randn(1, 1, 256, 4).double().requires_grad_() for _ in range(3)]
+    results = {}
+    for implementation in ("tiled", "reference"):
+        output = block_sparse_attention(
+            *leaves, layout, is_causal=is_causal, implementation=implementation
+        )
+        first = torch.autograd.grad(output.sin().sum(), leaves, create_graph=True)
+        with Largest() as largest:
+            results[implementation] = torch.autograd.grad(
+                sum(grad.square().sum() for grad in first), leaves
+            )
+        assert (largest.size <= 2 * active * block) == (implementation == "tiled")
+    torch.testing.assert_close(results["tiled"], results["reference"])
 
 
 TRANSFORMS: dict[str, Callable[[Callable[..., Tensor]], Any]] = {
@@ -202,7 +232,7 @@ def test_sizes_that_kernels_do_not_take() -> None:
 
 def windowed(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     lengths = (query.shape[2], key.shape[2])
-    layout = BlockLayout.from_window(lengths, 16, left=0, num_sink_blocks=1)
+    layout = BlockLayout.from_window(lengths, 16, left=0, num_sink_blocks=1, device=query.device)
     return block_sparse_attention(query, key, value, layout, **options)
 
 

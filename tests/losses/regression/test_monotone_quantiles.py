@@ -140,5 +140,6 @@ def calls() -> list[Call]:
             lambda: {"input": draw(5, 4)},
             differentiable=("input",),
             options=({}, {"method": "isotonic"}),
+            sizes={4: 4},
         ),
     ]

@@ -1,6 +1,5 @@
 """What reductions of the map of attention share: checks and the choice of an implementation."""
 
-import math
 from dataclasses import replace
 
 from torch import Tensor
@@ -9,7 +8,7 @@ from tilework import _checks, _implementations
 from tilework._implementations import Implementation
 from tilework._operators import computation_dtype
 from tilework.attention._attention_map import operators
-from tilework.attention._tensors import cast_under_autocast, check_tensors
+from tilework.attention._tensors import cast_under_autocast, check_scale, check_tensors
 
 IMPLEMENTATIONS = (
     Implementation.triton(
@@ -34,11 +33,10 @@ def prepare(
     scale: float | None,
     enable_gqa: bool,
     implementation: str | None,
-) -> tuple[Tensor, Tensor, float, str]:
+) -> tuple[Tensor, Tensor, float | None, str]:
     """Check the arguments of a public function; return query, key, scale and implementation."""
     check_tensors(function, query, key, None, enable_gqa)
-    if scale is not None:
-        _checks.number(function, "scale", scale)
+    scale = check_scale(function, scale)
     query, key = cast_under_autocast(query, key)
     if lse is not None:
         dtype = computation_dtype(query.dtype)
@@ -52,6 +50,6 @@ def prepare(
     return (
         query,
         key,
-        1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
+        scale,
         chosen,
     )

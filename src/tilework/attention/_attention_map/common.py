@@ -12,7 +12,7 @@ class Queries(NamedTuple):
     query: Tensor
     key: Tensor
     is_causal: bool
-    scale: float
+    scale: float | None
     implementation: str
 
 
@@ -23,7 +23,7 @@ class Rows(NamedTuple):
     key: Tensor
     lse: Tensor
     is_causal: bool
-    scale: float
+    scale: float | None
     implementation: str
 
 
@@ -35,7 +35,7 @@ class Columns(NamedTuple):
     lse: Tensor
     first_query: int
     is_causal: bool
-    scale: float
+    scale: float | None
     implementation: str
 
 
@@ -49,7 +49,7 @@ class Blocks(NamedTuple):
     width: int
     largest: bool
     is_causal: bool
-    scale: float
+    scale: float | None
     implementation: str
 
 

@@ -19,6 +19,7 @@ from tilework.attention._attention_map.common import (
     Queries,
     Rows,
 )
+from tilework.attention._tensors import scale_of
 
 
 def attention_lse(given: Queries) -> LogSumExp:
@@ -58,7 +59,7 @@ def _scores(given: Queries | Rows | Columns | Blocks) -> tuple[Tensor, Tensor]:
     query, key = given.query, given.key
     dtype = computation_dtype(query.dtype)
     keys = key.to(dtype).repeat_interleave(query.shape[1] // max(1, key.shape[1]), 1)
-    scores = given.scale * (query.to(dtype) @ keys.mT)
+    scores = scale_of(given) * (query.to(dtype) @ keys.mT)
     visible = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device)
     return scores, visible.tril() if given.is_causal else visible
 

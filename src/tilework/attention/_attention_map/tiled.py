@@ -23,6 +23,7 @@ from tilework.attention._attention_map.common import (
     Rows,
     upstream_of_entropy,
 )
+from tilework.attention._tensors import scale_of
 
 SCORES = 2**20  # scores at a time: 4 MiB in float32, which stay in a CPU's cache
 QUERIES, KEYS = 128, 512  # of each head of a plane, at a time
@@ -119,7 +120,7 @@ def _backward(
         grad = grad.flatten(1, 2)
         grad_queries[tile.queries] += (grad @ keys).view(queries.shape)
         grad_keys[tile.keys] += grad.mT @ queries.flatten(1, 2)
-    grad_query = grad_queries.mul_(given.scale).view(query.shape).to(query.dtype)
+    grad_query = grad_queries.mul_(scale_of(given)).view(query.shape).to(query.dtype)
     return {"query": grad_query, "key": grad_keys.view(key.shape).to(key.dtype)}
 
 
@@ -155,7 +156,7 @@ class _Planes:
         group, count = query.shape[1] // max(1, kv_heads), batch * kv_heads
         dtype = computation_dtype(query.dtype)
         shape = count, group, query.shape[2]
-        self.queries = query.to(dtype).mul(given.scale).reshape(*shape, features)
+        self.queries = query.to(dtype).mul(scale_of(given)).reshape(*shape, features)
         self.keys = key.to(dtype).reshape(count, keys, features)
         # Rows whose log-sum-exp is -inf get weights of exp(-inf).
         shift = self.per_query(0.0) if lse is None else lse.reshape(shape)

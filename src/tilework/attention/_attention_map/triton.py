@@ -30,6 +30,7 @@ from tilework.attention._attention_map.common import (
     upstream_of_entropy,
 )
 from tilework.attention._kernels import MAX_FEATURES, Tile
+from tilework.attention._tensors import scale_of
 
 _WIDE, _TALL, _DEEP = Tile(128, 64, 8, 2), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)
 _SQUARE, _LOW, _SMALL = Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(16, 16, 4, 1)
@@ -591,4 +592,4 @@ def _arguments(
         "num_warps": 1 if _triton.INTERPRETED else warps,
         "num_stages": stages,
     }
-    return (sizes, query.stride(), key.stride(), given.scale), constants
+    return (sizes, query.stride(), key.stride(), scale_of(given)), constants

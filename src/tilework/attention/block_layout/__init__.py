@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from operator import or_
 from typing import Any
 
@@ -163,6 +163,7 @@ class BlockLayout:
     num_kv_blocks: int
     block_size: tuple[int, int]
     seq_lengths: Lengths = None
+    _columns: Lists | None = field(default=None, init=False)
 
     @classmethod
     def from_dense(
@@ -224,7 +225,7 @@ class BlockLayout:
         places = None
         if isinstance(k, Tensor):
             places = check_places(name, k, scores).expand(scores.shape[:3])
-            most = min(max(longest(places), 0), columns)
+            most = min(max(longest(places, columns), 0), columns)
         else:
             _checks.count(name, "k", k, 0)
             most = min(k, columns)
@@ -409,9 +410,15 @@ class BlockLayout:
         """The rows of each column's active blocks, shape ``(B, H, nk, Wt)``, in order."""
         return self._transposed[1]
 
-    @cached_property
+    @property
     def _transposed(self) -> Lists:
-        return operators.transposed(*self._lists, self.num_kv_blocks)
+        # No cached_property: the compiler does not know the lock that it takes before Python 3.12.
+        found = self._columns
+        if found is None:
+            found = operators.transposed(*self._lists, self.num_kv_blocks)
+            if type(found.counts) is type(self.kv_num_blocks):  # not what a trace makes of these
+                object.__setattr__(self, "_columns", found)
+        return found
 
     def to_dense(self) -> Bool[Tensor, "batch heads rows columns"]:
         """Bool of shape ``(B, H, nq, nk)``, True at the active blocks."""
@@ -500,8 +507,9 @@ class BlockLayout:
             kv_num_blocks=self.kv_num_blocks.to(device),
             kv_indices=self.kv_indices.to(device),
         )
-        if "_transposed" in self.__dict__:
-            moved.__dict__["_transposed"] = Lists(*(t.to(device) for t in self._transposed))
+        if self._columns is not None:
+            columns = Lists(*(t.to(device) for t in self._columns))
+            object.__setattr__(moved, "_columns", columns)
         return moved
 
     def plot(self, batch: int = 0, head: int = 0, *, ax: Any = None) -> Any:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tilework import _checks
+
 Lengths = tuple[int, int] | None
 
 
@@ -106,8 +108,10 @@ def ceil_div(length: int, block: int) -> int:
     return -(-length // block)
 
 
-def longest(counts: Tensor) -> int:
-    """The largest count, for which the host waits; 0 of nothing."""
+def longest(counts: Tensor, bound: int) -> int:
+    """The largest count, for which the host waits; its bound where values cannot be read."""
+    if not _checks.has_values(counts):
+        return bound
     return int(counts.max()) if counts.numel() else 0
 
 

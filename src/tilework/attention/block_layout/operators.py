@@ -52,7 +52,7 @@ def topk(given: TopK) -> Lists:
 def positions(mask: Tensor, width: int | None) -> Lists:
     """See ``tiled``; None is the width of the longest list, for which the host waits."""
     if width is None:
-        width = longest(mask.sum(-1, dtype=torch.int32))
+        width = longest(mask.sum(-1, dtype=torch.int32), mask.shape[-1])
     given = Positions(mask, width)
     return _positions(given) if _takes(mask) else tiled.positions(given)
 

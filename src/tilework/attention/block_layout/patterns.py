@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tilework.attention.block_layout import sets
-from tilework.attention.block_layout.common import Grid, Lists, ceil_div
+from tilework.attention.block_layout.common import Grid, Lists, ceil_div, longest
 
 
 def window(
@@ -43,14 +43,17 @@ def window(
 def documents(document_ids: Tensor, block_size: tuple[int, int]) -> Tensor:
     """A mask ``(B, 1, nq, nk)`` of the blocks in which a query and a key are of one document."""
     batch, length = document_ids.shape
-    found, number = torch.unique(document_ids.long(), return_inverse=True)
+    found, order = document_ids.long().sort(stable=True)
+    rank = (found.diff(prepend=found[:, :1]) != 0).cumsum(1)
+    number = torch.empty_like(rank).scatter_(1, order, rank)
+    most = longest(number + 1, length)
     position = torch.arange(length, device=document_ids.device)
 
     def members(block: int) -> Tensor:
         blocks = ceil_div(length, block)
-        place = position // block * len(found) + number
-        table = torch.zeros(batch, blocks * len(found), device=document_ids.device)
-        return table.scatter_(1, place, 1.0).reshape(batch, blocks, len(found))
+        place = position // block * most + number
+        table = torch.zeros(batch, blocks * most, device=document_ids.device)
+        return table.scatter_(1, place, 1.0).reshape(batch, blocks, most)
 
     return (members(block_size[0]) @ members(block_size[1]).mT > 0)[:, None]
 

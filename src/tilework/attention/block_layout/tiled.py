@@ -100,7 +100,7 @@ def dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
 
 def transposed(counts: Tensor, indices: Tensor, columns: int) -> Lists:
     """The lists of the columns."""
-    batch, heads, _, width = indices.shape
+    batch, heads, rows, width = indices.shape
     # Entries run through the rows, so that a stable sort by column keeps the rows in order.
     entries = or_sentinel(counts, indices, columns).flatten(2)
     column, entry = entries.sort(dim=-1, stable=True)
@@ -108,6 +108,6 @@ def transposed(counts: Tensor, indices: Tensor, columns: int) -> Lists:
     borders = borders.expand(batch, heads, -1).contiguous()
     starts = torch.searchsorted(column, borders, out_int32=True)
     counts = starts.diff(dim=-1)
-    place = starts[..., :-1, None] + torch.arange(longest(counts), device=column.device)
+    place = starts[..., :-1, None] + torch.arange(longest(counts, rows), device=column.device)
     entry = F.pad(entry, (0, 1)).gather(-1, place.flatten(2).clamp_max(column.shape[-1]))
     return Lists(counts, (entry // max(width, 1)).reshape(place.shape).int())

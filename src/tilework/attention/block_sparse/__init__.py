@@ -1,14 +1,12 @@
 """Softmax attention that is restricted to blocks of keys for each block of queries."""
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tilework import _checks, _implementations
 from tilework._implementations import TABLES, Implementation
-from tilework.attention._tensors import cast_under_autocast, check_tensors
+from tilework.attention._tensors import cast_under_autocast, check_scale, check_tensors
 from tilework.attention.block_layout import BlockLayout
 from tilework.attention.block_sparse import operators
 from tilework.attention.block_sparse.common import Attention
@@ -17,7 +15,7 @@ from tilework.catalog import implements
 __all__ = ["block_sparse_attention"]
 
 _NAME = "block_sparse_attention"
-_BACKWARD = "first order; forward mode by the reference"
+_BACKWARD = "first order; higher orders by scores of active blocks, forward mode by the reference"
 
 IMPLEMENTATIONS = TABLES["attention.block_sparse_attention"] = (
     Implementation.triton(
@@ -94,7 +92,6 @@ def block_sparse_attention(
         ValueError: A shape, option or implementation is not one of those above, or the layout does
             not fit the lengths, the batch or the heads.
         TypeError: A tensor is not of one of the dtypes above, or ``layout`` is no ``BlockLayout``.
-        NotImplementedError: A second derivative is asked of another than ``"reference"``.
 
     Example:
         >>> import torch
@@ -107,7 +104,7 @@ def block_sparse_attention(
     Deviations:
         The released kernels expand keys and values for grouped heads, need lengths that are
         multiples of the block, visit every block to test a flag, and give nan to a query that sees
-        nothing. Only ``"reference"`` has second derivatives.
+        nothing.
 
     Reference:
         Yizhao Gao, Zhichen Zeng, Dayou Du, Shijie Cao, Peiyuan Zhou, Jiaxing Qi, Junjie Lai, Hayden
@@ -135,8 +132,7 @@ def attend(
     implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Choose an implementation for checked tensors and run it; return the log-sum-exp too."""
-    if scale is not None:
-        _checks.number(function, "scale", scale)
+    scale = check_scale(function, scale)
     query, key, value = cast_under_autocast(query, key, value)
     chosen = _implementations.choose(
         function,
@@ -163,7 +159,7 @@ def attend(
             key_starts,
             list(layout.block_size),
             is_causal,
-            1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
+            scale,
             chosen,
         )
     )

@@ -30,7 +30,7 @@ class Attention(NamedTuple):
     key_starts: Tensor | None
     block_size: list[int]
     is_causal: bool
-    scale: float
+    scale: float | None
     implementation: str
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tilework._operators import computation_dtype
+from tilework.attention._tensors import scale_of
 from tilework.attention.block_sparse.common import Attended, Attention
 
 
@@ -14,7 +15,7 @@ def forward(given: Attention) -> Attended:
     visible = _visible(given)
     group = query.shape[1] // max(1, key.shape[1])
     keys, values = (tensor.to(dtype).repeat_interleave(group, 1) for tensor in (key, value))
-    scores = given.scale * (query.to(dtype) @ keys.transpose(-2, -1))
+    scores = scale_of(given) * (query.to(dtype) @ keys.transpose(-2, -1))
     blind = ~visible.any(-1, keepdim=True)
     scores = scores.masked_fill(~visible, -torch.inf).masked_fill(blind, 0)
     weights = scores.softmax(-1).masked_fill(~visible, 0)
@@ -42,7 +43,7 @@ def _visible(given: Attention) -> Tensor:
     if given.query_starts is None:
         visible = active[:, :, row_block][..., column_block]
     else:
-        sequence = row_sequence if len(active) > 1 else torch.zeros_like(row_sequence)
+        sequence = row_sequence if active.shape[0] > 1 else torch.zeros_like(row_sequence)
         visible = active[sequence, :, row_block].movedim(0, 1)[None][..., column_block]
         visible = visible & (row_sequence[:, None] == column_sequence)
     return visible & (columns <= rows[:, None]) if given.is_causal else visible

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilework._operators import Needed, computation_dtype
+from tilework.attention._tensors import scale_of
 from tilework.attention.block_sparse.common import Attended, Attention
 
 SCORES = 2**18  # scores at a time for each thread; more of them fall out of its cache
@@ -23,7 +24,7 @@ FUSED = ("cpu",)  # where torch has a fused attention that returns the log-sum-e
 def forward(given: Attention) -> Attended:
     """See ``reference``."""
     query, key, value = given.query, given.key, given.value
-    grid = _Grid(given)
+    grid, scale = _Grid(given), scale_of(given)
     features = max(query.shape[-1], value.shape[-1])
     queries = grid.rows_of(query, features)
     keys, values = grid.blocks_of(key, features), grid.blocks_of(value, features)
@@ -36,7 +37,7 @@ def forward(given: Attention) -> Attended:
             batch.gather(keys, room[0]),
             batch.gather(values, room[1]),
             batch.mask,
-            given.scale,
+            scale,
         )
         if batch.may_be_blind and batch.mask is not None:
             log_sum = log_sum.masked_fill((batch.mask == -torch.inf).all(-1), -torch.inf)
@@ -52,7 +53,7 @@ def backward(given: Attention, results: Attended, grads: Attended, _: Needed) ->
     """Gradients of query, key and value."""
     query, key, value = given.query, given.key, given.value
     output, lse = results
-    grid = _Grid(given)
+    grid, scale = _Grid(given), scale_of(given)
     grad_output = torch.zeros_like(output) if grads.output is None else grads.output
     if grads.lse is not None and bool(grads.lse.any()):
         # One feature more, of which the values are 0, makes grad_output . output what it must be.
@@ -79,7 +80,7 @@ def backward(given: Attention, results: Attended, grads: Attended, _: Needed) ->
             result,
             log_sum,
             batch.mask,
-            given.scale,
+            scale,
         )
         grad_queries.index_copy_(0, batch.rows, found[0])
         batch.scatter_add_(grad_keys, found[1])

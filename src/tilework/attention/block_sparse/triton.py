@@ -25,6 +25,7 @@ from tilework._operators import Needed
 from tilework._triton import Tuned
 from tilework.attention import _kernels
 from tilework.attention._kernels import LOG2_E, MAX_FEATURES, Tile
+from tilework.attention._tensors import scale_of
 from tilework.attention.block_sparse.common import (
     Attended,
     Attention,
@@ -507,7 +508,7 @@ def forward(given: Attention) -> Attended:
         starts,
         *results,
         *sizes,
-        given.scale,
+        scale_of(given),
         PACK=pack,
         **constants,
     )
@@ -542,7 +543,7 @@ def backward(given: Attention, results: Attended, grads: Attended, _: Needed) ->
         starts,
         grad_query,
         *sizes,
-        given.scale,
+        scale_of(given),
         PACK=pack,
         **constants,
     )
@@ -564,7 +565,7 @@ def backward(given: Attention, results: Attended, grads: Attended, _: Needed) ->
         grad_key,
         grad_value,
         *sizes,
-        given.scale,
+        scale_of(given),
         **constants,
     )
     return found

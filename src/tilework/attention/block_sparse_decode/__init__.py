@@ -1,6 +1,5 @@
 """Attention of one or a few query tokens to selected blocks of a contiguous or paged cache."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from tilework import _checks, _implementations
 from tilework._implementations import TABLES, Implementation
+from tilework.attention._tensors import check_scale
 from tilework.attention.block_layout.checks import check_integers
 from tilework.attention.block_layout.common import ceil_div
 from tilework.attention.block_sparse_decode import operators
@@ -302,8 +302,7 @@ def _decode(
     return_lse: bool,
     implementation: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if scale is not None:
-        _checks.number(name, "scale", scale)
+    scale = check_scale(name, scale)
     wants = any(tensor.requires_grad for tensor in (query, key_cache, value_cache))
     if wants and torch.is_grad_enabled():
         raise RuntimeError(
@@ -328,7 +327,7 @@ def _decode(
             kv_indices,
             kv_num_blocks,
             block_size,
-            1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
+            scale,
             chosen,
         )
     )

@@ -25,7 +25,7 @@ class Decoding(NamedTuple):
     kv_indices: Tensor | None
     kv_num_blocks: Tensor | None
     block_size: int
-    scale: float
+    scale: float | None
     implementation: str
 
 

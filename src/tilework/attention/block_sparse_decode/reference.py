@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tilework._operators import computation_dtype
+from tilework.attention._tensors import scale_of
 from tilework.attention.block_sparse_decode.common import Decoded, Decoding
 
 
@@ -18,9 +19,9 @@ def forward(given: Decoding) -> Decoded:
         for cache in (given.key_cache, given.value_cache)
     )
     token = torch.arange(keys.shape[2], device=query.device)
-    end = len(token) if seq_lengths is None else seq_lengths.long()[:, None, None, None]
+    end = token.shape[0] if seq_lengths is None else seq_lengths.long()[:, None, None, None]
     position = end - length + torch.arange(length, device=query.device)[:, None]
-    selected = (token <= position).expand(batch, kv_heads, length, len(token))
+    selected = (token <= position).expand(batch, kv_heads, length, token.shape[0])
     if given.kv_indices is not None:
         blocks = token // given.block_size
         selected = selected & _listed(blocks, given.kv_indices, given.kv_num_blocks)
@@ -30,11 +31,11 @@ def forward(given: Decoding) -> Decoded:
         for tensor in (keys, values)
     )
     grouped = query.to(dtype).reshape(batch, kv_heads, heads // kv_heads, length, features)
-    scores = given.scale * (grouped.transpose(2, 3) @ keys.mT)
+    scores = scale_of(given) * (grouped.transpose(2, 3) @ keys.mT)
     blind = ~selected.any(-1)[..., None, None]
     scores = scores.masked_fill(~selected[:, :, :, None], -torch.inf).masked_fill(blind, 0)
     weights = scores.softmax(-1).masked_fill(~selected[:, :, :, None], 0)
-    lse = scores.logsumexp(-1) if len(token) else scores.sum(-1)
+    lse = scores.logsumexp(-1) if token.shape[0] else scores.sum(-1)
     lse = lse.masked_fill(blind[..., 0], -torch.inf)
     output = (weights @ values).to(query.dtype).transpose(2, 3)
     return Decoded(
@@ -48,9 +49,9 @@ def _sequences(cache: Tensor, block_table: Tensor | None, seq_lengths: Tensor | 
     if block_table is None or seq_lengths is None:
         return cache.transpose(1, 2)
     page_size = cache.shape[1]
-    pages = torch.arange(block_table.shape[1] if len(cache) else 0, device=cache.device)
+    pages = torch.arange(block_table.shape[1] if cache.shape[0] else 0, device=cache.device)
     used = pages * page_size < seq_lengths[:, None]
-    table = block_table[:, : len(pages)].where(used, 0).long()
+    table = block_table[:, : pages.shape[0]].where(used, 0).long()
     return cache[table].flatten(1, 2).transpose(1, 2)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tilework._operators import computation_dtype
+from tilework.attention._tensors import scale_of
 from tilework.attention.block_sparse_decode.common import Decoded, Decoding, empty_results
 
 # Of keys and values at a time, and of scores: 4 MiB in float32, which stay in a CPU's cache.
@@ -47,7 +48,7 @@ def _some_sequences(given: Decoding) -> Decoded:
     page_size, kv_heads, num_values = value_cache.shape[1:]
     # The tokens of the query heads of a group are rows: they share their keys.
     group = heads // kv_heads
-    queries = query.to(dtype).reshape(batch, kv_heads, group * length, features) * given.scale
+    queries = query.to(dtype).reshape(batch, kv_heads, group * length, features) * scale_of(given)
 
     # Places are numbered through the selected blocks of a list, or through the sequence.
     lengths = query.new_full((batch,), page_size, dtype=torch.int64)

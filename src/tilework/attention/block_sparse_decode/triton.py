@@ -19,6 +19,7 @@ from torch import Tensor
 from tilework import _triton
 from tilework._triton import Tuned
 from tilework.attention._kernels import LOG2_E, MAX_FEATURES, Tile
+from tilework.attention._tensors import scale_of
 from tilework.attention.block_sparse_decode.common import Decoded, Decoding, empty_results
 
 _WIDE, _SMALL = Tile(32, 64, 4, 3), Tile(16, 16, 4, 1)
@@ -275,7 +276,7 @@ def forward(given: Decoding) -> Decoded:
             _strides(kv_indices, 3),
             _strides(given.kv_num_blocks, 2),
         ),
-        given.scale,
+        scale_of(given),
         **constants,
     )
     if splits > 1:

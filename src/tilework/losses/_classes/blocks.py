@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tilework import _torch
+from tilework import _checks, _torch
 from tilework._operators import computation_dtype
 from tilework.losses._classes.statistics import Formula, Rows, Statistics
 from tilework.losses._classes.tiles import NEGLIGIBLE, slices
@@ -62,12 +62,7 @@ def by_blocks(
 
 def is_eager(input: Tensor) -> bool:
     """Whether blocks can be taken one after another: plain tensors of a CPU, not traced."""
-    return (
-        input.device.type == "cpu"
-        and type(input) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not _torch.transforms_are_active()
-    )
+    return _checks.holds_values(input) and not _torch.transforms_are_active()
 
 
 def scratch(input: Tensor) -> Tensor:

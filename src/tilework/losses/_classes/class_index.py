@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tilework import _checks
-from tilework._operators import computation_dtype
+from tilework._operators import computation_dtype, is_autocast
 
 
 class Positions(NamedTuple):
@@ -131,6 +131,5 @@ def inside(function: str, target: Tensor, ignore_index: int, classes: int) -> Te
 
 def result_dtype(input: Tensor) -> torch.dtype:
     """The dtype of a loss: its input's, and as torch's losses under autocast, float32 for half."""
-    device = input.device.type
-    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    lowered = is_autocast(input.device.type)
     return computation_dtype(input.dtype) if lowered else input.dtype

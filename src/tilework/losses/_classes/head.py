@@ -50,7 +50,7 @@ def cast_under_autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as autocast casts the arguments of ``F.linear``: float64 and other types stay."""
     device = input.device.type if isinstance(input, Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _operators.is_autocast(device):
         return input, linear_weight, linear_bias
     dtype = torch.get_autocast_dtype(device)
 

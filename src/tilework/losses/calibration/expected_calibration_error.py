@@ -225,7 +225,7 @@ def _diagram(
     _checks.count(function, "num_bins", num_bins)
     _checks.one_of(function, "binning", binning, BINNINGS)
     ends = torch.tensor([0.0, 1.0], dtype=confidence.dtype, device=confidence.device)
-    if binning == "equal_mass" and len(confidence):
+    if binning == "equal_mass" and confidence.shape[0]:
         # Each bin starts at the confidence of its first position; what is not kept comes last.
         ascending = confidence.where(kept, torch.inf).sort().values
         starts = torch.arange(1, num_bins, device=kept.device) * kept.sum() // num_bins

@@ -1,6 +1,6 @@
 """Mixup: mixed inputs, and the cross-entropy with both of their targets."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -198,7 +198,9 @@ def mixup_batch(
     _checks.same_device(name, input=input, target=target)
     device = input.device if generator is None else generator.device
     lam = _beta(alpha, device, generator).to(input.device, input.dtype)
-    index = torch.randperm(len(input), generator=generator, device=device).to(input.device)
+    # Only where there is one, as this fixes a symbolic size.
+    given: Any = {} if generator is None else {"generator": generator}
+    index = torch.randperm(input.shape[0], device=device, **given).to(input.device)
     dtype = computation_dtype(input.dtype)
     values, part = input.to(dtype), lam.to(dtype)
     mixed = (part * values + (1 - part) * values[index]).to(input.dtype)

@@ -34,4 +34,11 @@ def gaps(target: Tensor, min_value: float, max_value: float, intervals: int) -> 
 
 def ends(like: Tensor, min_value: float, max_value: float, intervals: int) -> Tensor:
     """The ends of equal intervals, in the dtype and on the device of a tensor."""
-    return torch.linspace(min_value, max_value, intervals + 1, dtype=like.dtype, device=like.device)
+    # As torch.linspace, which takes no symbolic number.
+    place = torch.arange(intervals + 1, dtype=like.dtype, device=like.device)
+    step = (max_value - min_value) / intervals
+    return torch.where(
+        2 * place <= intervals,
+        min_value + step * place,
+        max_value - step * (intervals - place),
+    )

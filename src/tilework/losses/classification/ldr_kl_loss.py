@@ -280,7 +280,7 @@ def aldr_kl_loss(
     positions = class_index.positions(_ADAPTIVE, input, target, ignore_index, min_classes=2)
     dim, temperature = positions.dim, _finite(temperature)
     gaps = _gaps(positions, margin)
-    log_classes = math.log(input.shape[dim])
+    log_classes = gaps.new_full((), input.shape[dim]).log()
     constant = gaps.detach()
     divergence = torch.zeros_like(constant.sum(dim))
     share = torch.ones_like(divergence)  # a temperature's of the largest one

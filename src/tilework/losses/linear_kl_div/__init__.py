@@ -178,7 +178,7 @@ def linear_kl_div(
     student_input = student_input.reshape(-1, student_input.shape[-1])
     teacher_input = teacher_input.reshape(-1, teacher_input.shape[-1])
     counted = (
-        student_input.new_ones(len(student_input), dtype=torch.bool)
+        student_input.new_ones(student_input.shape[0], dtype=torch.bool)
         if mask is None
         else mask.reshape(-1)
     )
@@ -306,8 +306,8 @@ def _check_tensors(
     if teacher_input.shape[:-1] != positions:
         accepted = f"of shape {(*positions, features)}, with the positions of student_input"
         raise _checks.bad_value(_NAME, "teacher_input", accepted, teacher_input)
-    if len(teacher_weight) != len(student_weight):
-        accepted = f"of shape {(len(student_weight), features)}, with student_weight's classes"
+    if teacher_weight.shape[0] != student_weight.shape[0]:
+        accepted = f"of shape {(student_weight.shape[0], features)}, with student_weight's classes"
         raise _checks.bad_value(_NAME, "teacher_weight", accepted, teacher_weight)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

@@ -75,7 +75,8 @@ def conformal_offset(
         tensor.detach().to(computation_dtype(tensor.dtype)) for tensor in (lower, upper, target)
     )
     scores = torch.maximum(lower - target, target - upper)
-    rank = math.ceil((len(scores) + 1) * (1 - Fraction(repr(float(alpha)))))
+    kept = 1 - Fraction(repr(float(alpha)))
+    rank = -(-(scores.shape[0] + 1) * kept.numerator // kept.denominator)
     infinite = scores.new_full((1,), math.inf)
-    offset = torch.cat([scores.sort().values, infinite])[min(rank, len(scores) + 1) - 1]
+    offset = torch.cat([scores.sort().values, infinite])[min(rank, scores.shape[0] + 1) - 1]
     return offset.where(~scores.isnan().any(), math.nan).to(dtype)

@@ -36,7 +36,7 @@ def monotone_quantiles(
 
     Args:
         input: Quantiles, shape ``(..., K)``, ``K >= 1``.
-        method: ``"sort"`` or ``"isotonic"``.
+        method: ``"sort"`` or ``"isotonic"``, for which ``torch.export`` fixes ``K``.
 
     Returns:
         The shape and dtype of ``input``.

@@ -112,7 +112,7 @@ def load_balancing_loss(
     if mask is not None:
         router_probs = router_probs.where(mask.unsqueeze(-1), 0)
     rows = router_probs.reshape(-1, experts)
-    mean = rows.sum(0, dtype=dtype) / (len(rows) if mask is None else mask.sum())
+    mean = rows.sum(0, dtype=dtype) / (rows.shape[0] if mask is None else mask.sum())
     loss = experts * (counts.to(dtype) / counts.sum() * mean).sum()
     return loss if normalize else loss * expert_index.shape[-1]
 

@@ -102,7 +102,7 @@ def best_f1_thresholds(
     falling, order = scores.sort(0, descending=True)
     positives = target.long().gather(0, order)
     found = positives.cumsum(0)
-    predicted = torch.arange(1, len(scores) + 1, device=scores.device).unsqueeze(1)
+    predicted = torch.arange(1, scores.shape[0] + 1, device=scores.device).unsqueeze(1)
     f1 = 2 * found.double() / (predicted + positives.sum(0))
     # Of equal scores, all are predicted: only the last one counts.
     same_as_next = torch.zeros_like(labels)

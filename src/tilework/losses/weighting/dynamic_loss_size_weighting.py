@@ -84,7 +84,7 @@ class DynamicLossSizeWeighting(OptionsModule):
             accepted = f"of shape (N, {self.num_classes})"
             raise _checks.bad_value(_NAME, "loss_per_element", accepted, loss_per_element)
         losses = loss_per_element.to(computation_dtype(loss_per_element.dtype))
-        if self.training and len(losses):
+        if self.training and losses.shape[0]:
             newest = losses.detach().mean(0).to(self.class_loss.dtype)
             self.class_loss.lerp_(newest, self.smoothing)
         inverse = 1 / (self.eps + self.class_loss.to(losses.dtype))

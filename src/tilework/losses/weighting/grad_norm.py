@@ -77,7 +77,7 @@ def grad_norm_loss(
     """
     _checks.at_least(_NAME, "alpha", alpha, 0)
     _checks.floating(_NAME, "task_weights", task_weights)
-    if task_weights.dim() != 1 or len(task_weights) < 2:
+    if task_weights.dim() != 1 or task_weights.shape[0] < 2:
         raise _checks.bad_value(_NAME, "task_weights", "of shape (T), T >= 2", task_weights)
     for argument, tensor in (("grad_norms", grad_norms), ("loss_ratios", loss_ratios)):
         _checks.floating(_NAME, argument, tensor)

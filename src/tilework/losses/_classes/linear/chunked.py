@@ -5,6 +5,7 @@ the gradients of input and weight: six operations for each token, feature and cl
 the logits again takes eight. The loss must be a sum whose coefficients are known beforehand.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,7 +31,7 @@ CPU_CHUNK = 128 * 2**20  # bytes that a chunk may have, or a quarter of the weig
 
 def chunk_tokens(input: Tensor, linear_weight: Tensor) -> int:
     """The tokens of a chunk: all where that takes less than adding up the weight's gradient."""
-    tokens, (classes, features) = input.shape[:-1].numel(), linear_weight.shape
+    tokens, (classes, features) = math.prod(input.shape[:-1]), linear_weight.shape
     dtype = product_dtype(input)
     size = GPU_TOKENS
     if input.device.type == "cpu":
@@ -45,7 +46,7 @@ def extra_bytes(input: Tensor, linear_weight: Tensor) -> int:
     """The memory beyond the gradients: a chunk, a float32 gradient, a weight cast for products."""
     tokens, dtype = chunk_tokens(input, linear_weight), product_dtype(input)
     size = tokens * linear_weight.shape[0] * dtype.itemsize
-    if tokens < input.shape[:-1].numel() and input.dtype in HALF:
+    if tokens < math.prod(input.shape[:-1]) and input.dtype in HALF:
         size += 4 * linear_weight.numel()
     if dtype != input.dtype:
         size += dtype.itemsize * linear_weight.numel()
