@@ -18,9 +18,10 @@ A test asks for ``every_call``, and gets calls with one set of options each::
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -141,6 +142,16 @@ def all_calls() -> tuple[Call, ...]:
     )
 
 
+def of_implementations() -> Iterator[Call]:
+    """Every call by default and by each implementation."""
+    return chain.from_iterable(call.of_implementations() for call in all_calls())
+
+
+def marked(calls: Iterable[Call]) -> pytest.MarkDecorator:
+    """Run a test on these calls."""
+    return pytest.mark.parametrize("call", list(calls), ids=lambda call: call.label)
+
+
 def every_call(test: Callable[..., None]) -> Any:
     """Run a test on every call."""
-    return pytest.mark.parametrize("call", all_calls(), ids=lambda call: call.label)(test)
+    return marked(all_calls())(test)

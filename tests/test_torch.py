@@ -96,6 +96,47 @@ def test_modes() -> None:
     assert not _torch.modes_are_active()
 
 
+def test_flop_counters() -> None:
+    with torch.library._scoped_library("tilework_test", "DEF") as library:
+        library.define("twice(Tensor input, int count) -> Tensor")
+        library.impl("twice", lambda input, count: 2 * input, "CompositeExplicitAutograd")
+        operator = torch.ops.tilework_test.twice.default
+
+        def count(input: torch.Tensor, count: int, out_val: torch.Tensor) -> int:
+            return count * out_val.numel()
+
+        def total() -> int:
+            with FlopCounterMode(display=False) as counter:
+                _torch.tell_flop_counters(operator, count)
+                operator(torch.ones(3), 5)
+            counted: int = counter.get_total_flops()
+            return counted
+
+        try:
+            assert total() == 15  # of a counter that was there before
+            assert torch.ops.tilework_test.twice in flop_counter.flop_registry
+        finally:
+            flop_counter.flop_registry.pop(torch.ops.tilework_test.twice, None)
+
+
+def test_autograd_of_an_operator_is_its_own() -> None:
+    def refuse(_: object) -> NoReturn:
+        raise AssertionError("a hook sees what an operator saves for itself")
+
+    with torch.autograd.graph.saved_tensors_hooks(refuse, refuse), _torch.autograd_enabled():
+        leaf = torch.ones(3).requires_grad_()
+        (found,) = torch.autograd.grad((leaf**3).sum(), leaf)
+    assert torch.equal(found, torch.full((3,), 3.0))
+
+
+def test_autocast() -> None:
+    assert not _torch.autocast_is_active()
+    with torch.autocast("cpu"):
+        assert _torch.autocast_is_active()
+        with torch.autocast("cpu", enabled=False):
+            assert not _torch.autocast_is_active()
+
+
 def test_fake_mode() -> None:
     assert not _torch.is_fake_mode()
     with FlopCounterMode(display=False):

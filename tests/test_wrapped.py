@@ -30,9 +30,7 @@ def is_kernel(call: Call) -> bool:
 
 # What is tested of these is not in the rooms of implementations, and kernels are interpreted.
 every_derivative = calls.marked(
-    call
-    for call in calls.of_implementations(calls.all_calls())
-    if call.differentiable and not is_kernel(call)
+    call for call in calls.of_implementations() if call.differentiable and not is_kernel(call)
 )
 
 
@@ -168,7 +166,7 @@ def negated(tensor: Tensor) -> Tensor:
 def one_call_of_each_kernel() -> Iterator[Call]:
     """All other calls; a kernel's once, as the interpreter takes its time."""
     seen = set()
-    for call in calls.of_implementations(calls.all_calls()):
+    for call in calls.of_implementations():
         if not is_kernel(call) or call.name not in seen:
             yield call
         if is_kernel(call):
@@ -213,7 +211,7 @@ def operations(call: Call) -> tuple[int, int]:
 def test_operations_of_linear_heads(call: Call) -> None:
     """As many in all as the definition has; gradients may be taken in the forward pass."""
     *others, reference = (
-        sum(operations(one)) for one in calls.of_implementations([call]) if not is_kernel(one)
+        sum(operations(one)) for one in call.of_implementations() if not is_kernel(one)
     )
     assert reference > 0
     assert others == [reference] * len(others)
@@ -229,7 +227,7 @@ def test_operations_of_attention_maps(call: Call) -> None:
     """Those of the scores, and backward again with a gradient of either factor."""
     tensors = call.draw()
     scores = 2 * tensors["query"].numel() * tensors["key"].shape[2]
-    for one in calls.of_implementations([call]):
+    for one in call.of_implementations():
         if one.options[0].get("implementation") not in ("triton", "reference"):
             assert operations(one) == (scores, 3 * scores if call.differentiable else 0)
 

@@ -65,10 +65,11 @@ def without_autocast(function: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(function)
     def run(first: Any, *args: Any) -> T:
+        if not _torch.autocast_is_active():
+            return function(first, *args)
         device = (first if isinstance(first, Tensor) else first[0]).device.type
         if not is_autocast(device):
             return function(first, *args)
-        device = (first if isinstance(first, Tensor) else first[0]).device.type
         with torch.autocast(device, enabled=False):
             return function(first, *args)
 
@@ -169,6 +170,8 @@ def define_pair(
     backward: str = "backward",
     empty_gradient: Callable[[Any, Tensor], Tensor] | None = None,
     twice: Callable[[Given], Results] | None = None,
+    operations: Callable[[Given], int] = no_products,
+    backward_operations: Callable[[Given, Needed], int] = lambda given, needed: 0,
 ) -> Callable[[Given], Results]:
     """Register an operator and that of its gradients, for a folder of implementations.
 
@@ -236,8 +239,8 @@ def or_reference(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a kernel can take a tensor as it is: no other kind, and with memory."""
-    return type(tensor) in _PLAIN and not tensor.is_meta
+    """Whether memory holds the values: it is no subclass, nor on meta, nor lazily negated."""
+    return type(tensor) in _PLAIN and not tensor.is_meta and not tensor.is_neg()
 
 
 def _is_watched(values: Iterable[Any]) -> bool:

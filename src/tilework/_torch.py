@@ -49,6 +49,27 @@ def is_fake_mode() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
+def tell_flop_counters(operator: Any, count: Callable[..., int]) -> None:
+    """Let ``torch.utils.flop_counter`` know an operator, if somebody has imported it.
+
+    A counter copies the registry when it is made, and importing the module, which imports Triton,
+    takes too long to do so beforehand: so those that count now are told as well.
+    """
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    packet = operator.overloadpacket
+    module.flop_registry.setdefault(packet, count)
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, module._FlopCounterMode):
+            mode.counter.flop_registry.setdefault(packet, count)
+
+
+def autocast_is_active() -> bool:
+    """Whether autocast is on for any device, which takes less time to ask than for one."""
+    return torch._C._is_any_autocast_enabled()
+
+
 def is_forward_mode() -> bool:
     """Whether the call runs under forward-mode differentiation."""
     return forward_ad._current_level >= 0

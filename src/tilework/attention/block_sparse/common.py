@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from tilework import _checks
 from tilework._operators import computation_dtype
 
 
@@ -56,8 +57,7 @@ def operations(given: Attention, needed: Collection[str] | None = None) -> int:
 
 def _pairs(query: Tensor, counts: Tensor, indices: Tensor, starts: Tensor | None) -> int:
     """How many blocks meet in all heads; without values, the most that lists have room for."""
-    has_values = type(counts) is Tensor and not counts.is_meta
-    blocks = int(counts.sum()) if has_values else indices.numel()
+    blocks = int(counts.sum()) if _checks.has_values(counts) else indices.numel()
     batch, heads = query.shape[:2]
     copies = batch // len(counts) if starts is None else 1
     return blocks * copies * (heads // counts.shape[1])

@@ -120,4 +120,6 @@ attention = _operators.define_pair(
     saved=("query", "key", "value", "output", "lse", *_LISTS),
     empty_gradient=_empty_gradient,
     twice=of_active_blocks,
+    operations=operations,
+    backward_operations=operations,
 )

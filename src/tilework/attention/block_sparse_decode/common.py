@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.attention.block_sparse.common import pair_operations
 
@@ -54,7 +55,7 @@ def operations(given: Decoding) -> int:
         listed, unit = given.seq_lengths, 1
         most = given.key_cache.shape[1] * (1 if table is None else table.shape[1])
     rows = math.prod(query.shape[:3])
-    if listed is not None and listed.numel() and type(listed) is Tensor and not listed.is_meta:
+    if listed is not None and listed.numel() and _checks.has_values(listed):
         selected = unit * int(listed.sum()) * rows // listed.numel()
     else:
         selected = unit * most * rows
