@@ -192,7 +192,8 @@ def test_module(sample: Loss) -> None:
     for name, parameter in inspect.signature(sample.function).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             assert defaults[name].default == parameter.default
-            assert defaults[name].kind is parameter.KEYWORD_ONLY
+            by_position = defaults[name].kind is not parameter.KEYWORD_ONLY
+            assert by_position == (name in sample.positional)
     with pytest.raises(TypeError, match="unexpected keyword"):
         sample.module(**owned, reductoin="mean")
     if sample.reductions != ({},):

@@ -214,10 +214,10 @@ class LinearCrossEntropy(OptionsModule):
 
 @_PAPER
 class LinearCrossEntropyLoss(LinearCrossEntropy):
-    """A linear head and its :func:`linear_cross_entropy`, in place of torch's layer of this name.
+    """A linear head, and its loss, in place of ``torch.nn.LinearCrossEntropyLoss``.
 
-    The ``state_dict`` and the initialization are those of ``torch.nn.LinearCrossEntropyLoss``, the
-    other options those of the function.
+    The ``state_dict`` and the initialization are those of torch's layer, the other options those of
+    :func:`linear_cross_entropy`.
 
     Args:
         in_features: Width ``D`` of the hidden states.
@@ -237,7 +237,8 @@ class LinearCrossEntropyLoss(LinearCrossEntropy):
         torch.Size([])
 
     Deviations:
-        torch's ``out_features`` (K-dimensional losses) and ``options`` are not offered.
+        torch's ``out_features`` (K-dimensional losses) and ``options`` are not offered. Its
+        ``ignore_index`` of None, for classes -100, is -100 here.
 
     Reference:
         As :func:`linear_cross_entropy`.

@@ -1,14 +1,13 @@
 """The temperature that calibrates logits after training."""
 
 import math
-from dataclasses import field
 
 import torch
 from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
-from tilework._options import OptionsModule
+from tilework._options import StatefulModule, state
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
 
@@ -23,7 +22,7 @@ _TOLERANCE = 1e-10
     year=2023,
     arxiv="2306.00740",
 )
-class TemperatureScaling(OptionsModule):
+class TemperatureScaling(StatefulModule):
     r"""Divide logits by the temperature that suits held-out rows best.
 
     ``fit`` finds, with the logits :math:`z_i` of a row and its class :math:`y_i`,
@@ -66,11 +65,7 @@ class TemperatureScaling(OptionsModule):
 
     min_temperature: float = 0.01
     max_temperature: float = 100.0
-    temperature: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
+    temperature: Tensor = state(lambda self: torch.ones((), dtype=torch.float64))
 
     def _check(self) -> None:
         _checks.positive(_NAME, "min_temperature", self.min_temperature)
