@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from tilework import attention, catalog, losses, norms
 from tilework._options import StatefulModule
 from tilework.norms._layer import NormLayer
 
-from helpers import SEED
+from helpers import SEED, of_numpy
 
 MODULES = [
     entry.object
@@ -193,6 +194,18 @@ def test_a_low_default_dtype_rounds_no_state(cls: type[nn.Module]) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert_same(module, fresh)
+
+
+@pytest.mark.untyped
+@every
+def test_scalars_of_numpy_become_numbers(cls: type[nn.Module]) -> None:
+    positional, options = arguments(cls)
+    plain = dict(enumerate(positional)) | options
+    scalars = of_numpy({str(name): value for name, value in plain.items()})
+    expected = cls(*positional, **options)
+    module = cls(*list(scalars.values())[: len(positional)], **{n: scalars[n] for n in options})
+    assert repr(module) == repr(expected)
+    assert not [name for name, value in vars(module).items() if isinstance(value, np.generic)]
 
 
 @every

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, get_type_hi
 import torch
 from torch import Tensor
 
-from tilework import _torch
+from tilework import _checks, _torch
 
 _library: Any = torch.library.Library("tilework", "DEF")  # type: ignore[no-untyped-call]
 
@@ -427,6 +427,8 @@ class _Operator(Generic[Given, Results]):
             _shardings.append((self.operator, sharding))
 
     def __call__(self, given: Given) -> Results:
+        if not torch.compiler.is_compiling():
+            given = self.arguments(*map(_checks.plain, given))
         found = self.apply(given)
         if type(found) is not self.results:
             found = self.results(found) if self.count == 1 else self.results(*found)

@@ -29,6 +29,8 @@ from typing import Any, ClassVar, Literal, dataclass_transform
 import torch
 from torch import Tensor, nn
 
+from tilework import _checks
+
 
 def buffer(*, default: Any = dataclasses.MISSING, kw_only: bool = True, exact: bool = False) -> Any:
     """A field of an :class:`OptionsModule` that becomes a buffer: a tensor, or None for none.
@@ -70,7 +72,8 @@ class Options:
         if cls._by_hand:
             return
         dataclasses.dataclass(eq=False, repr=False, match_args=False, kw_only=kw_only)(cls)
-        arguments = cls.__init__.__annotations__
+        set_fields = cls.__init__
+        arguments = set_fields.__annotations__
         for name, annotation in arguments.items():
             if isinstance(annotation, dataclasses.InitVar):
                 arguments[name] = annotation.type
@@ -83,6 +86,17 @@ class Options:
             and (field.init or field.default is not dataclasses.MISSING)  # else a state, made later
         )
         cls._passed = tuple(field.name for field in cls._shown if field.kw_only)
+
+        @functools.wraps(set_fields)
+        def __init__(self: Options, *args: Any, **kwargs: Any) -> None:
+            self._exist()
+            options = {name: _checks.plain(value) for name, value in kwargs.items()}
+            set_fields(self, *map(_checks.plain, args), **options)
+
+        cls.__init__ = __init__  # type: ignore[assignment, method-assign]
+
+    def _exist(self) -> None:
+        """Do what comes before the fields are set."""
 
     def __post_init__(self) -> None:
         """Check the options, once they are set."""
@@ -117,19 +131,8 @@ class OptionsModule(Options, nn.Module):
 
     __repr__ = nn.Module.__repr__
 
-    def __init_subclass__(cls, *, kw_only: bool = True) -> None:
-        """Let the module exist before its fields are set."""
-        super().__init_subclass__(kw_only=kw_only)
-        if cls._by_hand:
-            return
-        set_fields = cls.__init__
-
-        @functools.wraps(set_fields)
-        def __init__(self: OptionsModule, *args: Any, **kwargs: Any) -> None:
-            nn.Module.__init__(self)
-            set_fields(self, *args, **kwargs)
-
-        cls.__init__ = __init__  # type: ignore[assignment, method-assign]
+    def _exist(self) -> None:
+        nn.Module.__init__(self)
 
     def __post_init__(self) -> None:
         super().__post_init__()

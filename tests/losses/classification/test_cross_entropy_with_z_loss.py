@@ -69,7 +69,19 @@ def table() -> list[Loss]:
                     {"label_smoothing": 1.5},
                 ),
                 ("z_loss must be a finite number of at least 0", ValueError, {"z_loss": -1.0}),
-                ("target must be of shape", ValueError, {"target": torch.zeros(4, 2)}),
+                *(
+                    (
+                        r"target must be int64 of shape \(4,\), or floating.* of shape \(4, 3\)",
+                        error,
+                        {"target": target},
+                    )
+                    for error, target in (
+                        (ValueError, torch.zeros(4, 2)),
+                        (ValueError, torch.zeros(4)),
+                        (ValueError, torch.zeros(4, 3).long()),
+                        (TypeError, torch.zeros(4).int()),
+                    )
+                ),
                 (
                     "ignore_index must be negative where the targets are probabilities",
                     ValueError,

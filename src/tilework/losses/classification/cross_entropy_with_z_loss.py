@@ -89,7 +89,13 @@ def cross_entropy_with_z_loss(
         large-scale Transformer training instabilities. 2023. arXiv:2309.14322.
     """
     _check_options(ignore_index, reduction, label_smoothing, z_loss)
-    if not isinstance(target, Tensor) or not target.is_floating_point():
+    class_index.check_input(_NAME, "input", input)
+    soft_shape = tuple(input.shape)
+    dim = class_index.class_dim(input)
+    class_index.check_target(
+        _NAME, "target", target, soft_shape[:dim] + soft_shape[dim + 1 :], soft=soft_shape
+    )
+    if not target.is_floating_point():
         positions = of_logits(_NAME, input, target, ignore_index, weight=weight)
         return cross_entropy(positions, reduction, label_smoothing, z_loss)
     soft, likelihood = _soft(input, target, weight, ignore_index, label_smoothing)
@@ -106,7 +112,6 @@ def _soft(
 ) -> tuple[Positions, Tensor]:
     """The positions, and their cross-entropy with probabilities as targets."""
     positions = class_index.positions(_NAME, input, None, ignore_index, weight=weight)
-    _checks.shape(_NAME, "target", target, input.shape)
     _checks.same_device(_NAME, input=input, target=target, weight=weight)
     if ignore_index >= 0:
         accepted = "negative where the targets are probabilities"
