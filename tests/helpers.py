@@ -2,10 +2,15 @@
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SEED = int(os.environ.get("TILEWORK_SEED", "0"))
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -65,3 +70,32 @@ def clones(
         .requires_grad_(tensor.requires_grad)
         for tensor in tensors
     ]
+
+
+def of_numpy(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with scalars of NumPy in place of Python's numbers."""
+    kinds = {int: np.int64, float: np.float64}
+    return {
+        name: kinds.get(type(value), lambda same: same)(value) for name, value in values.items()
+    }
+
+
+class Memory(TorchDispatchMode):
+    """The largest number of bytes that operations held at once, without those of the inputs."""
+
+    def __init__(self, *inputs: Tensor) -> None:
+        super().__init__()
+        self._inputs = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self._inputs:
+                    self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._held = {key: one for key, one in self._held.items() if not one[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
+        return result

@@ -265,6 +265,10 @@ CALLS: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any]]] = {
         lambda **options: norms.rms_norm(INPUT, weight=HEAD[0], **options),
         {"normalized_shape": 8, "eps": 0.5, "weight_offset": 1.0},
     ),
+    "kernel": (
+        lambda **options: norms.rms_norm(INPUT, implementation="triton", **options),
+        {"normalized_shape": 8, "eps": 0.5},
+    ),
     "layout": (
         lambda **options: attention.BlockLayout.from_scores_topk(SCORES, **options).to_dense(),
         {"k": 2, "block_size": 16, "num_sink_blocks": 1},

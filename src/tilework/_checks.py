@@ -5,7 +5,7 @@ A check that reads values runs on plain CPU tensors only: elsewhere it would syn
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -39,6 +39,11 @@ def one_of(function: str, argument: str, value: object, accepted: Iterable[objec
     accepted = tuple(accepted)
     if value not in accepted:
         raise bad_value(function, argument, "one of " + ", ".join(map(repr, accepted)), value)
+
+
+def plain(value: Any) -> Any:
+    """The number of Python that a scalar of NumPy stands for; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def number(function: str, argument: str, value: object) -> int | float:
@@ -172,4 +177,4 @@ def sizes(function: str, argument: str, value: object) -> tuple[int, ...]:
         raise bad_type(function, argument, accepted, value)
     if not result or any(size < 0 for size in result):
         raise bad_value(function, argument, accepted, value)
-    return result
+    return tuple(map(plain, result))

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tilework import _torch
+from tilework import _checks, _torch
 
 _library: Any = torch.library.Library("tilework", "DEF")  # type: ignore[no-untyped-call]
 
@@ -78,6 +79,8 @@ def without_autocast(function: Callable[..., T]) -> Callable[..., T]:
 
 _TENSORS = (Tensor, Tensor | None)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NUMPY = frozenset(np.sctypeDict.values())
+"""The types of scalars, which neither a schema nor a kernel takes."""
 _SCHEMA: dict[Any, str] = {
     Tensor: "Tensor",
     bool: "bool",
@@ -462,6 +465,8 @@ class _Operator(Generic[Given, Results]):
             _shardings.append((self.operator, sharding))
 
     def __call__(self, given: Given) -> Results:
+        if not torch.compiler.is_compiling() and not _NUMPY.isdisjoint(map(type, given)):
+            given = self.arguments(*map(_checks.plain, given))
         found = self.apply(given)
         if type(found) is not self.results:
             found = self.results(found) if self.count == 1 else self.results(*found)

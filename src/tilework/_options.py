@@ -15,25 +15,48 @@ construction, the call of the function and the repr are made from there::
             return squentropy(input, target, self.weight, **self.options())
 
 A field is keyword-only unless it says ``kw_only=False``; ``dataclasses.field`` and ``InitVar`` mean
-what they mean there. Type checkers read the same declaration.
+what they mean there. Type checkers read the same declaration. A :class:`StatefulModule` also
+declares what it makes and moves itself.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterable
-from typing import Any, ClassVar, dataclass_transform
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, Literal, dataclass_transform
 
+import torch
 from torch import Tensor, nn
 
+from tilework import _checks
 
-def buffer(*, default: Any = dataclasses.MISSING, kw_only: bool = True) -> Any:
-    """A field of an :class:`OptionsModule` that becomes a buffer: a tensor, or None for none."""
-    return dataclasses.field(default=default, kw_only=kw_only, metadata={"buffer": True})
+
+def buffer(*, default: Any = dataclasses.MISSING, kw_only: bool = True, exact: bool = False) -> Any:
+    """A field of an :class:`OptionsModule` that becomes a buffer: a tensor, or None for none.
+
+    One of a :class:`StatefulModule` may be ``exact``: a cast of the module does not round it.
+    """
+    metadata = {"buffer": True, "exact": exact}
+    return dataclasses.field(default=default, kw_only=kw_only, metadata=metadata)
+
+
+def state(
+    fresh: Callable[[Any], Tensor | None],
+    *,
+    persistent: bool = True,
+    init: Literal[False] = False,
+) -> Any:
+    """A buffer that a :class:`StatefulModule` makes itself, from its options, by ``fresh``.
+
+    One that is not ``persistent`` is not in the ``state_dict``, and made anew when one is loaded.
+    """
+    metadata = {"fresh": fresh, "persistent": persistent, "exact": True}
+    return dataclasses.field(init=init, metadata=metadata)
 
 
 @dataclass_transform(
-    eq_default=False, kw_only_default=True, field_specifiers=(dataclasses.field, buffer)
+    eq_default=False, kw_only_default=True, field_specifiers=(dataclasses.field, buffer, state)
 )
 class Options:
     """Makes the annotated fields of a class its constructor's arguments and its attributes."""
@@ -49,7 +72,8 @@ class Options:
         if cls._by_hand:
             return
         dataclasses.dataclass(eq=False, repr=False, match_args=False, kw_only=kw_only)(cls)
-        arguments = cls.__init__.__annotations__
+        set_fields = cls.__init__
+        arguments = set_fields.__annotations__
         for name, annotation in arguments.items():
             if isinstance(annotation, dataclasses.InitVar):
                 arguments[name] = annotation.type
@@ -62,6 +86,17 @@ class Options:
             and (field.init or field.default is not dataclasses.MISSING)  # else a state, made later
         )
         cls._passed = tuple(field.name for field in cls._shown if field.kw_only)
+
+        @functools.wraps(set_fields)
+        def __init__(self: Options, *args: Any, **kwargs: Any) -> None:
+            self._exist()
+            options = {name: _checks.plain(value) for name, value in kwargs.items()}
+            set_fields(self, *map(_checks.plain, args), **options)
+
+        cls.__init__ = __init__  # type: ignore[assignment, method-assign]
+
+    def _exist(self) -> None:
+        """Do what comes before the fields are set."""
 
     def __post_init__(self) -> None:
         """Check the options, once they are set."""
@@ -96,19 +131,8 @@ class OptionsModule(Options, nn.Module):
 
     __repr__ = nn.Module.__repr__
 
-    def __init_subclass__(cls, *, kw_only: bool = True) -> None:
-        """Let the module exist before its fields are set."""
-        super().__init_subclass__(kw_only=kw_only)
-        if cls._by_hand:
-            return
-        set_fields = cls.__init__
-
-        @functools.wraps(set_fields)
-        def __init__(self: OptionsModule, *args: Any, **kwargs: Any) -> None:
-            nn.Module.__init__(self)
-            set_fields(self, *args, **kwargs)
-
-        cls.__init__ = __init__  # type: ignore[assignment, method-assign]
+    def _exist(self) -> None:
+        nn.Module.__init__(self)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,3 +141,62 @@ class OptionsModule(Options, nn.Module):
                 value = getattr(self, field.name)
                 delattr(self, field.name)  # may have become a parameter
                 self.register_buffer(field.name, value)
+
+
+class StatefulModule(OptionsModule):
+    """A module with states of its own, which :meth:`reset_parameters` makes anew.
+
+    A cast of the module never rounds them, or a buffer that is ``exact``: it can only widen them.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in self._states():
+            persistent = field.metadata["persistent"]
+            self.register_buffer(field.name, field.metadata["fresh"](self), persistent=persistent)
+
+    def reset_parameters(self) -> None:
+        """Make the states as they were at first; tensors that were given stay as they are."""
+        for field in self._states():
+            self._renew(field)
+
+    def _states(self) -> Iterator[dataclasses.Field[Any]]:
+        declared = dataclasses.fields(self)  # type: ignore[arg-type]
+        return (field for field in declared if "fresh" in field.metadata)
+
+    def _renew(self, field: dataclasses.Field[Any]) -> None:
+        old = self._buffers[field.name]
+        with contextlib.nullcontext() if old is None else torch.device(old.device):
+            fresh = field.metadata["fresh"](self)
+        if old is not None and fresh is not None:
+            fresh = fresh.to(old.dtype)
+        setattr(self, field.name, fresh)
+
+    def _move(self, came: Tensor, **states: Tensor) -> None:
+        """Move running statistics; what is not finite, as it came or became, leaves all alone."""
+        finite = torch.stack([t.isfinite().all() for t in (came, *states.values())]).all()
+        for name, moved in states.items():
+            old = getattr(self, name)
+            old.copy_(moved.where(finite, old))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        exact = {
+            field.name: value
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            if field.metadata.get("exact") and (value := self._buffers[field.name]) is not None
+        }
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in exact.items():
+            after = self._buffers[name]
+            assert after is not None
+            dtype = torch.promote_types(before.dtype, after.dtype)
+            if not before.is_meta:
+                after = before.to(after.device)
+            self._buffers[name] = after.to(dtype)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        for field in self._states():
+            if not field.metadata["persistent"]:
+                self._renew(field)

@@ -374,9 +374,17 @@ def test_autocast() -> None:
         ("query must be a floating-point tensor", TypeError, {"query": QUERY.long()}),
         ("query must be of shape (T, H, E), got", ValueError, {"query": QUERY[None]}),
         ("key must be of query's", TypeError, {"key": KEY.float()}),
-        ("key must be of shape", ValueError, {"key": KEY[:, :1]}),
+        (
+            f"key must be of query's {QUERY.shape[1]} heads, or with enable_gqa=True",
+            ValueError,
+            {"key": KEY[:, :1]},
+        ),
         ("value must be of shape", ValueError, {"value": VALUE[:7]}),
-        ("layout must be a BlockLayout", TypeError, {"layout": LAYOUT.to_dense()}),
+        (
+            "layout must be a BlockLayout, which BlockLayout.from_dense makes of a mask",
+            TypeError,
+            {"layout": LAYOUT.to_dense()},
+        ),
         (
             "layout must have a batch of 1 or 3, got 2",
             ValueError,

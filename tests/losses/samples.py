@@ -49,6 +49,8 @@ class Loss(samples.Sample):
     """Arguments whose first dimension is that of the positions."""
     owned: tuple[str, ...] = ("weight",)
     """Tensors that the module takes in its constructor."""
+    positional: tuple[str, ...] = ()
+    """Options that the module takes by position, as the class of torch that it stands in for."""
     checks_owned: bool = False
     """Whether the constructor refuses them, which else the first call does."""
     class_index: bool = True

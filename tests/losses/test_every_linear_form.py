@@ -1,8 +1,10 @@
 """What every linear form keeps. The test file of its loss has its table."""
 
 import inspect
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,7 +18,7 @@ from tilework.losses import VocabShard
 
 import processes
 import samples
-from helpers import FLOATING, HALF, assert_exact, dtype_name
+from helpers import FLOATING, HALF, assert_exact, dtype_name, of_numpy
 from losses.linear_cross_entropy.problem import IMPLEMENTATIONS, Problem
 from losses.linear_forms import LinearForm
 
@@ -36,6 +38,76 @@ def test_every_linear_form_is_here() -> None:
         folder = ".classification." in function.__module__
         names |= {name} if folder and name.startswith("linear_") else set()
     assert names == {form.name for form in samples.collect(LinearForm)}
+
+
+LINEAR = [getattr(tilework.losses, n) for n in tilework.losses.__all__ if n.startswith("linear_")]
+
+
+@pytest.mark.parametrize("implementation", [None, "reference", "tiled"])
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 1, 3), (2, 0, 3), (2, 2, 1, 3)], ids=str)
+@pytest.mark.parametrize("function", LINEAR, ids=lambda function: function.__name__)
+def test_any_number_of_leading_dimensions(
+    function: Callable[..., Any], leading: tuple[int, ...], implementation: str | None
+) -> None:
+    """They are those of rows: results are the same, in the shape of the positions."""
+    rows, classes, features = math.prod(leading), 9, 4
+    names = inspect.signature(function).parameters
+    required = [name for name, p in names.items() if p.default is p.empty]
+    every, flat = {}, {}
+    for name in [*required, *({"token_weight", "mask"} & names.keys())]:
+        size = () if "input" not in name else (features,)
+        if name.endswith("weight") and name != "token_weight":
+            every[name] = flat[name] = torch.randn(classes, features)
+            continue
+        tensor = torch.randn(rows, *size) if size else torch.randint(classes, (rows,))
+        tensor = tensor.float().abs() if name == "token_weight" else tensor
+        tensor = tensor > 2 if name == "mask" else tensor
+        flat[name], every[name] = tensor, tensor.reshape((*leading, *size))
+    for tensors in (flat, every):
+        for name in required[:2]:
+            tensors[name] = tensors[name].detach().clone().requires_grad_()
+    for options in ({"reduction": "none"}, {}) if "reduction" in names else ({},):
+        options = options | {"implementation": implementation}
+        expected, actual = function(**flat, **options), function(**every, **options)
+        gradients = []
+        for tensors, result in ((flat, expected), (every, actual)):
+            values = result if isinstance(result, tuple) else (result,)
+            total = sum(value.sum() for value in values if value.is_floating_point())
+            gradients.append(torch.autograd.grad(total, [tensors[name] for name in required[:2]]))
+        pairs = zip(
+            actual if isinstance(actual, tuple) else (actual,),
+            expected if isinstance(expected, tuple) else (expected,),
+            strict=True,
+        )
+        for ours, theirs in pairs:
+            shape = leading if isinstance(actual, tuple) or "reduction" in options else ()
+            assert ours.shape == shape
+            torch.testing.assert_close(ours, theirs.reshape(shape), equal_nan=True)
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours.reshape(theirs.shape), theirs, equal_nan=True)
+
+
+@every_form
+def test_shift_along_the_last_of_many_dimensions(form: LinearForm) -> None:
+    input, weight = torch.randn(2, 3, 5, 4), torch.randn(9, 4)
+    target = torch.randint(9, (2, 3, 5))
+    options = {"shift": 2, "reduction": "none"}
+    expected = form.function(input.flatten(0, 1), weight, target.flatten(0, 1), **options)
+    actual = form.function(input, weight, target, **options)
+    torch.testing.assert_close(actual, expected.reshape(2, 3, 3))
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("implementation", ["triton", None])
+@every_form
+def test_scalars_of_numpy(form: LinearForm, implementation: str | None) -> None:
+    input, weight = torch.randn(2, 5, 4), torch.randn(9, 4)
+    target = torch.randint(9, (2, 5))
+    for options in form.options:
+        options = options | {"ignore_index": 3, "shift": 1, "implementation": implementation}
+        expected = form.function(input, weight, target, **options)
+        actual = form.function(input, weight, target, **of_numpy(options))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def check(form: LinearForm, problem: Problem, implementation: str) -> None:
@@ -307,7 +379,7 @@ def test_bad_targets(form: LinearForm) -> None:
 @pytest.mark.parametrize(
     ("message", "error", "change"),
     [
-        ("input must be of shape", ValueError, {"input": torch.zeros(4)}),
+        (r"input must be of shape \(\.\.\., D\)", ValueError, {"input": torch.zeros(())}),
         ("input must be a floating-point tensor", TypeError, {"input": torch.zeros(3, 4).int()}),
         ("linear_weight must be of shape", ValueError, {"linear_weight": torch.zeros(9, 3)}),
         (

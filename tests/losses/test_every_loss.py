@@ -8,7 +8,7 @@ import torch
 import tilework.losses
 
 import samples
-from helpers import FLOATING, HALF, assert_exact, dtype_name
+from helpers import FLOATING, HALF, assert_exact, dtype_name, of_numpy
 from losses.samples import Arguments, Loss, class_index
 
 # These have folders of tests of their own, linear forms of losses test_every_linear_form.py.
@@ -30,6 +30,17 @@ def test_every_loss_has_a_sample() -> None:
             reduces = "reduction" in inspect.signature(function).parameters
             names |= {name} if reduces or name.endswith("_loss") else set()
     assert names - ELSEWHERE <= {sample.name for sample in samples.collect(Loss)}
+
+
+@pytest.mark.untyped
+@every_loss
+def test_scalars_of_numpy_are_the_numbers_they_stand_for(sample: Loss) -> None:
+    for options in sample.options:
+        tensors, scalars = sample.draw(), of_numpy(options)
+        expected = sample.function(**tensors, **options)
+        assert torch.equal(sample.function(**tensors, **scalars), expected)
+        if sample.module is not None:
+            assert torch.equal(sample.call_module(tensors, scalars), expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_name)
@@ -199,7 +210,8 @@ def test_module(sample: Loss) -> None:
     for name, parameter in inspect.signature(sample.function).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             assert defaults[name].default == parameter.default
-            assert defaults[name].kind is parameter.KEYWORD_ONLY
+            by_position = defaults[name].kind is not parameter.KEYWORD_ONLY
+            assert by_position == (name in sample.positional)
     with pytest.raises(TypeError, match="unexpected keyword"):
         sample.module(**owned, reductoin="mean")
     if sample.reductions != ({},):

@@ -124,6 +124,28 @@ def test_module_with_offset_and_residual():
     assert (meta.weight.device.type, meta.weight.dtype) == ("meta", torch.bfloat16)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_module_with_an_implementation(implementation: str) -> None:
+    module, input = RMSNorm(7, implementation=implementation), torch.randn(3, 7)
+    expected = rms_norm(input, 7, *module.parameters(), implementation=implementation)
+    assert torch.equal(module(input), expected)
+    assert f"implementation={implementation!r}" in repr(module)
+    with pytest.raises(ValueError, match="rms_norm: implementation must be one of"):
+        RMSNorm(7, implementation="cuda")
+    with pytest.raises(ValueError, match="'triton' cannot be used"):
+        RMSNorm(7, implementation="triton")(input.double())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_stream_in_float32_stays_so_under_autocast(implementation: str) -> None:
+    """As after a linear layer, whose result is in half precision."""
+    stream, branch = torch.randn(5, 7), torch.randn(5, 7).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, total = RMSNorm(7, implementation=implementation)(branch, stream)
+    assert torch.equal(total, branch + stream)
+    assert (output.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+
+
 INPUT, WEIGHT = torch.ones(3, 4), torch.ones(4)
 
 

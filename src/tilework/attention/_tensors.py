@@ -28,8 +28,9 @@ def check_tensors(
         if kv_heads == 0 or heads % kv_heads:
             expected = f"of a number of heads that divides query's {heads}"
             raise _checks.bad_value(function, "key", expected, key)
-    else:
-        kv_heads = heads
+    elif kv_heads != heads:
+        expected = f"of query's {heads} heads, or with enable_gqa=True of a divisor of them"
+        raise _checks.bad_value(function, "key", expected, key)
     _checks.shape(function, "key", key, (batch, kv_heads, keys, features))
     if value is not None:
         _checks.shape(function, "value", value, (batch, kv_heads, keys, value.shape[-1]))

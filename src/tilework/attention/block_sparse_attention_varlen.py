@@ -1,5 +1,7 @@
 """Block-sparse attention of sequences that are packed one after another."""
 
+from typing import Literal, overload
+
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
@@ -15,6 +17,57 @@ __all__ = ["block_sparse_attention_varlen"]
 
 _NAME = "block_sparse_attention_varlen"
 TABLES["attention.block_sparse_attention_varlen"] = block_sparse.IMPLEMENTATIONS
+
+
+@overload
+def block_sparse_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: Literal[False] = False,
+    implementation: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: Literal[True],
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def block_sparse_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 @implements(

@@ -87,6 +87,12 @@ class SeerGate(nn.Module):
         Attention in Your LLMs. 2024. arXiv:2410.13276.
     """
 
+    head_dim: int
+    num_heads: int
+    num_kv_heads: int
+    block_size: int
+    gate_dim: int
+    rope_theta: float | None
     q_weight: nn.Parameter | None
 
     def __init__(
@@ -127,13 +133,13 @@ class SeerGate(nn.Module):
         if not q_projection and q_features != gate_dim:
             expected = f"len(q_pool) * head_dim = {q_features} with q_projection=False"
             raise _checks.bad_value(_NAME, "gate_dim", expected, gate_dim)
-        self.head_dim = head_dim
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.block_size = block_size
-        self.gate_dim = gate_dim
+        self.head_dim = _checks.plain(head_dim)
+        self.num_heads = _checks.plain(num_heads)
+        self.num_kv_heads = _checks.plain(num_kv_heads)
+        self.block_size = _checks.plain(block_size)
+        self.gate_dim = _checks.plain(gate_dim)
         self.q_projection = q_projection
-        self.rope_theta = rope_theta
+        self.rope_theta = _checks.plain(rope_theta)
 
         def weight(heads: int, features: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(heads, features, gate_dim, device=device, dtype=dtype))

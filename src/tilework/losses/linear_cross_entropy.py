@@ -65,9 +65,9 @@ def linear_cross_entropy(
     everything after them is computed in float32 (float64 for float64). Deterministic.
 
     Args:
-        input: Hidden states, shape ``(N, D)`` or ``(B, T, D)``, any strides.
+        input: Hidden states, shape ``(..., D)``, any strides.
         linear_weight: The head's weight, shape ``(V, D)``, of ``input``'s dtype.
-        target: Class indices, int64 of shape ``(N)`` or ``(B, T)``.
+        target: Class indices, int64 of shape ``(...)``.
         linear_bias: The head's bias, shape ``(V)``, of ``input``'s dtype.
         weight: Class weights, shape ``(V)``, any floating dtype; a constant.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -77,7 +77,8 @@ def linear_cross_entropy(
         z_loss: Coefficient of the squared log-sum-exp, at least 0. Class weights do not scale it.
         token_weight: A weight for each position, of ``target``'s shape, any floating dtype; a
             constant. Not read at ignored positions.
-        shift: With ``k`` above 0, position ``t`` predicts ``target[:, t + k]``; needs 3-D input.
+        shift: With ``k`` above 0, position ``t`` predicts ``target[..., t + k]``; needs sequences,
+            ``input`` of shape ``(..., B, T, D)``.
         gradient_filter: None is exact. With :math:`\varphi` in (0, 1), the backward pass may leave
             out gradients of logits whose absolute values add up, in each position, to at most
             :math:`\varphi` times the coefficients of its probabilities, :math:`|\tau_i| ((1 - s)
@@ -125,8 +126,8 @@ def linear_cross_entropy(
         a bound: the published kernel skips tiles by ``softmax - onehot`` alone, which loses most of
         the gradient of a z-loss. Nothing is accumulated with atomics. A head that is spread over
         processes has no second derivative. ``torch.nn.functional.linear_cross_entropy`` returns
-        half precision for half input and takes ``options``, unbatched input, probability targets
-        and K-dimensional weights, which are refused here.
+        half precision for half input and takes ``options``, probability targets and K-dimensional
+        weights, which are refused here.
 
     Reference:
         Erik Wijmans, Brody Huval, Alexander Hertzberg, Vladlen Koltun, Philipp Krähenbühl. Cut
@@ -216,10 +217,10 @@ class LinearCrossEntropy(OptionsModule):
 
 @_PAPER
 class LinearCrossEntropyLoss(LinearCrossEntropy):
-    """A linear head and its :func:`linear_cross_entropy`, in place of torch's layer of this name.
+    """A linear head, and its loss, in place of ``torch.nn.LinearCrossEntropyLoss``.
 
-    The ``state_dict`` and the initialization are those of ``torch.nn.LinearCrossEntropyLoss``, the
-    other options those of the function.
+    The ``state_dict`` and the initialization are those of torch's layer, the other options those of
+    :func:`linear_cross_entropy`.
 
     Args:
         in_features: Width ``D`` of the hidden states.
@@ -239,7 +240,8 @@ class LinearCrossEntropyLoss(LinearCrossEntropy):
         torch.Size([])
 
     Deviations:
-        torch's ``out_features`` (K-dimensional losses) and ``options`` are not offered.
+        torch's ``out_features`` (K-dimensional losses) and ``options`` are not offered. Its
+        ``ignore_index`` of None, for classes -100, is -100 here.
 
     Reference:
         As :func:`linear_cross_entropy`.

@@ -85,9 +85,9 @@ def linear_log_probs(
     (float64 for float64). Deterministic.
 
     Args:
-        input: Hidden states, shape ``(N, D)`` or ``(B, T, D)``, any strides.
+        input: Hidden states, shape ``(..., D)``, any strides.
         linear_weight: The head's weight, shape ``(V, D)``, of ``input``'s dtype.
-        target: Class indices, int64 of shape ``(N)`` or ``(B, T)``.
+        target: Class indices, int64 of shape ``(...)``.
         linear_bias: The head's bias, shape ``(V)``, of ``input``'s dtype.
         softcap: Bound of the head's output, above 0, applied before the temperature.
         temperature: Divisor of the logits, above 0.

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import InitVar, field
+from typing import overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tilework import _checks
+from tilework import _checks, _implementations
 from tilework._implementations import TABLES
 from tilework.catalog import implements
 from tilework.norms import _row_norm
@@ -18,6 +19,32 @@ __all__ = ["LayerNorm", "layer_norm"]
 _NAME = "layer_norm"
 _TABLE = TABLES["norms.layer_norm"] = _row_norm.IMPLEMENTATIONS
 _PAPER = implements("Layer Normalization", year=2016, arxiv="1607.06450")
+
+
+@overload
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: None = None,
+    implementation: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 @_PAPER
@@ -59,7 +86,8 @@ def layer_norm(
 
     Returns:
         The normalized tensor, of ``input``'s shape and dtype. With ``residual`` the pair of it and
-        the sum, rounded to ``input``'s dtype; the first is computed from the unrounded sum.
+        the sum, of the dtype that the two promote to, but float64 for float64 input alone; the
+        first is computed from the unrounded sum.
 
     Raises:
         ValueError: A shape, option or implementation is not one of those above.
@@ -109,6 +137,7 @@ class LayerNorm(NormLayer, nn.LayerNorm):  # type: ignore[misc]
         bias: Whether there is a parameter ``bias`` too.
         device: Device of the parameters.
         dtype: Their dtype.
+        implementation: As in :func:`layer_norm`.
 
     Raises:
         ValueError: A size or option is out of range.
@@ -128,6 +157,7 @@ class LayerNorm(NormLayer, nn.LayerNorm):  # type: ignore[misc]
     function = _NAME
     eps: float = field(default=1e-5, kw_only=False)
     bias: InitVar[bool] = field(default=True, kw_only=False)
+    implementation: str | None = None
 
     def __post_init__(
         self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
@@ -136,11 +166,24 @@ class LayerNorm(NormLayer, nn.LayerNorm):  # type: ignore[misc]
 
     def _check(self) -> None:
         _checks.at_least(_NAME, "eps", self.eps, 0)
+        _implementations.check_name(_NAME, _TABLE, self.implementation)
 
-    def forward(  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def forward(self, input: Tensor, residual: None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the normalized tensor, with ``residual`` the pair of it and the sum."""
         return layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps, residual=residual
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            residual=residual,
+            **self.options(),
         )

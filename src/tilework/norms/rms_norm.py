@@ -1,11 +1,12 @@
 """Root mean square layer normalization, with a fused residual."""
 
 from collections.abc import Sequence
+from typing import overload
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tilework import _checks
+from tilework import _checks, _implementations
 from tilework._implementations import TABLES
 from tilework.catalog import implements
 from tilework.norms import _row_norm
@@ -16,6 +17,32 @@ __all__ = ["RMSNorm", "rms_norm"]
 _NAME = "rms_norm"
 _TABLE = TABLES["norms.rms_norm"] = _row_norm.IMPLEMENTATIONS
 _PAPER = implements("Root Mean Square Layer Normalization", year=2019, arxiv="1910.07467")
+
+
+@overload
+def rms_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: None = None,
+    weight_offset: float = 0.0,
+    implementation: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def rms_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: Tensor,
+    weight_offset: float = 0.0,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 @_PAPER
@@ -57,7 +84,8 @@ def rms_norm(
 
     Returns:
         The normalized tensor, of ``input``'s shape and dtype. With ``residual`` the pair of it and
-        the sum, rounded to ``input``'s dtype; the first is computed from the unrounded sum.
+        the sum, of the dtype that the two promote to, but float64 for float64 input alone; the
+        first is computed from the unrounded sum.
 
     Raises:
         ValueError: A shape, option or implementation is not one of those above, or
@@ -110,6 +138,7 @@ class RMSNorm(NormLayer, nn.RMSNorm):  # type: ignore[misc]
         device: Device of the weight.
         dtype: Its dtype.
         weight_offset: Added to the weight, which starts at ``1 - weight_offset``.
+        implementation: As in :func:`rms_norm`.
 
     Raises:
         ValueError: A size or option is out of range.
@@ -128,16 +157,24 @@ class RMSNorm(NormLayer, nn.RMSNorm):  # type: ignore[misc]
 
     function = _NAME
     weight_offset: float = 0.0
+    implementation: str | None = None
 
     def _check(self) -> None:
         _check_options(self.eps, self.weight_offset, self.elementwise_affine)
+        _implementations.check_name(_NAME, _TABLE, self.implementation)
 
     def reset_parameters(self) -> None:
         """Set the gain to 1."""
         if self.weight is not None:
             nn.init.constant_(self.weight, 1 - self.weight_offset)
 
-    def forward(  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def forward(self, input: Tensor, residual: None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the normalized tensor, with ``residual`` the pair of it and the sum."""

@@ -208,7 +208,11 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("query must be of shape (B, H, L, E)", ValueError, {"query": QUERY[0]}),
     ("key must be of query's", TypeError, {"key": KEY.float()}),
     ("key must be of shape", ValueError, {"key": KEY[..., :4]}),
-    ("key must be of shape", ValueError, {"enable_gqa": False}),
+    (
+        f"key must be of query's {QUERY.shape[1]} heads, or with enable_gqa=True",
+        ValueError,
+        {"enable_gqa": False},
+    ),
     ("key must be of a number of heads that divides", ValueError, {"query": QUERY[:, :3]}),
     ("key must lie on the device of query", ValueError, {"key": KEY.to("meta")}),
     ("scale must be a number", TypeError, {"scale": "large"}),

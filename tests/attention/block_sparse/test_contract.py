@@ -159,14 +159,22 @@ def test_autocast(implementation: str) -> None:
         ("query must be a floating-point tensor", TypeError, {"query": QUERY.long()}),
         ("key must be of shape", ValueError, {"key": KEY[0]}),
         ("key must be of query's", TypeError, {"key": KEY.float()}),
-        ("key must be of shape", ValueError, {"key": KEY[:, :1]}),
+        (
+            f"key must be of query's {QUERY.shape[1]} heads, or with enable_gqa=True",
+            ValueError,
+            {"key": KEY[:, :1]},
+        ),
         ("value must be of shape", ValueError, {"value": VALUE[:, :, :7]}),
         (
             "key must be of a number of heads that divides",
             ValueError,
             {"query": torch.zeros(2, 3, 11, 5).double(), "enable_gqa": True},
         ),
-        ("layout must be a BlockLayout", TypeError, {"layout": MASK}),
+        (
+            "layout must be a BlockLayout, which BlockLayout.from_dense makes of a mask",
+            TypeError,
+            {"layout": MASK},
+        ),
         (
             "layout must have (3, 3) blocks, as query and key have (11, 11) positions in blocks of "
             "(4, 4), got (2, 3)",

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tilework.losses import CrossEntropyWithZLoss, cross_entropy_with_z_loss
 
@@ -49,7 +49,11 @@ def soft(weight: bool = False) -> Arguments:
 
 
 OPTIONS = ({}, {"label_smoothing": 0.2, "z_loss": 0.3})
-ARGUMENTS: dict[str, Any] = {"definition": definition, "module": CrossEntropyWithZLoss}
+ARGUMENTS: dict[str, Any] = {
+    "definition": definition,
+    "module": CrossEntropyWithZLoss,
+    "positional": ("ignore_index", "reduction", "label_smoothing"),
+}
 
 
 @samples.of(Loss)
@@ -65,7 +69,19 @@ def table() -> list[Loss]:
                     {"label_smoothing": 1.5},
                 ),
                 ("z_loss must be a finite number of at least 0", ValueError, {"z_loss": -1.0}),
-                ("target must be of shape", ValueError, {"target": torch.zeros(4, 2)}),
+                *(
+                    (
+                        r"target must be int64 of shape \(4,\), or floating.* of shape \(4, 3\)",
+                        error,
+                        {"target": target},
+                    )
+                    for error, target in (
+                        (ValueError, torch.zeros(4, 2)),
+                        (ValueError, torch.zeros(4)),
+                        (ValueError, torch.zeros(4, 3).long()),
+                        (TypeError, torch.zeros(4).int()),
+                    )
+                ),
                 (
                     "ignore_index must be negative where the targets are probabilities",
                     ValueError,
@@ -127,3 +143,15 @@ def test_a_shift_changes_the_penalty_only() -> None:
     expected = cross_entropy_with_z_loss(input, target, z_loss=0.1)
     penalties = 0.1 * ((log_sum + 2).square() - log_sum.square())
     torch.testing.assert_close(actual - expected, penalties.mean())
+
+
+@pytest.mark.untyped
+def test_arguments_in_the_order_of_torch() -> None:
+    arguments = (torch.rand(7), None, 2, None, "sum", 0.1)
+    ours, theirs = CrossEntropyWithZLoss(*arguments, z_loss=0.0), nn.CrossEntropyLoss(*arguments)
+    input, target = torch.randn(9, 7), torch.arange(9) % 7
+    torch.testing.assert_close(ours(input, target), theirs(input, target))
+    for argument in ("size_average", "reduce"):
+        message = f"^cross_entropy_with_z_loss: {argument} must be None, .*, got True$"
+        with pytest.raises(ValueError, match=message):
+            CrossEntropyWithZLoss(**{argument: True})

@@ -336,3 +336,23 @@ def test_values_that_are_not_read_show(reads: bool) -> None:
     values = torch.tensor([1.0, torch.inf, 2.0])
     losses = number_token_loss(torch.zeros(2, 3), torch.tensor([0, 1]), values, reduction="none")
     assert not losses.isfinite().any()
+
+
+@pytest.mark.parametrize("cls", [NumberTokenLoss, NumberTokenCrossEntropyLoss])
+def test_bfloat16_keeps_token_values(cls: Callable[[Tensor], torch.nn.Module]) -> None:
+    """Of which it has no 1001."""
+    values = torch.tensor([1000.0, 1001.0, torch.nan])
+    input, target = torch.randn(5, 3).bfloat16(), torch.tensor([0, 1, 0, 1, 1])
+    module = cls(values)
+    expected = module(input, target)
+    assert torch.equal(module.to(torch.bfloat16)(input, target), expected)
+    assert torch.equal(torch.nn.Sequential(module).half()[0].token_values[:2], values[:2])
+
+
+def test_on_meta_the_number_of_numbers_waits_for_values() -> None:
+    with torch.device("meta"):
+        module = NumberTokenLoss(torch.tensor([torch.nan, 4.0, 5.0]))
+    assert module.numbers is None
+    assert module(torch.zeros(2, 3, device="meta"), torch.zeros(2, device="meta").long()).is_meta
+    module.to_empty(device="cpu").load_state_dict({"token_values": VALUES[:3].float()})
+    assert module.numbers.tolist() == [0, 2]

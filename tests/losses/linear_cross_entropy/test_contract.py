@@ -28,8 +28,7 @@ BATCH = torch.ones(2, 3, 7)
 BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("input must be a floating-point tensor", TypeError, {"input": HIDDEN.long()}),
     ("input must be a floating-point tensor", TypeError, {"input": [1.0]}),
-    ("input must be of shape (N, D) or (B, T, D)", ValueError, {"input": HIDDEN[0]}),
-    ("input must be of shape (N, D) or (B, T, D)", ValueError, {"input": BATCH[None]}),
+    ("input must be of shape (..., D)", ValueError, {"input": HIDDEN[0, 0]}),
     ("input must be of shape", ValueError, {"input": HIDDEN[:, :0], "linear_weight": HEAD[:, :0]}),
     ("linear_weight must be a floating-point tensor", TypeError, {"linear_weight": HEAD.int()}),
     ("linear_weight must be of input's torch.float32", TypeError, {"linear_weight": HEAD.half()}),
@@ -63,7 +62,7 @@ BAD: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("z_loss must be a finite number of at least 0", ValueError, {"z_loss": float("nan")}),
     ("shift must be an int of at least 0", ValueError, {"shift": -1}),
     ("shift must be an int", TypeError, {"shift": 1.0}),
-    ("shift above 0 must come with input of shape (B, T, D)", ValueError, {"shift": 1}),
+    ("shift above 0 must come with input of shape (..., B, T, D)", ValueError, {"shift": 1}),
     (
         "be below T, got shift=3",
         ValueError,

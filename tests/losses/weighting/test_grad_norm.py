@@ -251,6 +251,36 @@ def test_initial_losses() -> None:
     assert found.initial_losses is first
 
 
+def test_measures_from_the_first_losses_that_progress_can_be_measured_from() -> None:
+    """Of 0 or what is not finite, no loss is a part: the weights wait for others."""
+    shared = torch.ones(2, requires_grad=True)
+
+    def losses(*scales: float) -> list[Tensor]:
+        return [scale * shared.sum() for scale in scales]
+
+    criterion = GradNorm(2)
+    for scales in ((0.0, 1.0), (1.0, torch.nan), (torch.inf, 1.0), (-1.0, 1.0)):
+        criterion(losses(*scales), shared)
+        assert criterion.weights.tolist() == [1, 1]
+        assert criterion.step == 0
+    criterion(losses(2.0, 6.0), shared)
+    criterion(losses(1.0, 6.0), shared)
+    twin = GradNorm(2, initial_losses=[4.0, 12.0])
+    twin(losses(2.0, 6.0), shared)
+    twin(losses(1.0, 6.0), shared)
+    for name in ("weights", "exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(getattr(criterion, name), getattr(twin, name))
+    assert criterion.step == 2
+    criterion = GradNorm(2)
+    with torch.inference_mode():
+        criterion(losses(2.0, 6.0), shared)
+    criterion(losses(1.0, 6.0), shared)
+    assert criterion.initial_losses.tolist() == [4, 12]
+    for value in (0.0, -1.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match=r"^GradNorm: initial_losses\[1\] must be a finite"):
+            GradNorm(2, initial_losses=[1.0, value])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     tasks = Tasks(dtype)

@@ -36,7 +36,7 @@ def _call(dtype: torch.dtype, centered: bool, num_features: int) -> None:
     weight = torch.empty(num_features, dtype=dtype)
     bias = weight if centered else None
     options = (1, num_features, 1e-5, 1.0, centered)
-    given = RowNorm(input, input, weight, bias, *options, dtype, "triton")
+    given = RowNorm(input, input, weight, bias, *options, dtype, dtype, "triton")
     _both(given, input, [True, True, centered])
 
 
@@ -44,7 +44,8 @@ def _strided() -> None:
     """Heads of queries with weights of their own, before they are transposed."""
     query = torch.empty(2, 5, 3, 128, dtype=torch.bfloat16).transpose(1, 2)
     options = (1, 128, 1e-5, 0.0, False)
-    given = RowNorm(query, query, torch.empty(5, 128), None, *options, query.dtype, "triton")
+    dtypes = query.dtype, query.dtype
+    given = RowNorm(query, query, torch.empty(5, 128), None, *options, *dtypes, "triton")
     _both(given, query, [True, True, False])
 
 

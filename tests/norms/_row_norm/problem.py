@@ -54,15 +54,25 @@ class Problem:
         def leaf(shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor | None:
             return None if dtype is None else torch.randn(shape).to(dtype).requires_grad_()
 
-        return cls(
+        problem = cls(
             centered,
             torch.randn(shape).to(dtype).requires_grad_(),
             leaf(shape, residual),
             leaf(parameter, weight),
             leaf(parameter, bias) if centered else None,
             offset=0.0 if centered else offset,
-            upstream=[torch.randn(shape).to(dtype) for _ in range(1 if residual is None else 2)],
         )
+        dtypes = [dtype] if residual is None else [dtype, problem.sum_dtype]
+        problem.upstream = [torch.randn(shape).to(dtype) for dtype in dtypes]
+        return problem
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """The wider dtype of the two, but float64 for float64 input alone."""
+        if self.residual is None or self.input.dtype == torch.float64:
+            return self.input.dtype
+        wider = (self.input + self.residual).dtype
+        return torch.float32 if wider == torch.float64 else wider
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -107,7 +117,7 @@ class Problem:
             output = F.rms_norm(total, size, None, self.eps) * gain
         else:
             output = F.rms_norm(total, size, gain, self.eps)
-        outputs = (output.to(self.input.dtype), total.to(self.input.dtype))
+        outputs = (output.to(self.input.dtype), total.to(self.sum_dtype))
         return outputs if residual is not None else outputs[:1]
 
     def solve(self, run: Callable[["Problem"], Iterable[Tensor]]) -> Results:

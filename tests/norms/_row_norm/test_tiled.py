@@ -16,7 +16,7 @@ def test_tiles_keep_statistics_of_the_rounded_sum_in_float32(dtype: torch.dtype)
     """The gradients are computed from them and from that sum."""
     input, residual = torch.randn(2, 64, 100).to(dtype)
     _, total, mean, rstd = tiled.forward(
-        RowNorm(input, residual, None, None, 1, 100, 1e-5, 0.0, True, dtype, "tiled")
+        RowNorm(input, residual, None, None, 1, 100, 1e-5, 0.0, True, dtype, dtype, "tiled")
     )
     exact = total.double()
     assert_close(mean.double(), exact.mean(1), rtol=1e-5, atol=1e-6)

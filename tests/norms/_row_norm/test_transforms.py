@@ -208,7 +208,7 @@ def test_operators(fused: bool, centered: bool) -> None:
     operators = torch.ops.tilework
     operator = operators.row_norm_of_sum if fused else operators.row_norm
     for implementation in ("triton", "tiled"):
-        given = RowNorm(*tensors, *options, dtype if fused else None, implementation)
+        given = RowNorm(*tensors, *options, dtype, dtype if fused else None, implementation)
         torch.library.opcheck(operator, tuple(given))
     upstream = [torch.randn(3, 2, 7, requires_grad=True) for _ in range(1 + fused)]
     upstream += [None] * (2 - len(upstream))  # type: ignore[list-item]

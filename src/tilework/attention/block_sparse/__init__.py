@@ -1,5 +1,7 @@
 """Softmax attention that is restricted to blocks of keys for each block of queries."""
 
+from typing import Literal, overload
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,6 +33,51 @@ IMPLEMENTATIONS = TABLES["attention.block_sparse_attention"] = (
     ),
     Implementation.reference("all scores, several times"),
 )
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: Literal[False] = False,
+    implementation: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: Literal[True],
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 @implements(
@@ -168,7 +215,11 @@ def attend(
 def check_lists(function: str, query: Tensor, layout: object, batch: int, kv_heads: int) -> None:
     """Refuse what is no layout for a batch and the heads of a query (B, H, L, E)."""
     if not isinstance(layout, BlockLayout):
-        raise _checks.bad_type(function, "layout", "a BlockLayout", layout)
+        accepted = (
+            "a BlockLayout, which BlockLayout.from_dense makes of a mask of blocks, "
+            "BlockLayout.from_flex of a BlockMask"
+        )
+        raise _checks.bad_type(function, "layout", accepted, layout)
     heads = query.shape[1]
     if layout.shape[1] not in (1, kv_heads, heads):
         raise ValueError(

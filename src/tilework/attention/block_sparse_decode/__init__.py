@@ -1,6 +1,7 @@
 """Attention of one or a few query tokens to selected blocks of a contiguous or paged cache."""
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Float, Integer
@@ -40,6 +41,57 @@ IMPLEMENTATIONS = (
 )
 for _name in ("block_sparse_decode", "paged_block_sparse_decode"):
     TABLES[f"attention.{_name}"] = IMPLEMENTATIONS
+
+
+@overload
+def block_sparse_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_indices: Tensor | None = None,
+    kv_num_blocks: Tensor | None = None,
+    *,
+    seq_lengths: Tensor | None = None,
+    block_size: int = 64,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    implementation: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_indices: Tensor | None = None,
+    kv_num_blocks: Tensor | None = None,
+    *,
+    seq_lengths: Tensor | None = None,
+    block_size: int = 64,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def block_sparse_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_indices: Tensor | None = None,
+    kv_num_blocks: Tensor | None = None,
+    *,
+    seq_lengths: Tensor | None = None,
+    block_size: int = 64,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 @_PAPER
@@ -168,6 +220,60 @@ def block_sparse_decode(
         return_lse,
         implementation,
     )
+
+
+@overload
+def paged_block_sparse_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lengths: Tensor,
+    kv_indices: Tensor | None = None,
+    kv_num_blocks: Tensor | None = None,
+    *,
+    block_size: int = 64,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    implementation: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def paged_block_sparse_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lengths: Tensor,
+    kv_indices: Tensor | None = None,
+    kv_num_blocks: Tensor | None = None,
+    *,
+    block_size: int = 64,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def paged_block_sparse_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lengths: Tensor,
+    kv_indices: Tensor | None = None,
+    kv_num_blocks: Tensor | None = None,
+    *,
+    block_size: int = 64,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 @_PAPER

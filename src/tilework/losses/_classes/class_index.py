@@ -110,11 +110,24 @@ def positions(
     return Positions(logits, target, kept, class_weight, weights, result_dtype(input))
 
 
-def check_target(function: str, argument: str, target: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse what is not one class index for each position."""
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        raise _checks.bad_type(function, argument, f"int64 of shape {shape}", target)
-    _checks.shape(function, argument, target, shape)
+def check_target(
+    function: str,
+    argument: str,
+    target: Tensor,
+    shape: tuple[int, ...],
+    *,
+    soft: tuple[int, ...] | None = None,
+) -> None:
+    """Refuse what is not one class index for each position, or floating of shape ``soft``."""
+    accepted = f"int64 of shape {shape}"
+    if soft is not None:
+        accepted += f", or floating-point of shape {soft}"
+    is_soft = soft is not None and isinstance(target, Tensor) and target.is_floating_point()
+    if not isinstance(target, Tensor) or not (is_soft or target.dtype == torch.int64):
+        raise _checks.bad_type(function, argument, accepted, target)
+    if tuple(target.shape) != (soft if is_soft else shape):
+        accepted = f"of shape {shape}" if soft is None else accepted
+        raise _checks.bad_value(function, argument, accepted, target)
 
 
 def inside(function: str, target: Tensor, ignore_index: int, classes: int) -> Tensor:

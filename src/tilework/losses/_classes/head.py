@@ -25,8 +25,8 @@ def check(
     accepted = f"of {input_name}'s {input.dtype}"
     if linear_weight.dtype != input.dtype:
         raise _checks.bad_type(function, weight_name, accepted, linear_weight)
-    if input.dim() not in (2, 3) or input.shape[-1] == 0:
-        shape = "of shape (N, D) or (B, T, D), D >= 1"
+    if input.dim() == 0 or input.shape[-1] == 0:
+        shape = "of shape (..., D), D >= 1"
         raise _checks.bad_value(function, input_name, shape, input)
     features = input.shape[-1]
     if linear_weight.dim() != 2 or linear_weight.shape[1] != features or not linear_weight.shape[0]:

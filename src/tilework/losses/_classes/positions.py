@@ -259,7 +259,10 @@ class OfHead(Positions):
 
     def restored(self, losses: Tensor) -> Tensor:
         """Losses of positions as the caller gets them."""
-        return self.layout.of_tokens(losses.reshape(self.padded_shape)[..., : self.shape[-1]])
+        losses = losses.reshape(self.padded_shape)
+        if self.shape != self.padded_shape:
+            losses = losses[..., : self.shape[-1]]
+        return self.layout.of_tokens(losses)
 
     def detached(self) -> "OfHead":
         """The same without gradients."""
@@ -364,10 +367,10 @@ def of_head(
     ):
         if constant is not None:
             _checks.constant(function, name, constant, size)
-    if shift and (input.dim() != 3 or shift >= input.shape[1] or layout.splits_sequences):
+    if shift and (input.dim() < 3 or shift >= input.shape[-2] or layout.splits_sequences):
         raise ValueError(
-            f"{function}: shift above 0 must come with input of shape (B, T, D), whole sequences, "
-            f"and be below T, got shift={shift} and input {_checks.describe(input)}"
+            f"{function}: shift above 0 must come with input of shape (..., B, T, D), whole "
+            f"sequences, and be below T, got shift={shift} and input {_checks.describe(input)}"
         )
     _checks.same_device(
         function,
@@ -387,13 +390,13 @@ def of_head(
         linear_bias=linear_bias,
         is_sum=is_sum and _is_whole(layout, gradient_filter),
     )
-    shape = (*target.shape[:-1], target.shape[-1] - shift)
+    padded_shape = shape = tuple(target.shape)
     if shift:
+        shape = (*shape[:-1], shape[-1] - shift)
         # Positions without a target are ignored, so that the input needs no copy.
-        target = F.pad(target[:, shift:], (0, shift), value=ignore_index)
+        target = F.pad(target[..., shift:], (0, shift), value=ignore_index)
         if token_weight is not None:
-            token_weight = F.pad(token_weight[:, shift:], (0, shift))
-    padded_shape = tuple(target.shape)
+            token_weight = F.pad(token_weight[..., shift:], (0, shift))
     flat = input.reshape(-1, input.shape[-1])
     if token_weight is not None:
         token_weight = token_weight.reshape(-1)

@@ -218,7 +218,7 @@ def _localize_distributed(
     token_dims = [dim for dim in range(mesh.ndim) if not placements[dim].is_replicate()]
     if (
         input.device_mesh != mesh
-        or not all(placements[dim] in (Shard(0), Shard(input.dim() - 2)) for dim in token_dims)
+        or not {placements[dim] for dim in token_dims} <= set(map(Shard, range(input.dim() - 1)))
         or set(token_dims) & set(spread)
     ):
         raise ValueError(
@@ -257,7 +257,7 @@ def _localize_distributed(
         )
 
     shard = _shard_of(function, weight_name, linear_weight, mesh, spread[0]) if spread else None
-    splits_sequences = any(placement.is_shard(1) for placement in placements)
+    splits_sequences = any(placement.is_shard(input.dim() - 2) for placement in placements)
     return Layout(shard, token_groups, splits_sequences, wrap if token_dims else None), locals_
 
 

@@ -1,12 +1,10 @@
 """Calibeating: predict the mean outcome of similar predictions."""
 
-from dataclasses import field
-
 import torch
 from torch import Tensor
 
 from tilework import _checks
-from tilework._options import OptionsModule
+from tilework._options import StatefulModule, state
 from tilework.catalog import implements
 
 __all__ = ["Calibeating"]
@@ -15,7 +13,7 @@ _NAME = "Calibeating"
 
 
 @implements("Online Platt Scaling with Calibeating", year=2023, arxiv="2305.00070")
-class Calibeating(OptionsModule):
+class Calibeating(StatefulModule):
     r"""Replace a probability by the mean of past outcomes in its bin.
 
     With :math:`B` = ``num_bins`` bins of equal width:
@@ -50,13 +48,8 @@ class Calibeating(OptionsModule):
     """
 
     num_bins: int = 10
-    counts: Tensor = field(init=False)
-    positives: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.register_buffer("counts", torch.zeros(self.num_bins, dtype=torch.int64))
-        self.register_buffer("positives", torch.zeros(self.num_bins, dtype=torch.int64))
+    counts: Tensor = state(lambda self: torch.zeros(self.num_bins, dtype=torch.int64))
+    positives: Tensor = state(lambda self: torch.zeros(self.num_bins, dtype=torch.int64))
 
     def _check(self) -> None:
         _checks.count(_NAME, "num_bins", self.num_bins)

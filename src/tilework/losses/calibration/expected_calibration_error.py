@@ -233,9 +233,14 @@ def _diagram(
     else:
         inner = torch.linspace(0, 1, num_bins + 1, dtype=ends.dtype, device=ends.device)[1:-1]
     edges = torch.cat([ends[:1], inner, ends[1:]])
-    bins = torch.bucketize(confidence, inner, right=True)
-    members = (bins.unsqueeze(1) == torch.arange(num_bins, device=kept.device)) & kept.unsqueeze(1)
-    count = members.sum(0)
-    total = confidence.unsqueeze(1).where(members, 0).sum(0)
-    right = (members & correct.unsqueeze(1)).sum(0).to(confidence.dtype)
+    bins = torch.bucketize(confidence, inner, right=True, out_int32=True)
+    bins = bins.where(kept, num_bins)
+    # One bin at a time: all at once, they would take as many times the memory of the positions.
+    parts = []
+    for number in range(num_bins):
+        members = bins == number
+        total = confidence.where(members, 0).sum()
+        parts.append((total, members.sum(), (members & correct).sum()))
+    total, count, right = (torch.stack(part) for part in zip(*parts, strict=True))
+    right = right.to(confidence.dtype)
     return ReliabilityDiagram(total / count, right / count, count, edges)

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import field
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
 from tilework import _checks
-from tilework._options import OptionsModule
+from tilework._options import StatefulModule, state
 from tilework.catalog import implements
 
 __all__ = ["OnlinePlattScaling"]
@@ -20,7 +19,7 @@ _TOLERANCE = 1e-12
 
 
 @implements("Online Platt Scaling with Calibeating", year=2023, arxiv="2305.00070")
-class OnlinePlattScaling(OptionsModule):
+class OnlinePlattScaling(StatefulModule):
     r"""Calibrate the probabilities of a binary classifier while its outcomes arrive.
 
     With the features :math:`x` of a probability :math:`p`, clipped to :math:`[\epsilon, 1 -
@@ -80,24 +79,28 @@ class OnlinePlattScaling(OptionsModule):
     diameter: float | None = None
     radius: float = 100.0
     eps: float = 1e-6
-    theta: Tensor = field(init=False)
-    matrix: Tensor = field(init=False)
+    theta: Tensor = state(lambda self: torch.tensor(self._identity(), dtype=torch.float64))
+    matrix: Tensor = state(lambda self: self._first_matrix())
 
     def __post_init__(self) -> None:
         _checks.one_of(_NAME, "kind", self.kind, KINDS)
         if self.diameter is None:
             self.diameter = 1.0 if self.kind == "platt" else 2.0
         super().__post_init__()
-        identity = [1.0, 0.0] if self.kind == "platt" else [1.0, 1.0, 0.0]
-        self.register_buffer("theta", torch.tensor(identity, dtype=torch.float64))
-        matrix = torch.eye(len(identity), dtype=torch.float64) / (self.beta * self.diameter) ** 2
-        self.register_buffer("matrix", matrix)
 
     def _check(self) -> None:
         for argument in ("beta", "diameter", "radius"):
             _checks.positive(_NAME, argument, getattr(self, argument))
         if not 0 < _checks.number(_NAME, "eps", self.eps) < 0.5:
             raise _checks.bad_value(_NAME, "eps", "a number above 0 and below 0.5", self.eps)
+
+    def _identity(self) -> list[float]:
+        return [1.0, 0.0] if self.kind == "platt" else [1.0, 1.0, 0.0]
+
+    def _first_matrix(self) -> Tensor:
+        assert self.diameter is not None
+        identity = torch.eye(len(self._identity()), dtype=torch.float64)
+        return identity / (self.beta * self.diameter) ** 2
 
     def predict(self, probability: float) -> float:
         """Return the calibrated probability."""

@@ -1,14 +1,14 @@
 """The temperature that calibrates logits after training."""
 
 import math
-from dataclasses import field
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
-from tilework._options import OptionsModule
+from tilework._options import StatefulModule, state
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
 
@@ -16,6 +16,7 @@ __all__ = ["TemperatureScaling"]
 
 _NAME = "TemperatureScaling"
 _TOLERANCE = 1e-10
+_ELEMENTS = 2**18
 
 
 @implements(
@@ -23,7 +24,7 @@ _TOLERANCE = 1e-10
     year=2023,
     arxiv="2306.00740",
 )
-class TemperatureScaling(OptionsModule):
+class TemperatureScaling(StatefulModule):
     r"""Divide logits by the temperature that suits held-out rows best.
 
     ``fit`` finds, with the logits :math:`z_i` of a row and its class :math:`y_i`,
@@ -66,11 +67,7 @@ class TemperatureScaling(OptionsModule):
 
     min_temperature: float = 0.01
     max_temperature: float = 100.0
-    temperature: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
+    temperature: Tensor = state(lambda self: torch.ones((), dtype=torch.float64))
 
     def _check(self) -> None:
         _checks.positive(_NAME, "min_temperature", self.min_temperature)
@@ -92,15 +89,16 @@ class TemperatureScaling(OptionsModule):
         if isinstance(input, Tensor) and input.dim() != 2:
             raise _checks.bad_value(name, "input", "of shape (N, C)", input)
         positions = class_index.positions(name, input, target, ignore_index)
-        kept = positions.kept
+        kept, target = positions.kept, positions.target
+        del positions
         if not bool(kept.any()):
             raise ValueError(f"{name}: target must keep at least one row, got none")
-        logits, target = input[kept].double(), positions.target[kept]
-        gaps = logits - logits.amax(1, keepdim=True)
-        at_target = gaps.gather(1, target.unsqueeze(1)).squeeze(1)
-        if not bool((gaps < math.inf).all() & at_target.isfinite().all()):
-            raise _checks.bad_value(name, "input", "finite where rows are kept", input)
-        inverse = _minimize(gaps, at_target, 1 / self.max_temperature, 1 / self.min_temperature)
+        if not bool(kept.all()):
+            input, target = input[kept], target[kept]
+        for gaps, at_target in _blocks(input, target):
+            if not bool((gaps < math.inf).all() & at_target.isfinite().all()):
+                raise _checks.bad_value(name, "input", "finite where rows are kept", input)
+        inverse = _minimize(input, target, 1 / self.max_temperature, 1 / self.min_temperature)
         self.temperature.fill_(1 / inverse)
         return self
 
@@ -111,18 +109,31 @@ class TemperatureScaling(OptionsModule):
         return (input.to(dtype) / self.temperature.to(dtype)).to(input.dtype)
 
 
-def _minimize(gaps: Tensor, at_target: Tensor, low: float, high: float) -> float:
+def _blocks(input: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows at a time, in float64: logits less the largest one, and those of the targets."""
+    size = max(1, _ELEMENTS // input.shape[1])
+    for rows, classes in zip(torch.split(input, size), torch.split(target, size), strict=True):
+        logits = rows.double()
+        gaps = logits - logits.amax(1, keepdim=True)
+        yield gaps, gaps.gather(1, classes.unsqueeze(1)).squeeze(1)
+
+
+def _minimize(input: Tensor, target: Tensor, low: float, high: float) -> float:
     """The inverse temperature, by the sign and the slope of the objective's derivative."""
-    present = gaps.masked_fill(gaps == -math.inf, 0)
 
     def derivatives(inverse: float) -> tuple[float, float]:
-        probabilities = (inverse * gaps).softmax(1)
-        mean = (probabilities * present).sum(1, keepdim=True)
-        variance = (probabilities * (present - mean).square()).sum(1)
-        return float((mean.squeeze(1) - at_target).mean()), float(variance.mean())
+        first = second = 0.0
+        for gaps, at_target in _blocks(input, target):
+            probabilities = (inverse * gaps).softmax(1)
+            present = gaps.masked_fill_(gaps == -math.inf, 0)
+            mean = (probabilities * present).sum(1, keepdim=True)
+            variance = (probabilities * (present - mean).square()).sum(1)
+            first += float((mean.squeeze(1) - at_target).sum())
+            second += float(variance.sum())
+        return first / len(input), second / len(input)
 
     inverse = min(max(1.0, low), high)
-    if not bool(present.any()):
+    if not any(bool(((gaps < 0) & (gaps > -math.inf)).any()) for gaps, _ in _blocks(input, target)):
         return inverse
     if derivatives(low)[0] >= 0:
         return low

@@ -147,9 +147,9 @@ def linear_comp_sum_loss(
     """:func:`comp_sum_loss` of ``F.linear(input, linear_weight, linear_bias)`` without storing it.
 
     Args:
-        input: Hidden states, shape ``(N, D)`` or ``(B, T, D)``, any strides.
+        input: Hidden states, shape ``(..., D)``, any strides.
         linear_weight: The head's weight, shape ``(V, D)``, of ``input``'s dtype.
-        target: Classes, int64 of shape ``(N)`` or ``(B, T)``.
+        target: Classes, int64 of shape ``(...)``.
         linear_bias: The head's bias, shape ``(V)``, of ``input``'s dtype.
         weight: A weight for each class, shape ``(V)``; a constant.
         tau: Which loss of the family, at least 0.
@@ -157,7 +157,8 @@ def linear_comp_sum_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         token_weight: A weight for each position, of ``target``'s shape, any floating dtype; a
             constant.
-        shift: With ``k`` above 0, position ``t`` predicts ``target[:, t + k]``; needs 3-D input.
+        shift: With ``k`` above 0, position ``t`` predicts ``target[..., t + k]``; needs sequences,
+            ``input`` of shape ``(..., B, T, D)``.
         implementation: As in :func:`linear_cross_entropy`.
         vocab_parallel: The classes that this process holds of a head spread over processes, as in
             :func:`linear_cross_entropy`.

@@ -1,5 +1,8 @@
 """Cross-entropy with the penalty on the squared log-partition function beside it."""
 
+from dataclasses import InitVar, field
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -86,7 +89,13 @@ def cross_entropy_with_z_loss(
         large-scale Transformer training instabilities. 2023. arXiv:2309.14322.
     """
     _check_options(ignore_index, reduction, label_smoothing, z_loss)
-    if not isinstance(target, Tensor) or not target.is_floating_point():
+    class_index.check_input(_NAME, "input", input)
+    soft_shape = tuple(input.shape)
+    dim = class_index.class_dim(input)
+    class_index.check_target(
+        _NAME, "target", target, soft_shape[:dim] + soft_shape[dim + 1 :], soft=soft_shape
+    )
+    if not target.is_floating_point():
         positions = of_logits(_NAME, input, target, ignore_index, weight=weight)
         return cross_entropy(positions, reduction, label_smoothing, z_loss)
     soft, likelihood = _soft(input, target, weight, ignore_index, label_smoothing)
@@ -103,7 +112,6 @@ def _soft(
 ) -> tuple[Positions, Tensor]:
     """The positions, and their cross-entropy with probabilities as targets."""
     positions = class_index.positions(_NAME, input, None, ignore_index, weight=weight)
-    _checks.shape(_NAME, "target", target, input.shape)
     _checks.same_device(_NAME, input=input, target=target, weight=weight)
     if ignore_index >= 0:
         accepted = "negative where the targets are probabilities"
@@ -119,6 +127,9 @@ def _soft(
 class CrossEntropyWithZLoss(OptionsModule):
     """:func:`cross_entropy_with_z_loss` as a module, in place of ``nn.CrossEntropyLoss``.
 
+    It takes the arguments of that class in its order, of which the old ``size_average`` and
+    ``reduce`` must be None.
+
     Example:
         >>> import torch
         >>> from tilework.losses import CrossEntropyWithZLoss
@@ -128,10 +139,24 @@ class CrossEntropyWithZLoss(OptionsModule):
     """
 
     weight: Tensor | None = buffer(default=None, kw_only=False)
-    ignore_index: int = -100
-    reduction: str = "mean"
-    label_smoothing: float = 0.0
+    size_average: InitVar[None] = field(default=None, kw_only=False)
+    ignore_index: int = field(default=-100, kw_only=False)
+    reduce: InitVar[None] = field(default=None, kw_only=False)
+    reduction: str = field(default="mean", kw_only=False)
+    label_smoothing: float = field(default=0.0, kw_only=False)
     z_loss: float = 1e-4
+
+    def __post_init__(self, size_average: None, reduce: None) -> None:
+        for argument, value in (("size_average", size_average), ("reduce", reduce)):
+            if value is not None:
+                accepted = "None, as reduction says what it did"
+                raise _checks.bad_value(_NAME, argument, accepted, value)
+        super().__post_init__()
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of the function as they are now, also those that are positional."""
+        names = ("ignore_index", "reduction", "label_smoothing")
+        return {name: getattr(self, name) for name in names} | super().options()
 
     def _check(self) -> None:
         _check_options(**self.options())

@@ -210,9 +210,9 @@ def linear_error_norm_truncation_loss(
         \| p_i \|_2^2 = e^{\mathrm{lse}(2 z_i) - 2 \, \mathrm{lse}(z_i)}
 
     Args:
-        input: Hidden states, shape ``(N, D)`` or ``(B, T, D)``, any strides.
+        input: Hidden states, shape ``(..., D)``, any strides.
         linear_weight: The head's weight, shape ``(V, D)``, of ``input``'s dtype.
-        target: Classes, int64 of shape ``(N)`` or ``(B, T)``.
+        target: Classes, int64 of shape ``(...)``.
         linear_bias: The head's bias, shape ``(V)``, of ``input``'s dtype.
         threshold: The largest norm that survives, at least 0.
         fraction: The largest part of the kept targets to drop, at least 0 and below 1.
@@ -221,7 +221,8 @@ def linear_error_norm_truncation_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: The part of the target, from 0 to 1, that is spread evenly over the
             classes.
-        shift: With ``k`` above 0, position ``t`` predicts ``target[:, t + k]``; needs 3-D input.
+        shift: With ``k`` above 0, position ``t`` predicts ``target[..., t + k]``; needs sequences,
+            ``input`` of shape ``(..., B, T, D)``.
         implementation: As in :func:`linear_cross_entropy`.
         vocab_parallel: The classes that this process holds of a head spread over processes, as in
             :func:`linear_cross_entropy`.

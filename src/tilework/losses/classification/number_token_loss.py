@@ -1,7 +1,6 @@
 """Losses that see how far apart the numbers are that tokens stand for."""
 
-from dataclasses import field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int64
@@ -10,7 +9,7 @@ from torch import Tensor
 from tilework import _checks
 from tilework._implementations import TABLES
 from tilework._operators import computation_dtype
-from tilework._options import OptionsModule, buffer
+from tilework._options import StatefulModule, buffer, state
 from tilework.catalog import implements
 from tilework.losses._classes import class_index, logits
 from tilework.losses._classes.cross_entropy import cross_entropy
@@ -179,20 +178,15 @@ def number_token_cross_entropy(
     )
 
 
-class _NumberTokens(OptionsModule):
+class _NumberTokens(StatefulModule):
     """The buffers of the modules: the values, and the index of the tokens that have one."""
 
-    token_values: Tensor = buffer(kw_only=False)
-    numbers: Tensor = field(init=False)
+    token_values: Tensor = buffer(kw_only=False, exact=True)
+    numbers: Tensor | None = state(lambda self: _numbers(self.token_values), persistent=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.token_values = self.token_values.detach()
-        self.register_buffer("numbers", _numbers(self.token_values), persistent=False)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self.numbers = _numbers(self.token_values)
 
 
 @_PAPER
@@ -201,6 +195,7 @@ class NumberTokenLoss(_NumberTokens):
 
     It selects the logits of numbers by an index that it makes once. On a GPU that is faster than
     the function, which cannot know their number without a synchronization and masks the others.
+    The buffer ``token_values`` keeps its dtype where the module is cast to a narrower one.
 
     Example:
         >>> import torch
@@ -279,15 +274,19 @@ def _check_token_values(function: str, token_values: Tensor) -> None:
 
 
 def _check_values(function: str, token_values: Tensor) -> None:
-    """Refuse an infinity or no number at all; this reads values."""
+    """Refuse an infinity or no number at all; this reads values, if there are some."""
+    if token_values.is_meta:
+        return
     if bool(token_values.isinf().any()) or bool(token_values.isnan().all()):
         raise ValueError(
             f"{function}: token_values must be finite or nan, with a finite one at least"
         )
 
 
-def _numbers(token_values: Tensor) -> Tensor:
-    """The index of the tokens with a value; its length depends on values."""
+def _numbers(token_values: Tensor) -> Tensor | None:
+    """The index of the tokens with a value, whose length depends on values; None without these."""
+    if token_values.is_meta:
+        return None
     return token_values.isnan().logical_not().nonzero()[:, 0]
 
 

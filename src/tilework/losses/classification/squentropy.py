@@ -124,16 +124,17 @@ def linear_squentropy(
     """:func:`squentropy` of ``F.linear(input, linear_weight, linear_bias)`` without storing it.
 
     Args:
-        input: Hidden states, shape ``(N, D)`` or ``(B, T, D)``, any strides.
+        input: Hidden states, shape ``(..., D)``, any strides.
         linear_weight: The head's weight, shape ``(V, D)``, of ``input``'s dtype, ``V >= 2``.
-        target: Classes, int64 of shape ``(N)`` or ``(B, T)``.
+        target: Classes, int64 of shape ``(...)``.
         linear_bias: The head's bias, shape ``(V)``, of ``input``'s dtype.
         weight: A weight for each class, shape ``(V)``; a constant.
         ignore_index: Targets of this value do not count.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         token_weight: A weight for each position, of ``target``'s shape, any floating dtype; a
             constant.
-        shift: With ``k`` above 0, position ``t`` predicts ``target[:, t + k]``; needs 3-D input.
+        shift: With ``k`` above 0, position ``t`` predicts ``target[..., t + k]``; needs sequences,
+            ``input`` of shape ``(..., B, T, D)``.
         implementation: As in :func:`linear_cross_entropy`.
         vocab_parallel: The classes that this process holds of a head spread over processes, as in
             :func:`linear_cross_entropy`.

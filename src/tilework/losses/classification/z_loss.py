@@ -128,9 +128,9 @@ def linear_z_loss(
     """:func:`z_loss` of ``F.linear(input, linear_weight, linear_bias)`` without storing it.
 
     Args:
-        input: Hidden states, shape ``(N, D)`` or ``(B, T, D)``, any strides.
+        input: Hidden states, shape ``(..., D)``, any strides.
         linear_weight: The head's weight, shape ``(V, D)``, of ``input``'s dtype.
-        target: Classes, int64 of shape ``(N)`` or ``(B, T)``, which say only which positions are
+        target: Classes, int64 of shape ``(...)``, which say only which positions are
             ignored; None keeps all.
         linear_bias: The head's bias, shape ``(V)``, of ``input``'s dtype.
         coefficient: What the squares are multiplied by, at least 0.
@@ -138,7 +138,8 @@ def linear_z_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         token_weight: A weight for each position, of ``target``'s shape, any floating dtype; a
             constant.
-        shift: With ``k`` above 0, position ``t`` predicts ``target[:, t + k]``; needs 3-D input.
+        shift: With ``k`` above 0, position ``t`` predicts ``target[..., t + k]``; needs sequences,
+            ``input`` of shape ``(..., B, T, D)``.
         implementation: As in :func:`linear_cross_entropy`.
         vocab_parallel: The classes that this process holds of a head spread over processes, as in
             :func:`linear_cross_entropy`.

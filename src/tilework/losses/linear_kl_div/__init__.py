@@ -82,9 +82,9 @@ def linear_kl_div(
     for a float64 student). Deterministic.
 
     Args:
-        student_input: Hidden states, shape ``(N, D)`` or ``(B, T, D)``, any strides.
+        student_input: Hidden states, shape ``(..., D)``, any strides.
         student_weight: The student's head, shape ``(V, D)``, of ``student_input``'s dtype.
-        teacher_input: Hidden states, shape ``(N, E)`` or ``(B, T, E)``, whose width and floating
+        teacher_input: Hidden states, shape ``(..., E)``, whose width and floating
             dtype need not be the student's.
         teacher_weight: The teacher's head, shape ``(V, E)``, of ``teacher_input``'s dtype.
         student_bias: Bias of the student's head, shape ``(V)``, of ``student_input``'s dtype.
@@ -94,7 +94,7 @@ def linear_kl_div(
         beta: The teacher's share of the mixture, above 0 and below 1; for ``"jsd"`` only.
         student_softcap: Bound of the student's logits, above 0.
         teacher_softcap: Bound of the teacher's logits, above 0.
-        mask: Which positions count, bool of shape ``(N)`` or ``(B, T)``; None for all. The hidden
+        mask: Which positions count, bool of shape ``(...)``; None for all. The hidden
             states of others are not read.
         token_weight: A weight for each position, of the same shape, any floating dtype; a
             constant. Not read where ``mask`` is False.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
-from tilework._options import OptionsModule
+from tilework._options import StatefulModule, state
 from tilework.catalog import implements
 
 __all__ = ["GlobalLoadBalancer", "expert_counts", "load_balancing_loss"]
@@ -163,7 +163,7 @@ def expert_counts(
 
 
 @_PAPER
-class GlobalLoadBalancer(OptionsModule):
+class GlobalLoadBalancer(StatefulModule):
     r"""The global-batch :func:`load_balancing_loss`, over micro-batches and processes.
 
     In training, each call adds its counts :math:`n`, summed over ``group``, to the buffer
@@ -171,8 +171,9 @@ class GlobalLoadBalancer(OptionsModule):
     micro-batches of a step see the counts so far, the last one those of all. In evaluation the loss
     takes ``counts`` :math:`+ n` and leaves the buffer alone.
 
-    Call :meth:`reset` after each step of the optimizer. A forward pass that is computed again for
-    its gradient (activation checkpointing) counts again: keep the loss outside of it.
+    Call :meth:`reset` after each step of the optimizer; loading a ``state_dict`` resets too. A
+    forward pass that is computed again for its gradient (activation checkpointing) counts again:
+    keep the loss outside of it.
 
     Args:
         num_experts: Number of experts ``E``.
@@ -201,12 +202,9 @@ class GlobalLoadBalancer(OptionsModule):
     num_experts: int = field(kw_only=False)
     normalize: bool = True
     group: Any = None
-    counts: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        counts = torch.zeros(self.num_experts, dtype=torch.int64)
-        self.register_buffer("counts", counts, persistent=False)
+    counts: Tensor = state(
+        lambda self: torch.zeros(self.num_experts, dtype=torch.int64), persistent=False
+    )
 
     def _check(self) -> None:
         name = type(self).__name__

@@ -50,6 +50,10 @@ def topk_softmax_gate(input: Tensor, k: int, *, dense: Literal[False] = False) -
 def topk_softmax_gate(input: Tensor, k: int, *, dense: Literal[True]) -> Tensor: ...
 
 
+@overload
+def topk_softmax_gate(input: Tensor, k: int, *, dense: bool) -> TopKGate | Tensor: ...
+
+
 @_PAPER
 def topk_softmax_gate(
     input: Float[Tensor, "*tokens experts"], k: int, *, dense: bool = False

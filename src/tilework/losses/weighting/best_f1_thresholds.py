@@ -99,17 +99,20 @@ def best_f1_thresholds(
         raise ValueError(f"{_NAME}: target must be 0 or 1 everywhere, got {wrong}")
 
     scores = scores.detach()
-    falling, order = scores.sort(0, descending=True)
-    positives = target.long().gather(0, order)
-    found = positives.cumsum(0)
-    predicted = torch.arange(1, scores.shape[0] + 1, device=scores.device).unsqueeze(1)
-    f1 = 2 * found.double() / (predicted + positives.sum(0))
-    # Of equal scores, all are predicted: only the last one counts.
-    same_as_next = torch.zeros_like(labels)
-    same_as_next[:-1] = falling[:-1] == falling[1:]
-    f1 = f1.masked_fill(same_as_next, -1)
-    best = f1.argmax(0, keepdim=True)  # the first of the largest
     broken = scores.isnan().any(0) | ~labels.all(0)
+    falling, order = scores.sort(0, descending=True)
+    positives = target.gather(0, order)
+    del labels, order  # of many samples, each is as large as the scores or twice so
+    predicted = torch.arange(1, scores.shape[0] + 1, device=scores.device).unsqueeze(1)
+    total = positives.sum(0)
+    f1 = positives.cumsum(0).double().mul_(2)
+    f1 = f1.div_(predicted + total)
+    del positives
+    # Of equal scores, all are predicted: only the last one counts.
+    same_as_next = torch.zeros_like(falling, dtype=torch.bool)
+    same_as_next[:-1] = falling[:-1] == falling[1:]
+    f1 = f1.masked_fill_(same_as_next, -1)
+    best = f1.argmax(0, keepdim=True)  # the first of the largest
     threshold, f1 = (
         values.gather(0, best).squeeze(0).masked_fill(broken, torch.nan).to(scores.dtype)
         for values in (falling, f1)

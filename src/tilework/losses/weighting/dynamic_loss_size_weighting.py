@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
-from tilework._options import OptionsModule
+from tilework._options import StatefulModule, state
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
 
@@ -21,7 +21,7 @@ _NAME = "DynamicLossSizeWeighting"
     year=2020,
     arxiv="2008.11573",
 )
-class DynamicLossSizeWeighting(OptionsModule):
+class DynamicLossSizeWeighting(StatefulModule):
     r"""Mean of elementwise losses, in which classes of large losses weigh less.
 
     The buffer ``class_loss`` holds a running mean :math:`L_c` of each class's losses
@@ -55,7 +55,8 @@ class DynamicLossSizeWeighting(OptionsModule):
         tensor([1., 3.])
 
     Deviations:
-        A batch of no samples leaves the running means alone, and its loss is nan.
+        A batch of no samples, or with a class whose mean is not finite, leaves the running means
+        alone; its loss shows it, and is nan without samples.
 
     Reference:
         Selim F. Yilmaz, E. Batuhan Kaynak, Aykut Koç, Hamdi Dibeklioğlu, Suleyman S. Kozat.
@@ -66,11 +67,13 @@ class DynamicLossSizeWeighting(OptionsModule):
     num_classes: int = field(kw_only=False)
     smoothing: float = 0.1
     eps: float = 1e-5
-    class_loss: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.register_buffer("class_loss", torch.full((self.num_classes,), 1 / self.num_classes))
+    class_loss: Tensor = state(
+        lambda self: torch.full(
+            (self.num_classes,),
+            1 / self.num_classes,
+            dtype=computation_dtype(torch.get_default_dtype()),
+        )
+    )
 
     def _check(self) -> None:
         _checks.count(_NAME, "num_classes", self.num_classes)
@@ -86,7 +89,7 @@ class DynamicLossSizeWeighting(OptionsModule):
         losses = loss_per_element.to(computation_dtype(loss_per_element.dtype))
         if self.training and losses.shape[0]:
             newest = losses.detach().mean(0).to(self.class_loss.dtype)
-            self.class_loss.lerp_(newest, self.smoothing)
+            self._move(newest, class_loss=self.class_loss.lerp(newest, self.smoothing))
         inverse = 1 / (self.eps + self.class_loss.to(losses.dtype))
         weights = inverse / inverse.sum()
         return (weights * losses).mean().to(class_index.result_dtype(loss_per_element))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import computation_dtype
-from tilework._options import OptionsModule, buffer
+from tilework._options import StatefulModule, buffer, state
 from tilework.catalog import implements
 from tilework.losses._classes import class_index
 
@@ -93,7 +93,7 @@ def grad_norm_loss(
 
 
 @_PAPER
-class GradNorm(OptionsModule):
+class GradNorm(StatefulModule):
     r"""Weighted sum of tasks' losses, whose weights learn to balance their gradients.
 
     A call returns :math:`\sum_i w_i \ell_i` with the current ``weights`` :math:`w`, at first 1, to
@@ -107,7 +107,8 @@ class GradNorm(OptionsModule):
         w \leftarrow \max(w, 10^{-3}), \qquad w \leftarrow T \, w \, / \sum_i w_i
 
     The gradients of the network's parameters stay untouched. The weights, the state of Adam and
-    ``initial_losses`` are buffers, so that a restored module continues exactly. The module
+    ``initial_losses`` are buffers, so that a restored module continues exactly. A loss or gradient
+    that is not finite shows in the result, and its call leaves all of these alone. The module
     differentiates inside of its call, which ``torch.compile`` and ``torch.func`` do not trace; each
     process has weights of its own.
 
@@ -115,8 +116,9 @@ class GradNorm(OptionsModule):
         num_tasks: The number ``T`` of tasks, at least 2.
         alpha: How strongly slow tasks are pulled, at least 0.
         lr: Learning rate of the weights, above 0.
-        initial_losses: The losses that progress is measured against, shape ``(T)``; None takes
-            those of the first call.
+        initial_losses: The losses that progress is measured against, above 0, shape ``(T)``; None
+            takes those of the first call in which all are finite and above 0, before which the
+            weights stay.
 
     Raises:
         ValueError: An option or shape is not one of those above, the losses are not ``T`` scalars
@@ -145,22 +147,30 @@ class GradNorm(OptionsModule):
     num_tasks: int = field(kw_only=False)
     alpha: float = 1.5
     lr: float = 0.025
-    initial_losses: Tensor | Sequence[float] | None = buffer(default=None)
-
-    weights: Tensor = field(init=False)
-    exp_avg: Tensor = field(init=False)
-    exp_avg_sq: Tensor = field(init=False)
-    step: Tensor = field(init=False)
+    initial_losses: Tensor | Sequence[float] | None = buffer(default=None, exact=True)
+    weights: Tensor = state(lambda self: _filled(self, 1))
+    exp_avg: Tensor = state(lambda self: _filled(self, 0))
+    exp_avg_sq: Tensor = state(lambda self: _filled(self, 0))
+    step: Tensor = state(lambda self: torch.zeros((), dtype=torch.int64))
 
     def __post_init__(self) -> None:
-        if self.initial_losses is not None:
-            given = torch.as_tensor(self.initial_losses)
-            self.initial_losses = given.detach().to(torch.empty(()))
+        given = self.initial_losses
+        if given is not None and not isinstance(given, Tensor):
+            given = torch.tensor(given, dtype=_dtype(), device="cpu")
+        self._given = None if given is None else given.detach().to(_dtype(), copy=True)
+        del self.initial_losses  # may have become a parameter
+        self.initial_losses = self._given
         super().__post_init__()
-        self.register_buffer("weights", torch.ones(self.num_tasks))
-        self.register_buffer("exp_avg", torch.zeros(self.num_tasks))
-        self.register_buffer("exp_avg_sq", torch.zeros(self.num_tasks))
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._start()
+
+    def reset_parameters(self) -> None:
+        """Make the states as they were at first, ``initial_losses`` those that were given."""
+        super().reset_parameters()
+        self._start()
+
+    def _start(self) -> None:
+        given = self._given
+        self.initial_losses = None if given is None else given.to(self.weights, copy=True)
 
     def _check(self) -> None:
         _checks.count("GradNorm", "num_tasks", self.num_tasks, 2)
@@ -169,6 +179,9 @@ class GradNorm(OptionsModule):
         if isinstance(self.initial_losses, Tensor):
             shape = (self.num_tasks,)
             _checks.shape("GradNorm", "initial_losses", self.initial_losses, shape)
+            if _checks.holds_values(self.initial_losses):
+                for index, value in enumerate(self.initial_losses.tolist()):
+                    _checks.positive("GradNorm", f"initial_losses[{index}]", value)
 
     def forward(
         self, losses: Tensor | Sequence[Tensor], shared_parameters: Tensor | Iterable[Tensor]
@@ -184,14 +197,23 @@ class GradNorm(OptionsModule):
         """
         scalars = self._scalars(losses)
         values = torch.stack(scalars)
-        if self.initial_losses is None:
-            self.initial_losses = values.detach().to(self.weights, copy=True)
-        ratios = values.detach().to(self.weights) / torch.as_tensor(self.initial_losses)
+        ratios = self._ratios(values.detach().to(self.weights))
         dtype = computation_dtype(values.dtype)
         total = (self.weights.to(dtype, copy=True) * values.to(dtype)).sum()
         if self.training and torch.is_grad_enabled():
             self._move_weights(scalars, ratios, self._shared(shared_parameters))
         return total.to(class_index.result_dtype(values))
+
+    def _ratios(self, losses: Tensor) -> Tensor:
+        """The losses to their first values, nan until there are some."""
+        if self.initial_losses is None:
+            with torch.inference_mode(False):  # it is moved outside of it too
+                self.initial_losses = torch.full_like(losses, torch.nan)
+        first = self.initial_losses
+        assert isinstance(first, Tensor)
+        suits = ((losses > 0) & losses.isfinite()).all()
+        first.copy_(losses.where(suits & first.isnan(), first))
+        return losses / first
 
     def _move_weights(self, losses: list[Tensor], ratios: Tensor, shared: list[Tensor]) -> None:
         norms = torch.stack([self._gradient_norm(loss, shared) for loss in losses])
@@ -199,18 +221,15 @@ class GradNorm(OptionsModule):
         loss = grad_norm_loss(weights, norms, ratios, alpha=self.alpha)
         (gradient,) = torch.autograd.grad(loss, weights)
         with torch.no_grad():
-            self.step += 1
-            self.exp_avg.lerp_(gradient, 1 - BETAS[0])
-            self.exp_avg_sq.lerp_(gradient.square(), 1 - BETAS[1])
-            mean = self.exp_avg / self._filled(BETAS[0])
-            square = self.exp_avg_sq / self._filled(BETAS[1])
-            moved = self.weights - self.lr * mean / (square.sqrt() + EPS)
+            step = self.step + 1
+            mean = self.exp_avg.lerp(gradient, 1 - BETAS[0])
+            square = self.exp_avg_sq.lerp(gradient.square(), 1 - BETAS[1])
+            length = (square / _share(BETAS[1], step, square.dtype)).sqrt() + EPS
+            moved = self.weights - self.lr * mean / _share(BETAS[0], step, mean.dtype) / length
             moved = moved.clamp(min=_LEAST_WEIGHT)
-            self.weights.copy_(self.num_tasks * moved / moved.sum())
-
-    def _filled(self, beta: float) -> Tensor:
-        """What the weights of a running mean have summed to since it was 0."""
-        return -torch.expm1(self.step.to(self.weights.dtype) * math.log(beta))
+            moved = self.num_tasks * moved / moved.sum()
+            came = torch.cat([ratios, norms])
+            self._move(came, step=step, exp_avg=mean, exp_avg_sq=square, weights=moved)
 
     def _gradient_norm(self, loss: Tensor, shared: list[Tensor]) -> Tensor:
         """The norm of all gradients together."""
@@ -248,3 +267,16 @@ class GradNorm(OptionsModule):
             started = f"{prefix}initial_losses" in state_dict
             self.initial_losses = torch.empty_like(self.weights) if started else None
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _dtype() -> torch.dtype:
+    return computation_dtype(torch.get_default_dtype())
+
+
+def _filled(module: GradNorm, value: float) -> Tensor:
+    return torch.full((module.num_tasks,), value, dtype=_dtype())
+
+
+def _share(beta: float, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the weights of a running mean have summed to since it was 0."""
+    return -torch.expm1(step.to(dtype) * math.log(beta))

@@ -75,6 +75,7 @@ def row_norm(
         eps,
         weight_offset,
         centered,
+        input.dtype,
         None if residual is None else residual.dtype,
         chosen,
     )

@@ -5,13 +5,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tilework._operators import computation_dtype
+
 
 class RowNorm(NamedTuple):
     """The arguments of a normalization of rows.
 
     Attributes:
         input: What is normalized over its last ``dims`` dimensions.
-        residual: What is added to it first; ``residual_dtype`` is its dtype.
+        residual: What is added to it first. ``input_dtype`` and ``residual_dtype`` are the dtypes.
         weight: The gain, less ``weight_offset``. With one dimension more than ``dims``, it has a
             row for each entry of the dimension before.
         bias: What is added last.
@@ -29,8 +31,16 @@ class RowNorm(NamedTuple):
     eps: float
     weight_offset: float
     centered: bool
+    input_dtype: torch.dtype
     residual_dtype: torch.dtype | None
     implementation: str
+
+    @property
+    def total_dtype(self) -> torch.dtype:
+        """That of the sum: the wider one, but for float64 beside what is computed in float32."""
+        compute = computation_dtype(self.input_dtype)
+        wider = torch.promote_types(self.input_dtype, self.residual_dtype or self.input_dtype)
+        return wider if torch.promote_types(wider, compute) == compute else compute
 
 
 class Normalized(NamedTuple):

@@ -21,7 +21,7 @@ def _forward_fake(given: RowNorm) -> Normalized:
     leading, dtype = input.shape[: -given.dims], computation_dtype(input.dtype)
     return Normalized(
         input.new_empty(input.shape),
-        input.new_empty(0 if given.residual is None else input.shape),
+        input.new_empty(0 if given.residual is None else input.shape, dtype=given.total_dtype),
         input.new_empty(leading if given.centered else 0, dtype=dtype),
         input.new_empty(leading, dtype=dtype),
     )
@@ -59,7 +59,7 @@ def _derivative(
         grad_total = gradients.total
         found = {"weight": gradients.weight, "bias": gradients.bias}
     if grad_total is not None:
-        found["input"] = grad_total.to(dtype)
+        found["input"] = grad_total.to(given.input_dtype)
         if residual_dtype is not None:
             found["residual"] = grad_total.to(residual_dtype)
     return {name: found.get(name) for name in needed}
@@ -99,6 +99,7 @@ def _second_derivative(given: Backward, _: Any, grads: Any, needed: Needed) -> _
             given.eps,
             given.weight_offset,
             given.centered,
+            of["total"].dtype,
             None,
             "reference",
         )
@@ -106,7 +107,7 @@ def _second_derivative(given: Backward, _: Any, grads: Any, needed: Needed) -> _
 
     def first_derivative(of: _Tensors) -> _Tensors:
         arguments = {name: of[name] for name in Gradients._fields if name in of}
-        (found,) = torch.func.vjp(output, arguments)[1](of["grad_output"])
+        (found,) = torch.func.vjp(output, arguments)[1](of["grad_output"].to(of["total"].dtype))
         if "grad_total" in of:
             found["total"] = found["total"] + of["grad_total"]
         return {name: found[name] for name in wanted}

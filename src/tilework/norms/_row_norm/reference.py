@@ -20,4 +20,4 @@ def forward(given: RowNorm) -> tuple[Tensor, Tensor]:
         output = output * (given.weight.to(dtype) + given.weight_offset)
     if given.bias is not None:
         output = output + given.bias.to(dtype)
-    return output.to(given.input.dtype), total.to(given.input.dtype)
+    return output.to(given.input_dtype), total.to(given.total_dtype)

@@ -51,7 +51,7 @@ def forward(given: RowNorm) -> Normalized:
     weight, centered = given.weight, given.centered
     dtype = computation_dtype(input.dtype)
     output = input.new_empty(input.shape)
-    total = input.new_empty(0 if residual is None else input.shape)
+    total = input.new_empty(0 if residual is None else input.shape, dtype=given.total_dtype)
     mean = input.new_zeros(input.shape[:-dims] if centered else 0, dtype=dtype)
     rstd = input.new_zeros(input.shape[:-dims], dtype=dtype)
     gain, shift = _parameters(weight, given.bias, dims, given.weight_offset, dtype)

@@ -25,7 +25,7 @@ def forward(given: RowNorm) -> tuple[Tensor, Tensor]:
     output = _norm(given, total, None if per_head else gain, bias)
     if per_head and gain is not None:
         output = output * gain
-    return output.to(input.dtype), total.to(input.dtype)
+    return output.to(input.dtype), total.to(given.total_dtype)
 
 
 def _norm(given: RowNorm, rows: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -542,7 +542,7 @@ def forward(given: RowNorm) -> Normalized:
     shape = input.shape[:-dims]
     num_features = input.shape[-dims:].numel()
     output = input.new_empty(input.shape)
-    total = input.new_empty(0 if residual is None else input.shape)
+    total = input.new_empty(0 if residual is None else input.shape, dtype=given.total_dtype)
     mean = input.new_empty(shape if centered else 0, dtype=torch.float32)
     rstd = input.new_empty(shape, dtype=torch.float32)
     if input.numel() == 0:
@@ -564,7 +564,7 @@ def forward(given: RowNorm) -> Normalized:
         WEIGHT_OFFSET=given.weight_offset,
         CENTERED=centered,
         # Without the mean, the difference is within the rounding of the gradient.
-        ROUNDED=centered and residual is not None and input.dtype in HALF,
+        ROUNDED=centered and residual is not None and total.dtype in HALF,
         **config,
     )
     return Normalized(output, total, mean, rstd)
