@@ -36,9 +36,9 @@ def ends(like: Tensor, min_value: float, max_value: float, intervals: int) -> Te
     """The ends of equal intervals, in the dtype and on the device of a tensor."""
     # As torch.linspace, which takes no symbolic number.
     place = torch.arange(intervals + 1, dtype=like.dtype, device=like.device)
-    step = (max_value - min_value) / intervals
+    width = max_value - min_value
     return torch.where(
         2 * place <= intervals,
-        min_value + step * place,
-        max_value - step * (intervals - place),
+        min_value + width * place / intervals,
+        max_value - width * (intervals - place) / intervals,
     )
