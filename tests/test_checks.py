@@ -240,7 +240,9 @@ def test_sizes() -> None:
         (np.int64(3), (3,)),
         ((np.int32(2), 3), (2, 3)),
     ):
-        assert _checks.sizes("f", "a", value) == expected
+        found = _checks.sizes("f", "a", value)
+        assert found == expected
+        assert {type(size) for size in found} == {int}
     accepted = "^f: a must be an int or a non-empty sequence of ints, each at least 0, got "
     for value in ((), [], -1, (2, -1)):
         with pytest.raises(ValueError, match=accepted):

@@ -148,9 +148,9 @@ class GradNorm(StatefulModule):
     alpha: float = 1.5
     lr: float = 0.025
     initial_losses: Tensor | Sequence[float] | None = buffer(default=None, exact=True)
-    weights: Tensor = state(lambda self: _filled(self, 1))
-    exp_avg: Tensor = state(lambda self: _filled(self, 0))
-    exp_avg_sq: Tensor = state(lambda self: _filled(self, 0))
+    weights: Tensor = state(lambda self: _filled(self, 1.0))
+    exp_avg: Tensor = state(lambda self: _filled(self, 0.0))
+    exp_avg_sq: Tensor = state(lambda self: _filled(self, 0.0))
     step: Tensor = state(lambda self: torch.zeros((), dtype=torch.int64))
 
     def __post_init__(self) -> None:
