@@ -351,6 +351,7 @@ def test_properties(
 def test_chunks_with_the_kernel(
     every_option: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Some seconds, in the interpreter: several chunks of several tiles.
     from tilework.losses._classes.linear import operators
 
     if dtype != torch.float64:
