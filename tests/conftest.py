@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 
-from helpers import SEED
+from helpers import SEED, Inexact, assert_exact_over_draws
 
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
@@ -48,6 +48,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.untyped)
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Judge a test over several draws where its own exceeds the error rule."""
+    try:
+        return (yield)
+    except Inexact:
+        if getattr(pyfuncitem.obj, "is_hypothesis_test", False):
+            raise
+        assert_exact_over_draws(pyfuncitem.runtest)
+        return True
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""Run a function in several processes that form a gloo group, and collect what each returns."""
+"""Run a function in several processes that form a gloo group, and collect what each returns.
+
+That takes some seconds: the first call in a session imports torch once more.
+"""
 
 import multiprocessing
 import os

@@ -15,6 +15,7 @@ QUICK = ("--quick", "--steps", "100")
 ENVIRONMENT = {"COLUMNS": "200", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 VARIANTS = ("tilework", "torch")
 
+# Some seconds each: a process imports torch and trains two small models.
 pytestmark = pytest.mark.untyped
 
 

@@ -21,6 +21,7 @@ CHOICES = [
     "window and first block",
 ]
 
+# Some seconds each: a process imports torch and trains a small model and its gates.
 pytestmark = pytest.mark.untyped
 
 

@@ -17,6 +17,7 @@ def run(code: str) -> str:
 
 
 def test_import_is_cheap_and_silent() -> None:
+    # Some seconds: a process imports torch, three times, as one time is a matter of luck.
     code = """if True:
         import sys, time, torch
         start = time.perf_counter()

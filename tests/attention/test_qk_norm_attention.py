@@ -437,6 +437,7 @@ def test_transforms():
 @pytest.mark.untyped
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_with_dynamic_shapes(dtype):
+    # Some seconds: a graph for each way of masking.
     module = QKNormAttention(64, num_heads=4)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for queries, keys in ((5, 7), (9, 11)):

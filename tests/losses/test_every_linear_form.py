@@ -611,6 +611,7 @@ def test_options(form: LinearForm) -> None:
 
 
 def test_store_no_logits() -> None:
+    # Some seconds, of logits that are more than the rest of the process.
     code = """if True:
         import resource, sys, torch, tilework.losses
         options = {"linear_error_norm_truncation_loss": {"fraction": 0.1}}

@@ -138,6 +138,7 @@ def test_any_strides(sample: Loss) -> None:
 @pytest.mark.untyped
 @every_loss
 def test_derivatives(sample: Loss) -> None:
+    # Some seconds for some: differences for every element, and for every pair of them.
     if sample.surrogate:
         pytest.skip("its gradient is not that of its value")
     for options in sample.options:

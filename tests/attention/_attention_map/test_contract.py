@@ -127,6 +127,7 @@ def test_compiles_as_one_graph_for_every_length(
 
 @pytest.mark.untyped
 def test_operators() -> None:
+    # Some seconds: each check traces an operator and its gradient.
     operators = torch.ops.tilework
     query, key = (tensor.detach().clone().requires_grad_() for tensor in (QUERY, KEY))
     options = (True, 0.4, "tiled")

@@ -304,6 +304,7 @@ def test_operators() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("by", ["torch", "triton"])
 def test_compiled_code_makes_layouts(by: str, dynamic: bool) -> None:
+    # Some seconds: a graph for each shape.
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
     def build(scores: Tensor) -> tuple[Tensor, Tensor]:
         layout = BlockLayout.from_scores_topk(scores * 2, 3, 4, is_causal=True)

@@ -98,6 +98,7 @@ def test_cases_start_with_the_yardstick() -> None:
 def test_the_runner_refuses_a_map_that_is_wrong_by_a_percent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Some seconds: one of the candidates is compiled.
     job = runner.Job(suite.SUITE, case(suite.SUM), "float32")
     settings = runner.Settings(CPU, seconds=0, rounds=(2, 2), memory=False)
     rows = {row.candidate: row for row in runner.measure(job, settings)}

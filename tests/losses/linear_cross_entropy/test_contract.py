@@ -131,6 +131,7 @@ def test_misspelt_and_positional_options() -> None:
 
 @pytest.mark.untyped
 def test_triton_where_it_cannot_run() -> None:
+    # Some seconds: two processes, of which each imports torch.
     with pytest.raises(ValueError, match=r"'triton' cannot be used: it takes float16.*float64"):
         linear_cross_entropy(HIDDEN.double(), HEAD.double(), TARGET, implementation="triton")
     code = """if True:
@@ -371,6 +372,7 @@ def test_zero_token_weight_counts_for_nothing() -> None:
 
 
 def test_memory_stays_within_the_promise() -> None:
+    # Some seconds, of logits that are more than the rest of the process.
     code = """if True:
         import resource, sys, torch
         from tilework.losses import linear_cross_entropy

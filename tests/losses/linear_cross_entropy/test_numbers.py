@@ -60,7 +60,7 @@ def test_equals_torch(
 @pytest.mark.parametrize("implementation", ["reference", "tiled", "chunked"])
 @pytest.mark.parametrize(
     ("bias", "weight", "token_weight", "label_smoothing", "softcap", "z_loss"),
-    itertools.product([0, 1], [0, 1], [0, 1], [0.0, 0.3, 1.0], [None, 3.0], [0.0, 0.1]),
+    [*itertools.product([0, 1], [0, 1], [0, 1], [0.0, 0.3, 1.0], [None, 3.0], [0.0, 0.1])],
 )
 def test_every_combination_of_options(
     implementation: str,
@@ -175,7 +175,7 @@ def test_nothing_kept(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("needed", itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize("needed", [*itertools.product([False, True], repeat=3)])
 def test_any_subset_of_gradients(implementation: str, needed: tuple[bool, ...]) -> None:
     problem = Problem.random(tokens=11, classes=60, bias=True, z_loss=0.01)
     everything = problem.solve(partial(linear_cross_entropy, implementation=implementation))[1:]
@@ -351,6 +351,7 @@ def test_properties(
 def test_chunks_with_the_kernel(
     every_option: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Some seconds, in the interpreter: several chunks of several tiles.
     from tilework.losses._classes.linear import operators
 
     if dtype != torch.float64:

@@ -71,9 +71,15 @@ def test_equals_torch(
 @PLAIN
 @pytest.mark.parametrize(
     ("divergence", "bias", "softcaps", "temperature", "mask"),
-    itertools.product(
-        DIVERGENCES, [False, True], [(None, None), (2.0, None), (None, 3.0)], [1.0, 2.5], [0.7, 1]
-    ),
+    [
+        *itertools.product(
+            DIVERGENCES,
+            [False, True],
+            [(None, None), (2.0, None), (None, 3.0)],
+            [1.0, 2.5],
+            [0.7, 1],
+        )
+    ],
 )
 def test_every_combination_of_options(
     implementation: str,
@@ -406,7 +412,7 @@ def test_positions_that_cannot_be_counted(
 
 @EACH
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("needed", itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize("needed", [*itertools.product([False, True], repeat=3)])
 def test_any_subset_of_gradients(
     implementation: str, divergence: str, needed: tuple[bool, ...]
 ) -> None:

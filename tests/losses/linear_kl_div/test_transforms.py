@@ -192,6 +192,7 @@ def test_compiles_as_one_graph_for_every_length(implementation: str, divergence:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_compiles_with_inductor(implementation: str) -> None:
+    # Some seconds, of a C++ compiler where torch's cache is empty.
     function = partial(linear_kl_div, implementation=implementation)
     problem = Problem.random(6, 4, 40, bias=True, mask=0.9, divergence="jsd")
     compiled = torch.compile(function, fullgraph=True)
@@ -209,6 +210,7 @@ def test_functional_transforms_compile() -> None:
     ("divergence", "bias"), [("forward", False), ("reverse", True), ("jsd", True)]
 )
 def test_operators(implementation: str, divergence: str, bias: bool) -> None:
+    # Some seconds: each check traces an operator and its gradient.
     problem = Problem.random(5, 4, 30, bias=bias)
     student = (problem.student_input, problem.student_weight, problem.student_bias)
     teacher = (problem.teacher_input, problem.teacher_weight, problem.teacher_bias)

@@ -206,6 +206,7 @@ def test_output_comes_from_the_unrounded_sum(implementation: str, centered: bool
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("features", [9, 100])
 def test_any_subset_of_gradients(features: int, implementation: str, centered: bool) -> None:
+    # Some seconds, in the interpreter: up to 15 subsets.
     problem = Problem.random(
         centered,
         (5, features),

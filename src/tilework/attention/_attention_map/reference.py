@@ -32,11 +32,14 @@ def attention_entropy(given: Rows) -> Entropy:
     dtype = computation_dtype(given.query.dtype)
     # Once, so that gradients by way of the log-sum-exp are rounded together with the others.
     given = given._replace(query=given.query.to(dtype), key=given.key.to(dtype))
-    exact = _lse(given)
-    logs, visible = _logs(given._replace(lse=given.lse + (exact - exact.detach())))
+    logs, visible = _logs(given)
+    total = logs.masked_fill(~visible, -torch.inf).exp().sum(-1)
+    # From the same weights as the entropy, so that the parts of its gradient that cancel do.
+    moves = total.where((total > 0) & (total < torch.inf), 1).log()
+    logs = logs - (moves - moves.detach())[..., None]
     weights = logs.masked_fill(~visible, -torch.inf).exp()
     entropy = -(weights * logs.masked_fill(~visible, 0)).sum(-1)
-    return Entropy(entropy, weights.detach().sum(-1))
+    return Entropy(entropy, total.detach())
 
 
 def attention_column_mass(given: Columns) -> Mass:

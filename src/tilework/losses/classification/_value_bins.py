@@ -34,11 +34,12 @@ def gaps(target: Tensor, min_value: float, max_value: float, intervals: int) -> 
 
 def ends(like: Tensor, min_value: float, max_value: float, intervals: int) -> Tensor:
     """The ends of equal intervals, in the dtype and on the device of a tensor."""
-    # As torch.linspace, which takes no symbolic number.
+    # As torch.linspace, which takes no symbolic number: from the nearer end.
     place = torch.arange(intervals + 1, dtype=like.dtype, device=like.device)
-    width = max_value - min_value
+    step = (max_value - min_value) / intervals
+    low, high = like.new_full((), min_value), like.new_full((), max_value)
     return torch.where(
         2 * place <= intervals,
-        min_value + width * place / intervals,
-        max_value - width * (intervals - place) / intervals,
+        low.add(place, alpha=step),
+        high.add(intervals - place, alpha=-step),
     )
