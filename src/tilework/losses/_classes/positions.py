@@ -53,7 +53,7 @@ class Positions:
     @property
     def kept(self) -> Tensor:
         """Which positions count."""
-        return self.target != self.ignore_index
+        return class_index.is_kept(self.target, self.ignore_index)
 
     @property
     def spread(self) -> Tensor:
@@ -427,7 +427,7 @@ def _counted(
 ) -> tuple[Tensor, int, int, Tensor | None, Tensor, Tensor]:
     """From the target to the weights, what positions have in common."""
     inside = class_index.inside(function, target, ignore_index, classes)
-    kept = target != ignore_index
+    kept = class_index.is_kept(target, ignore_index)
     dtype = computation_dtype(dtype)
     # Outside the classes, a kept target makes its own position nan, in value and gradient.
     of_position = kept.to(dtype).where(inside | ~kept, torch.nan)
