@@ -93,13 +93,25 @@ class Positions:
         )
 
     def loss(
-        self, formula: str, numbers: Sequence[float], reduction: str, *, spreads: bool = False
+        self,
+        formula: str,
+        numbers: Sequence[float],
+        reduction: str,
+        *,
+        spreads: bool = False,
+        statistics: Statistics | None = None,
     ) -> Tensor:
-        """The reduced loss of a formula, which reads ``class_gap`` if it ``spreads``."""
+        """The reduced loss of a formula, which reads ``class_gap`` if it ``spreads``.
+
+        A caller that has the statistics may give them.
+        """
         class_weight = self.spread if spreads else None
-        if reduction == "none" or not self.takes_gradients_early():
+        if reduction == "none" or statistics is not None or not self.takes_gradients_early():
             loss = FORMULAS[formula]
-            statistics = self.statistics(class_weight, squares=loss.squares, moments=loss.moments)
+            if statistics is None:
+                statistics = self.statistics(
+                    class_weight, squares=loss.squares, moments=loss.moments
+                )
             rows = Rows.of(self.weight, self.target_weight, self.classes, class_weight)
             return self.reduce(loss.function(statistics, rows, *numbers), reduction)
         if reduction == "sum":
