@@ -130,10 +130,32 @@ def check_target(
         raise _checks.bad_value(function, argument, accepted, target)
 
 
+def is_kept(target: Tensor, ignore_index: int) -> Tensor:
+    """Where a target counts."""
+    return _differs(target, ignore_index)
+
+
+def is_class(target: Tensor, classes: int) -> Tensor:
+    """Where a target is a class."""
+    if not torch.compiler.is_compiling():
+        return (target >= 0) & (target < classes)
+    return ~_differs(target, target.clamp(0, classes - 1))
+
+
+def _differs(target: Tensor, other: Tensor | int) -> Tensor:
+    """Where a target is not the other number."""
+    if not torch.compiler.is_compiling():
+        return target != other
+    # What is over four times smaller than what it is made of is not made again in the backward
+    # pass, and a mask that is stored for it keeps inductor from fusing the loops over classes. So
+    # it comes from int32.
+    return (target ^ other).sign().to(torch.int32) != 0
+
+
 def inside(function: str, target: Tensor, ignore_index: int, classes: int) -> Tensor:
     """Where a target is a class; refuse kept ones that are not, if looking is free."""
-    result = (target >= 0) & (target < classes)
-    kept = target != ignore_index
+    result = is_class(target, classes)
+    kept = is_kept(target, ignore_index)
     if _checks.holds_values(target) and not bool((result | ~kept).all()):
         raise IndexError(
             f"{function}: target must lie in [0, {classes}) or be ignore_index={ignore_index}, "

@@ -9,11 +9,17 @@ _NAME = "cross_entropy"
 
 
 def cross_entropy(
-    positions: Positions, reduction: str, label_smoothing: float = 0.0, z_loss: float = 0.0
+    positions: Positions,
+    reduction: str,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    *,
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """The smoothed and weighted cross-entropy as torch defines it, and the penalty beside it."""
     spreads = label_smoothing != 0
-    return positions.loss(_NAME, (label_smoothing, z_loss), reduction, spreads=spreads)
+    numbers = label_smoothing, z_loss
+    return positions.loss(_NAME, numbers, reduction, spreads=spreads, statistics=statistics)
 
 
 @formula(_NAME)

@@ -53,7 +53,7 @@ class Positions:
     @property
     def kept(self) -> Tensor:
         """Which positions count."""
-        return self.target != self.ignore_index
+        return class_index.is_kept(self.target, self.ignore_index)
 
     @property
     def spread(self) -> Tensor:
@@ -93,13 +93,25 @@ class Positions:
         )
 
     def loss(
-        self, formula: str, numbers: Sequence[float], reduction: str, *, spreads: bool = False
+        self,
+        formula: str,
+        numbers: Sequence[float],
+        reduction: str,
+        *,
+        spreads: bool = False,
+        statistics: Statistics | None = None,
     ) -> Tensor:
-        """The reduced loss of a formula, which reads ``class_gap`` if it ``spreads``."""
+        """The reduced loss of a formula, which reads ``class_gap`` if it ``spreads``.
+
+        A caller that has the statistics may give them.
+        """
         class_weight = self.spread if spreads else None
-        if reduction == "none" or not self.takes_gradients_early():
+        if reduction == "none" or statistics is not None or not self.takes_gradients_early():
             loss = FORMULAS[formula]
-            statistics = self.statistics(class_weight, squares=loss.squares, moments=loss.moments)
+            if statistics is None:
+                statistics = self.statistics(
+                    class_weight, squares=loss.squares, moments=loss.moments
+                )
             rows = Rows.of(self.weight, self.target_weight, self.classes, class_weight)
             return self.reduce(loss.function(statistics, rows, *numbers), reduction)
         if reduction == "sum":
@@ -433,7 +445,7 @@ def _counted(
 ) -> tuple[Tensor, int, int, Tensor | None, Tensor, Tensor]:
     """From the target to the weights, what positions have in common."""
     inside = class_index.inside(function, target, ignore_index, classes)
-    kept = target != ignore_index
+    kept = class_index.is_kept(target, ignore_index)
     dtype = computation_dtype(dtype)
     # Outside the classes, a kept target makes its own position nan, in value and gradient.
     of_position = kept.to(dtype).where(inside | ~kept, torch.nan)

@@ -15,6 +15,7 @@ from tilework.losses._classes import blocks, class_index, linear, logits
 from tilework.losses._classes.cross_entropy import cross_entropy
 from tilework.losses._classes.positions import OfHead, OfLogits, Positions, of_head, of_logits
 from tilework.losses._classes.sharding import VocabShard
+from tilework.losses._classes.statistics import Statistics
 
 __all__ = [
     "ErrorNormTruncationLoss",
@@ -151,9 +152,13 @@ def error_norm_truncation_loss(
     )
     positions = of_logits(_NAME, input, target, ignore_index)
     truncates = threshold is not None or fraction is not None
-    norms = _error_norms(positions) if truncates else None
+    norms, statistics = None, None
+    if truncates and positions.implementation == "reference":
+        norms, statistics = _norms_and_statistics(positions, label_smoothing != 0)
+    elif truncates:
+        norms = _error_norms(positions)
     survives = _survivors(norms, positions.kept, threshold, fraction)
-    return _truncated(positions, survives, denominator, reduction, label_smoothing)
+    return _truncated(positions, survives, denominator, reduction, label_smoothing, statistics)
 
 
 @_PAPER
@@ -285,13 +290,14 @@ def _truncated(
     denominator: str,
     reduction: str,
     label_smoothing: float,
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """The reduced cross-entropy of the survivors."""
     counted = positions.counting(survives)
     if denominator == "kept" or reduction != "mean":
-        return cross_entropy(counted, reduction, label_smoothing)
+        return cross_entropy(counted, reduction, label_smoothing, statistics=statistics)
     exact = replace(counted, dtype=counted.weight.dtype)
-    total = cross_entropy(exact, "sum", label_smoothing)
+    total = cross_entropy(exact, "sum", label_smoothing, statistics=statistics)
     return (total / positions.total_weight).to(positions.dtype)
 
 
@@ -309,6 +315,29 @@ def _error_norms(positions: OfLogits) -> Tensor:
         return (total * (1 + squares).sqrt()).where(known, torch.nan)
 
     return blocks.by_blocks(norms, positions.input.detach(), positions.target)
+
+
+def _norms_and_statistics(positions: OfLogits, spreads: bool) -> tuple[Tensor, Statistics]:
+    """The error norms, and what the cross-entropy needs, from one exponential of each logit.
+
+    Compilers make as many loops of it as of cross-entropy alone, if the statistics are those of all
+    kept positions, survivors or not.
+    """
+    values = positions.input.to(positions.weight.dtype)
+    logits, constant = values.where(positions.kept.unsqueeze(1), 0), values.detach()
+    order = torch.arange(positions.classes, device=values.device)
+    wrong = order.reshape(-1, *[1] * (values.dim() - 2)) != positions.target.unsqueeze(1)
+    # Shifted by the largest wrong one, as squares of small probabilities underflow. It is no -inf,
+    # of which the gap to itself is nan.
+    shift, peak = constant.amax(1), constant.where(wrong, torch.finfo(values.dtype).min).amax(1)
+    exponentials = (logits - peak.unsqueeze(1)).where(wrong, -torch.inf).exp()
+    total, squares = exponentials.sum(1), exponentials.detach().square().sum(1)
+    statistics = positions.statistics(positions.spread if spreads else None)
+    of_wrong = (peak - shift).exp() * total
+    of_all = of_wrong + statistics.target_gap.neg().exp()
+    share = squares / total.detach().where(total > 0, 1).square()
+    norms = of_wrong.detach() / of_all.detach() * (1 + share).sqrt()
+    return norms, statistics._replace(total=of_all.where(positions.kept, 1))
 
 
 def _linear_error_norms(positions: OfHead) -> Tensor:

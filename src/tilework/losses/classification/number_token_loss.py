@@ -1,6 +1,7 @@
 """Losses that see how far apart the numbers are that tokens stand for."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,7 +14,7 @@ from tilework._options import StatefulModule, buffer, state
 from tilework.catalog import implements
 from tilework.losses._classes import class_index, logits
 from tilework.losses._classes.cross_entropy import cross_entropy
-from tilework.losses._classes.positions import of_logits
+from tilework.losses._classes.positions import OfLogits, of_logits
 
 __all__ = [
     "NumberTokenCrossEntropyLoss",
@@ -304,9 +305,16 @@ def _cross_entropy(
     name = "number_token_cross_entropy"
     positions = of_logits(name, input, target, ignore_index)
     exact = replace(positions, dtype=positions.weight.dtype)
-    likelihood = cross_entropy(exact, reduction, label_smoothing)
-    distance = _distance(name, input, target, token_values, numbers, kind, ignore_index, reduction)
-    return (likelihood + ntl_weight * distance).to(positions.dtype)
+    numbers = _check_and_find(name, input, target, token_values, numbers)
+    if numbers is None and positions.implementation == "reference":
+        truth = _truth(name, exact.input, exact.target, token_values, None, ignore_index)
+        likelihood, distances = _both(exact, truth, kind, reduction, label_smoothing)
+        distances = exact.restored(distances)
+    else:
+        truth = _truth(name, input, target, token_values, numbers, ignore_index)
+        likelihood = cross_entropy(exact, reduction, label_smoothing)
+        distances = _distances(input, truth, numbers, kind)
+    return (likelihood + ntl_weight * truth.reduce(distances, reduction)).to(positions.dtype)
 
 
 def _distance(
@@ -319,48 +327,120 @@ def _distance(
     ignore_index: int,
     reduction: str,
 ) -> Tensor:
-    """The reduced number token loss, before its rounding to half precision.
-
-    ``numbers`` is the index of tokens with a value. Where it is not known and would take a
-    synchronization to find, the other tokens get the probability 0 instead.
-    """
+    """The reduced number token loss, before its rounding to half precision."""
     class_index.check_input(function, "input", input)
     dim = class_index.class_dim(input)
-    classes = input.shape[dim]
     class_index.check_target(
         function, "target", target, (*input.shape[:dim], *input.shape[dim + 1 :])
     )
+    numbers = _check_and_find(function, input, target, token_values, numbers)
+    truth = _truth(function, input, target, token_values, numbers, ignore_index)
+    return truth.reduce(_distances(input, truth, numbers, kind), reduction)
+
+
+def _check_and_find(
+    function: str, input: Tensor, target: Tensor, token_values: Tensor, numbers: Tensor | None
+) -> Tensor | None:
+    """The index of tokens with a value; None where to find it would take a synchronization."""
+    classes = input.shape[class_index.class_dim(input)]
     _checks.constant(function, "token_values", token_values, (classes,))
     _checks.same_device(function, input=input, target=target, token_values=token_values)
     if numbers is None and _checks.holds_values(token_values):
         _check_values(function, token_values)
         numbers = _numbers(token_values)
+    return numbers
 
-    dtype = computation_dtype(input.dtype)
-    kept = target != ignore_index
-    known = kept & class_index.inside(function, target, ignore_index, classes)
-    values = token_values.to(dtype)
-    true_value = values[target.where(known, 0)].where(known, torch.nan)
-    counts = kept & ~true_value.isnan()
-    true_value = true_value.where(counts, 0)
 
+class _Truth(NamedTuple):
+    """What positions should predict."""
+
+    values: Tensor
+    """Of all classes, in the dtype of the computation, of a shape that broadcasts to the logits."""
+    value: Tensor
+    """The target's, 0 where it is no number."""
+    counts: Tensor
+    """Where it is one."""
+    wrong: Tensor
+    """Where the target is no class."""
+
+    def gaps(self, values: Tensor, kind: str, dim: int) -> Tensor:
+        """From the true value to others; the mean of large ones close together would cancel."""
+        gaps = values - self.value.unsqueeze(dim)
+        return gaps.abs() if kind == "wasserstein" else gaps
+
+    def losses(self, means: Tensor, kind: str) -> Tensor:
+        """From the mean gaps, 0 where the target is no number."""
+        losses = means if kind == "wasserstein" else means.square()
+        return losses.where(self.counts, 0).masked_fill(self.wrong, torch.nan)
+
+    def reduce(self, losses: Tensor, reduction: str) -> Tensor:
+        """A mean is over the positions that count."""
+        if reduction == "sum":
+            return losses.sum()
+        return losses.sum() / self.counts.sum().clamp(min=1) if reduction == "mean" else losses
+
+
+def _truth(
+    function: str,
+    input: Tensor,
+    target: Tensor,
+    token_values: Tensor,
+    numbers: Tensor | None,
+    ignore_index: int,
+) -> _Truth:
+    dim = class_index.class_dim(input)
+    kept = class_index.is_kept(target, ignore_index)
+    known = kept & class_index.inside(function, target, ignore_index, input.shape[dim])
+    values = token_values.to(computation_dtype(input.dtype))
+    across = values.reshape(-1, *[1] * (input.dim() - dim - 1))
+    if numbers is None and torch.compiler.is_compiling():
+        # A gather for every position, made before the loops over classes, would split these.
+        order = torch.arange(values.shape[0], device=values.device).reshape(across.shape)
+        value = across.where(order == target.unsqueeze(dim), -torch.inf).amax(dim)
+    else:
+        value = values[target.where(known, 0)]
+    counts = known & ~value.isnan()
+    return _Truth(across, value.where(counts, 0), counts, kept & ~known)
+
+
+def _distances(input: Tensor, truth: _Truth, numbers: Tensor | None, kind: str) -> Tensor:
+    """The number token loss of each position.
+
+    Where the index of the numbers is not known, other tokens get the probability 0 instead.
+    """
+    dim = class_index.class_dim(input)
+    values, logits = truth.values, input
+    if numbers is not None:
+        values, logits = values.index_select(0, numbers), input.index_select(dim, numbers)
+    logits = logits.to(values.dtype).where(truth.counts.unsqueeze(dim), 0)
     if numbers is None:
-        others = token_values.isnan()
+        others = values.isnan()
         values = values.where(~others, 0)
-        others = others.reshape(-1, *[1] * (input.dim() - dim - 1))
-        logits = input.to(dtype).where(counts.unsqueeze(dim), 0).masked_fill(others, -torch.inf)
-    else:
-        values = values.index_select(0, numbers)
-        logits = input.index_select(dim, numbers).to(dtype).where(counts.unsqueeze(dim), 0)
-    # Differences first: the mean of large values that are close together would cancel.
-    gaps = values.reshape(-1, *[1] * (input.dim() - dim - 1)) - true_value.unsqueeze(dim)
-    probabilities = logits.softmax(dim)
-    if kind == "wasserstein":
-        losses = (probabilities * gaps.abs()).sum(dim)
-    else:
-        losses = (probabilities * gaps).sum(dim).square()
+        logits = logits.masked_fill(others, -torch.inf)
+    means = (logits.softmax(dim) * truth.gaps(values, kind, dim)).sum(dim)
+    return truth.losses(means, kind)
 
-    losses = losses.where(counts, 0).masked_fill(kept & ~known, torch.nan)
-    if reduction == "sum":
-        return losses.sum()
-    return losses.sum() / counts.sum().clamp(min=1) if reduction == "mean" else losses
+
+def _both(
+    positions: OfLogits, truth: _Truth, kind: str, reduction: str, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The reduced cross-entropy, and the distances, from one exponential of each logit.
+
+    Each logit is shifted by the largest one of its kind, numbers or others, so that compilers make
+    of both losses as many loops as of cross-entropy alone.
+    """
+    values = positions.input.to(positions.dtype)
+    logits = values.where(positions.kept.unsqueeze(1), 0)
+    is_number = truth.values.abs() >= 0  # inductor has no vectors of isnan
+    # No -inf, of which the gap to itself is nan.
+    least = torch.finfo(values.dtype).min
+    shift, peak = values.detach().amax(1), values.detach().where(is_number, least).amax(1)
+    exponentials = (logits - torch.where(is_number, peak.unsqueeze(1), shift.unsqueeze(1))).exp()
+    of_numbers = exponentials.where(is_number, 0)
+    gaps = truth.gaps(truth.values.where(is_number, 0), kind, 1)
+    total, weighted = of_numbers.sum(1), (of_numbers * gaps).sum(1)
+    all_total = exponentials.where(~is_number, 0).sum(1) + (peak - shift).exp() * total
+    statistics = positions.statistics(positions.spread if label_smoothing else None)
+    statistics = statistics._replace(total=all_total.where(positions.kept, 1))
+    likelihood = cross_entropy(positions, reduction, label_smoothing, statistics=statistics)
+    return likelihood, truth.losses(weighted / total.where(truth.counts, 1), kind)

@@ -1,5 +1,6 @@
 """The focal loss of several labels."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -82,11 +83,23 @@ def multilabel_focal_loss(
         input, target = input.to(dtype), target.to(dtype)
         entropy = F.binary_cross_entropy_with_logits(input, target, reduction="none")
         # Powers have no derivative at 0, where the loss and its gradient are 0 by other factors.
-        missed = (-(-entropy).expm1()).where(entropy != 0, 1)
+        missed = _missed(input, target, entropy)
+        missed = missed.where(missed != 0, 1)
         return alpha * missed**gamma * entropy
 
     loss = _reduction.reduce_rows(focal, (input, target), (), reduction)
     return loss.to(class_index.result_dtype(input))
+
+
+def _missed(input: Tensor, target: Tensor, entropy: Tensor) -> Tensor:
+    """``1 - exp(-entropy)``, without cancellation."""
+    if not torch.compiler.is_compiling():
+        return -(-entropy).expm1()
+    # One pass over all need not wait for the logarithm in the entropy. The maximum has the right
+    # slope at 0.
+    smaller = input.abs().neg().exp()
+    exponent = input * target - torch.maximum(input, input.new_zeros(()))
+    return (smaller - exponent.expm1()) / (1 + smaller)
 
 
 @_PAPER
