@@ -148,10 +148,11 @@ def _attend_backward(
         rows = _spoiled(query, key)
         if len(rows):
             mask = mask if mask is None or len(mask) == 1 else mask[rows]
-            spoiled = (tensor[rows] for tensor in tensors)
-            for whole, part in zip(
-                found, _differentiate_products(*spoiled, mask, scale), strict=True
-            ):
+            above, asked, keys, values, result, log_sum = (tensor[rows] for tensor in tensors)
+            spoiled = _differentiate_products(
+                above, asked, keys, values, result, log_sum, mask, scale
+            )
+            for whole, part in zip(found, spoiled, strict=True):
                 whole[rows] = part
         return found
     return _differentiate_products(grad_output, query, key, value, output, lse, mask, scale)
