@@ -420,7 +420,7 @@ def head_sums(
     loss = linear_cross_entropy(
         input,
         weight,
-        torch.arange(len(input)) % len(weight),
+        torch.zeros(len(input), dtype=torch.int64),
         reduction="sum",
         gradient_filter=None if implementation == "reference" else gradient_filter,
         implementation=implementation,
@@ -429,9 +429,9 @@ def head_sums(
 
 
 def divergence_sums(input: Tensor, weight: Tensor, implementation: str) -> list[Tensor]:
-    # The teacher knows that it is one of the even classes.
-    bias = torch.zeros(len(weight), dtype=weight.dtype)
-    bias[1::2] = -torch.inf
+    # The teacher knows that it is the first class.
+    bias = torch.full((len(weight),), -torch.inf, dtype=weight.dtype)
+    bias[0] = 0
     zeros = [torch.zeros_like(one).detach() for one in (input, weight)]
     loss = linear_kl_div(
         input, weight, *zeros, teacher_bias=bias, reduction="sum", implementation=implementation
@@ -458,6 +458,13 @@ def apart(dtype: torch.dtype, *leading: int) -> list[Tensor]:
     return [query, key]
 
 
+def first_is_nothing(dtype: torch.dtype) -> list[Tensor]:
+    """Hidden states and a head whose first class, the target, adds nothing."""
+    input, weight = apart(dtype)
+    weight[[0, -1]] = 0
+    return [input, weight]
+
+
 def signs(rows: int, columns: int) -> Tensor:
     """Columns of ones and of minus ones."""
     return (1 - 2.0 * (torch.arange(columns) % 2)).repeat(rows, 1)
@@ -480,9 +487,9 @@ SUMS: dict[str, tuple[Callable[..., list[Tensor]], Callable[[torch.dtype], list[
             *(swing(dtype, 1, 1, 32, 4, dim=-2) for _ in range(2)),
         ],
     ),
-    "linear": (head_sums, apart),
-    "linear filtered": (partial(head_sums, gradient_filter=1e-12), apart),
-    "linear_kl_div": (divergence_sums, apart),
+    "linear": (head_sums, first_is_nothing),
+    "linear filtered": (partial(head_sums, gradient_filter=1e-12), first_is_nothing),
+    "linear_kl_div": (divergence_sums, first_is_nothing),
     "_row_norm": (
         norm_sums,
         lambda dtype: [signs(64, 8), torch.ones(8), torch.ones(8), swing(dtype, 32, 8)],

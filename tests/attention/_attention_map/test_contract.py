@@ -76,6 +76,14 @@ def test_gradcheck(function: Callable[..., Tensor], implementation: str) -> None
     assert torch.autograd.gradgradcheck(call, leaves)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "tiled"])
+@pytest.mark.parametrize("function", [mass, pooled])
+def test_others_are_constants(function: Callable[..., Tensor], implementation: str) -> None:
+    """Also of a log-sum-exp that has a gradient."""
+    leaves = [tensor.clone().requires_grad_() for tensor in (QUERY, KEY)]
+    assert not function(*leaves, implementation).requires_grad
+
+
 TRANSFORMS: dict[str, Callable[[Callable[..., Tensor]], Any]] = {
     "grad": lambda loss: torch.func.grad(lambda q, k: loss(q, k).sin().sum(), (0, 1))(QUERY, KEY),
     "jvp": lambda loss: torch.func.jvp(loss, (QUERY, KEY), (QUERY.sin(), KEY.cos())),

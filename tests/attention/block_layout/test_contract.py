@@ -897,6 +897,7 @@ def changed(tensor, value):
         (TypeError, "k must be an int, got 2.0", lambda: topk(SCORES, 2.0)),
         (TypeError, "k must be an integer tensor", lambda: topk(SCORES, torch.ones(4))),
         (TypeError, "k must be an integer tensor", lambda: topk(SCORES, torch.tensor(True))),
+        (TypeError, "k must be an integer tensor", lambda: topk(SCORES, torch.ones(4).cfloat())),
         (ValueError, "k must be at least 0, got -3", lambda: topk(SCORES, torch.tensor([-3]))),
         (ValueError, r"k must be broadcastable to \(2, 3, 4\)", lambda: topk(SCORES, COUNTS[None])),
         (ValueError, "k must be broadcastable to", lambda: topk(SCORES, COUNTS[..., :2])),

@@ -352,3 +352,13 @@ def test_bad_adversarial_targets() -> None:
         lambda target: smooth_adversarial_comp_sum_loss(input, input, target, reduction="none")
     )(target[None])[0]
     assert unread.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("nll", [0.5, 2.0, 8.0, 20.0])
+def test_gradients_of_unlikely_targets_are_exact(nll: float) -> None:
+    """The value is near its bound, where its last digits say nothing about the slope."""
+    input = torch.tensor([[-nll, 0.0]], requires_grad=True)
+    (actual,) = torch.autograd.grad(comp_sum_loss(input, torch.tensor([0]), tau=1.5), input)
+    # The derivative of (1 - (1 + u)**-0.5) / 0.5 for u = exp(nll).
+    slope = math.exp(nll) * (1 + math.exp(nll)) ** -1.5
+    torch.testing.assert_close(actual, torch.tensor([[-slope, slope]]), rtol=1e-6, atol=0)

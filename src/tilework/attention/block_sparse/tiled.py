@@ -99,13 +99,26 @@ def _attend(
 
     Queries that see no key have an output of 0 and any log-sum-exp.
     """
-    if _can_be_fused(query, key):
+    if query.device.type in FUSED:
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(tensor[:, None] for tensor in (query, key, value)),
             attn_mask=None if mask is None else mask[:, None],
             scale=scale,
         )
-        return output[:, 0], lse[:, 0]
+        output, lse = output[:, 0], lse[:, 0]
+        rows = _spoiled(query, key)
+        if len(rows):
+            mask = mask if mask is None or len(mask) == 1 else mask[rows]
+            output[rows], lse[rows] = _attend_by_products(
+                query[rows], key[rows], value[rows], mask, scale
+            )
+        return output, lse
+    return _attend_by_products(query, key, value, mask, scale)
+
+
+def _attend_by_products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     scores = _scores(query, key, mask, scale)
     lse = scores.logsumexp(-1)
     lse = lse.masked_fill(lse == -torch.inf, 0)
@@ -123,7 +136,7 @@ def _attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value of :func:`_attend`."""
-    if _can_be_fused(query, key):
+    if query.device.type in FUSED:
         tensors = (grad_output, query, key, value, output, lse)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(tensor[:, None] for tensor in tensors),
@@ -132,19 +145,42 @@ def _attend_backward(
             attn_mask=None if mask is None else mask[:, None],
             scale=scale,
         )
-        return grads[0][:, 0], grads[1][:, 0], grads[2][:, 0]
+        found = grads[0][:, 0], grads[1][:, 0], grads[2][:, 0]
+        rows = _spoiled(query, key)
+        if len(rows):
+            mask = mask if mask is None or len(mask) == 1 else mask[rows]
+            above, asked, keys, values, result, log_sum = (tensor[rows] for tensor in tensors)
+            spoiled = _differentiate_products(
+                above, asked, keys, values, result, log_sum, mask, scale
+            )
+            for whole, part in zip(found, spoiled, strict=True):
+                whole[rows] = part
+        return found
+    return _differentiate_products(grad_output, query, key, value, output, lse, mask, scale)
+
+
+def _differentiate_products(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     weights = _scores(query, key, mask, scale).sub_(lse[..., None]).exp_()
     slope = (grad_output @ value.mT).sub_((grad_output * output).sum(-1, keepdim=True))
     slope.mul_(weights).mul_(scale)
     return slope @ key, slope.mT @ query, weights.mT @ grad_output
 
 
-def _can_be_fused(query: Tensor, key: Tensor) -> bool:
-    """Whether torch's fused attention computes this.
+def _spoiled(query: Tensor, key: Tensor) -> Tensor:
+    """The rows that torch's fused attention does not compute as they are defined.
 
     It adds its mask, which leaves scores that are nan or infinite where they are hidden.
     """
-    return query.device.type in FUSED and bool((query.sum() + key.sum()).isfinite())
+    return (query.sum((1, 2)) + key.sum((1, 2))).isfinite().logical_not().nonzero()[:, 0]
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
