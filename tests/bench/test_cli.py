@@ -1,3 +1,4 @@
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from bench import tiny_suite
 from bench.test_results import ROW, write
 from typer.testing import CliRunner, Result
 
+import tilework
 from tilework.bench import results, suites
 from tilework.bench.cli import app
 
@@ -41,9 +43,16 @@ def slower(path: Path, factor: float) -> Path:
 def test_list_shows_all_families_or_one() -> None:
     everything = run("list")
     assert everything.exit_code == 0
-    assert "tilework.losses.linear_cross_entropy" in everything.stdout
-    assert "tilework.norms." in everything.stdout
-    assert "tilework.norms." not in run("list", "losses").stdout
+    assert " losses.linear_cross_entropy " in everything.stdout
+    assert " norms." in everything.stdout
+    assert " norms." not in run("list", "losses").stdout
+    for family in tilework.FAMILIES:
+        empty = not getattr(tilework, family).__all__
+        assert ("has no public names yet" in run("list", family).stdout) == empty
+
+
+def test_the_version_is_told() -> None:
+    assert run("--version").stdout == f"tilework {tilework.__version__}\n"
 
 
 def test_show_prints_a_public_name() -> None:
@@ -51,21 +60,26 @@ def test_show_prints_a_public_name() -> None:
     assert result.exit_code == 0
     assert "tilework.losses.linear_cross_entropy(" in result.stdout
     assert "https://arxiv.org/abs/2411.09009" in result.stdout
+    assert (
+        "tilework.attention.BlockLayout.from_window("
+        in run("show", "BlockLayout.from_window").stdout
+    )
 
 
 def test_doctor_reports() -> None:
     result = run("doctor")
     assert result.exit_code == 0
     assert torch.__version__ in result.stdout
-    assert "losses.linear_cross_entropy" in result.stdout
+    assert "losses.linear_cross_entropy" not in result.stdout
+    assert "losses.linear_cross_entropy" in run("doctor", "--all").stdout
 
 
 def test_doctor_tells_the_costs_of_a_head() -> None:
     result = run("doctor", "--head", "2048,768,50304", "--dtype", "float32")
     assert result.exit_code == 0
     rows = [line.split() for line in result.stdout.splitlines() if " cpu " in line]
-    assert ["cpu", "│", "again", "│", "0.633", "T"] in [row[1:7] for row in rows]
-    assert ["cpu", "│", "chunks", "│", "0.475", "T", "│", "98", "MiB", "│", "yes"] in [
+    assert ["cpu", "│", "tiled", "│", "0.633", "T"] in [row[1:7] for row in rows]
+    assert ["cpu", "│", "chunked", "│", "0.475", "T", "│", "98", "MiB", "│", "yes"] in [
         row[1:12] for row in rows
     ]
 
@@ -162,6 +176,19 @@ def test_compare_ends_with_1_after_a_regression(tmp_path: Path, factor: float, s
     assert result.exit_code == status
     assert ("regression: tiny_suite square n=1000 float32" in result.stdout) == bool(status)
     assert ("No regression" in result.stdout) != bool(status)
+
+
+def test_a_comparison_of_disturbed_measurements_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    options = ("--filter", "n=1000", "--against", "none", *FAST)
+    run("bench", *options, "--out", out)
+    for others in (0.0, 1.5):
+        rows = results.read(slower(out, 0.01))
+        old = tmp_path / f"{others}.jsonl"
+        write(old, *(dataclasses.replace(row, others_cpus=others) for row in rows))
+        shown = " ".join(run("bench", *options, "--compare", old).stdout.split())
+        assert ("This comparison is not sound: other processes kept" in shown) or not others
+        assert ("kept 1.5 CPUs" in shown) <= bool(others)
 
 
 def test_plot_writes_figures(tmp_path: Path) -> None:
