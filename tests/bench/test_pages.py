@@ -60,6 +60,16 @@ def test_exponents_stand_beside_the_expected_ones(monkeypatch: pytest.MonkeyPatc
         pages.exponents([OURS])
 
 
+def test_disturbed_series_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suites, "discover", lambda: {"tiny_suite": tiny_suite.SUITE})
+    assert "not sound" not in pages.exponents(grown())
+    rows = grown()
+    rows[-1].others_cpus = 1.5
+    assert "tiny_suite, square over n: **not sound: other processes kept 1.5" in pages.exponents(
+        rows
+    )
+
+
 def test_a_page_is_filled_in_where_it_says_so(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path / "sub" / "r.jsonl", OURS, dataclasses.replace(OURS, case="work n=2"))

@@ -90,6 +90,8 @@ def _table(title: str, place: str, rows: Sequence[Row]) -> str:
     )
     rest = [row for row in rows if row.status != OK]
     lines += [f"{row.candidate}: {row.status}, {row.reason}  " for row in rest]
+    disturbed = results.disturbance(measured)
+    lines += [f"**{disturbed}**  "] if disturbed else []
     return "\n".join([*lines, ""])
 
 
@@ -117,6 +119,9 @@ def exponents(rows: Sequence[Row]) -> str:
             for fit in found
         ],
     )
+    for fit in found:
+        disturbed = results.disturbance(fit.rows)
+        lines += [f"{fit.name} over {fit.over}: **{disturbed}**  "] if disturbed else []
     return "\n".join(lines)
 
 

@@ -214,6 +214,8 @@ SUITE = Suite(
     composition="torch sdpa (mask)",
     truth=truth,
     flops=flops,
+    products=True,
     traffic=traffic,
+    rank=1,
     growth=growth(),
 )
