@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator
 
 from tilework.bench import report, scaling
@@ -336,10 +337,12 @@ def _fit(figure: Figure) -> Figure:
 def _make_room(axes: Axes) -> None:
     """Widen the scale, which begins at 0, until each label ends within the axes."""
     box, (_, high) = axes.get_window_extent(), axes.get_xlim()
-    for text in axes.texts:
-        end = axes.transData.transform((text.xy[0], 0))[0] - box.x0
-        room = box.width - (text.get_window_extent().x1 - box.x0 - end)
-        high = max(high, text.xy[0] * box.width / room)
+    for label in axes.findobj(Annotation):
+        assert isinstance(label, Annotation)
+        place = label.xy[0]
+        end = axes.transData.transform((place, 0))[0] - box.x0
+        room = box.width - (label.get_window_extent().x1 - box.x0 - end)
+        high = max(high, place * box.width / room)
     axes.set_xlim(0, high)
 
 
