@@ -20,7 +20,7 @@ OURS = dataclasses.replace(
     versions={"torch": "2.13"},
     commit="abc",
 )
-PEER = dataclasses.replace(OURS, candidate="torch eager", peer=True, peak_bytes=None)
+PEER = dataclasses.replace(OURS, candidate="torch eager", peer=True, default=False, peak_bytes=None)
 MISSING = dataclasses.replace(
     ROW, candidate="quack", peer=True, status="missing", reason="no such luck", median=None
 )
@@ -50,7 +50,8 @@ def test_a_summary_has_the_dtypes_of_a_case_side_by_side() -> None:
     fast = dataclasses.replace(PEER, median=0.25, errors={"loss": 1e-3, "grad": 1.0})
     only = dataclasses.replace(PEER, candidate="another", dtype="bfloat16", peak_bytes=10**6)
     other = dataclasses.replace(OURS, case="work n=2")
-    lines = pages.summary([OURS, narrow, fast, only, MISSING, other], "n=1").splitlines()
+    missing = dataclasses.replace(PEER, candidate="quack", status="missing", median=None)
+    lines = pages.summary([OURS, narrow, fast, only, missing, other], "n=1").splitlines()
     assert lines == [
         "**s: work n=1** (an abacus, 2 threads, torch 2.13, abc)",
         "",

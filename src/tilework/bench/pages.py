@@ -103,8 +103,8 @@ def _summary(title: str, rows: Sequence[Row]) -> str:
 
         columns.append(cell)
 
+    error = next((name for row in measured for name in row.errors), "nothing")
     for dtype in dict.fromkeys(row.dtype for row in measured):
-        error = next(name for row in measured for name in row.errors)
         header += [dtype, "memory", f"error of {error}"]
         column(dtype, lambda row: row.median, report.duration)
         column(dtype, lambda row: row.peak_bytes, report.size)
