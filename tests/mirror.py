@@ -39,7 +39,8 @@ def shared(file: Path) -> list[str]:
         text=True,
         check=True,
     ).stdout
-    sample = re.compile(rf"::.*[\[-](?:{'|'.join(defined)})[\]-]")
+    # Samples of one name are numbered.
+    sample = re.compile(rf"::.*[\[-](?:{'|'.join(defined)})\d*[\]-]")
     return [line for line in collected.splitlines() if sample.search(line)]
 
 

@@ -34,9 +34,7 @@ def test_a_file_has_tests_of_its_own(file: str, tests: str) -> None:
 def test_a_file_has_the_shared_tests_of_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(("src", os.environ.get("PYTHONPATH", ""))))
     found = mirror.shared(Path("src/tilework/losses/classification/squentropy.py"))
-    assert (
-        "tests/losses/test_every_loss.py::test_equals_its_definition[squentropy-float32]" in found
-    )
+    assert any("test_every_loss.py::test_equals_its_definition[squentropy" in one for one in found)
     assert any("test_every_linear_form.py" in one and "linear_squentropy" in one for one in found)
     assert not any("number_token" in one for one in found)
     assert mirror.shared(Path("src/tilework/catalog.py")) == []

@@ -193,6 +193,10 @@ def test_peers_may_err_more_than_we_may(rows: dict[str, Row]) -> None:
     assert inexact.errors["square"] > rows["tilework square"].allowed["square"]
 
 
+def test_the_composition_is_held_to_half_of_its_digits(rows: dict[str, Row]) -> None:
+    assert rows["torch eager"].allowed == {"square": torch.finfo(torch.float32).eps ** 0.5}
+
+
 def test_a_wrong_composition_is_refused_and_is_no_yardstick() -> None:
     def wrong_truth(case: Case, inputs: Inputs) -> Results:
         return {"square": inputs["input"].double().pow(2) * 1.1}

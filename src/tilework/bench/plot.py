@@ -151,7 +151,7 @@ def _draw_bars(axes: Axes, rows: Sequence[Row], quantity: Quantity, colors: dict
     _quiet(axes)
 
 
-def _tick(quantity: Quantity, value: float, position: int) -> str:
+def _tick(quantity: Quantity, value: float, position: int | None) -> str:
     return quantity.text(value) if value else "0"
 
 
