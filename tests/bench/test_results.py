@@ -46,11 +46,15 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
     assert results.read(write(tmp_path / "new folder" / "r.jsonl", ROW, other)) == [ROW, other]
 
 
-def test_each_row_is_on_disk_before_the_next(tmp_path: Path) -> None:
+def test_each_row_is_on_disk_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(results.os, "fsync", synced.append)
     log = results.Log(tmp_path / "r.jsonl")
     for count in (1, 2):
         log.write(dataclasses.replace(ROW, candidate=str(count)))
-        assert len(results.read(tmp_path / "r.jsonl")) == count
+        assert len(results.read(tmp_path / "r.jsonl")) == len(synced) == count
     log.close()
 
 

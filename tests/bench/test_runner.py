@@ -1,4 +1,5 @@
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -153,6 +154,41 @@ def test_what_fails_while_it_is_timed_shows_no_time_and_no_memory(
         "tilework square",
         "peer inexact",
     }
+
+
+def test_memory_is_that_of_the_device_or_says_why_it_is_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unmeasured(*_: object) -> int:
+        raise runner.memory.Unmeasured("nobody knows")
+
+    monkeypatch.setattr(runner.memory, "in_fresh_process", unmeasured)
+    monkeypatch.setattr(runner.memory, "on_gpu", lambda run, device: 11)
+    rows = Clockwork({}).run(monkeypatch, JOB, memory=True)
+    for name in MEASURED:
+        assert rows[name].peak_bytes is None
+        assert "memory: nobody knows" in rows[name].notes
+    row = rows["torch eager"]
+    step = runner.Step(dict, "")
+    runner._record_memory(row, step, JOB, torch.device("cuda"))
+    assert row.peak_bytes == 11
+
+
+def test_warnings_of_a_candidate_are_in_its_notes_once_and_in_one_line() -> None:
+    def build(case: Case, inputs: Inputs) -> runner.Step:
+        def run() -> Results:
+            for _ in range(2):
+                warnings.warn("a slow path\nwas taken", UserWarning, stacklevel=1)
+            return {"square": inputs["input"] ** 2}
+
+        return runner.Step(run, "")
+
+    noisy = dataclasses.replace(tiny_suite.SUITE.candidates[2], build=build)
+    suite = dataclasses.replace(tiny_suite.SUITE, candidates=(noisy,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (row,) = runner.measure(dataclasses.replace(JOB, suite=suite), SETTINGS)
+    assert (row.status, row.notes) == (results.OK, ["a slow path"])
 
 
 def test_results_without_a_truth_are_refused() -> None:

@@ -152,14 +152,15 @@ def test_cpus_of_others_are_those_that_this_process_did_not_use(
     monkeypatch.setattr(timing, "time", SimpleNamespace(**now))
     monkeypatch.setattr(timing, "STAT", tmp_path / "stat")
 
-    def stat(user: int, system: int, idle: int, stolen: int) -> None:
-        fields = (user * second, 0, system * second, idle * second, 9, 0, 0, stolen * second, 7, 7)
+    def stat(user: int, system: int, idle: int, waiting: int, stolen: int, guest: int) -> None:
+        counts = (user, 0, system, idle, waiting, 0, 0, stolen, guest, guest)
+        fields = [count * second for count in counts]
         (tmp_path / "stat").write_text(f"cpu {' '.join(map(str, fields))}\ncpu0 1 2 3\n")
 
     assert timing.Others().cpus() is None
-    stat(10, 10, 10, 0)
+    stat(10, 10, 10, 9, 0, 7)
     others = timing.Others()
-    stat(40, 12, 90, 3)
+    stat(40, 12, 90, 59, 3, 27)
     seconds |= {"process_time": 25.0, "perf_counter": 110.0}
     assert others.cpus() == pytest.approx((35 - 20) / 10)
 
