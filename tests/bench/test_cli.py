@@ -12,7 +12,7 @@ from bench.test_results import ROW, write
 from typer.testing import CliRunner, Result
 
 import tilework
-from tilework.bench import results, suites
+from tilework.bench import results, suites, timing
 from tilework.bench.cli import app
 
 FAST = ("--seconds", "0.01", "--no-memory", "--device", "cpu")
@@ -178,17 +178,34 @@ def test_compare_ends_with_1_after_a_regression(tmp_path: Path, factor: float, s
     assert ("No regression" in result.stdout) != bool(status)
 
 
-def test_a_comparison_of_disturbed_measurements_says_so(tmp_path: Path) -> None:
-    out = tmp_path / "r.jsonl"
+@pytest.mark.parametrize(("then", "now"), [(0.0, 0.0), (1.5, 0.0), (0.0, 1.5)])
+def test_a_comparison_of_disturbed_measurements_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: float, now: float
+) -> None:
+    out, old = tmp_path / "r.jsonl", tmp_path / "old.jsonl"
     options = ("--filter", "n=1000", "--against", "none", *FAST)
+    monkeypatch.setattr(timing.Others, "cpus", lambda others: now)
     run("bench", *options, "--out", out)
-    for others in (0.0, 1.5):
-        rows = results.read(slower(out, 0.01))
-        old = tmp_path / f"{others}.jsonl"
-        write(old, *(dataclasses.replace(row, others_cpus=others) for row in rows))
-        shown = " ".join(run("bench", *options, "--compare", old).stdout.split())
-        assert ("This comparison is not sound: other processes kept" in shown) or not others
-        assert ("kept 1.5 CPUs" in shown) <= bool(others)
+    rows = results.read(slower(out, 0.01))
+    write(old, *(dataclasses.replace(row, others_cpus=then) for row in rows))
+    # What is not compared does not count.
+    write(old, dataclasses.replace(ROW, others_cpus=9.0))
+    shown = " ".join(run("bench", *options, "--compare", old).stdout.split())
+    said = "This comparison is not sound: other processes kept 1.5 CPUs busy" in shown
+    assert said == ("This comparison is not sound" in shown) == bool(then or now)
+
+
+def test_what_is_short_of_time_begins_with_the_first_cases_of_all_suites(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = dataclasses.replace(tiny_suite.SUITE, module="x.one")
+    monkeypatch.setattr(suites, "discover", lambda: {"one": one, "tiny_suite": tiny_suite.SUITE})
+    shown = run("bench", "--minutes", "1e-9", "--filter", "000", "--against", "none", *FAST).stdout
+    assert "Out of time, not measured: " + ", ".join(
+        f"{suite} square n={size} float32"
+        for size in (1000, 4000)
+        for suite in ("one", "tiny_suite")
+    ) in " ".join(shown.split())
 
 
 def test_plot_writes_figures(tmp_path: Path) -> None:
