@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool | None) -> None:
     if asked:
         typer.echo(f"tilework {tilework.__version__}")
         raise typer.Exit
@@ -41,9 +41,9 @@ def _version(asked: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool,
+        bool | None,  # what a callback returns
         typer.Option("--version", callback=_version, is_eager=True, help="Print it and stop."),
-    ] = False,
+    ] = None,
 ) -> None:
     """Tilework: which papers it implements, what this machine can run, and how fast."""
 
