@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 ENV := env -u PYTHONPATH
 PYTEST = $(ENV) $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: help demo gate test lint bench scaling gpu docs mutants clean
+.PHONY: help demo gate test lint format bench scaling gpu docs mutants clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -44,6 +44,10 @@ lint: $(VENV)/.installed-lint ## ruff format, ruff check, mypy
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+format: $(VENV)/.installed-lint ## ruff format, and what ruff check can mend
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
 bench: $(VENV)/.installed-bench,peers ## measure; ARGS='linear_cross_entropy --out results.jsonl'
 	$(ENV) $(BIN)/tilework bench $(ARGS)
 
@@ -57,7 +61,7 @@ docs: $(VENV)/.installed-docs ## build the documentation site in build/docs
 	$(ENV) $(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 mutants: $(VENV)/.installed-mutants ## mutation testing; FILE=src/tilework/..., TESTS=tests/...
-	$(ENV) BIN=$(abspath $(BIN)) tests/mutants.sh $(FILE) $(TESTS)
+	$(ENV) BIN=$(abspath $(BIN)) tests/mutants.sh '$(FILE)' '$(TESTS)'
 
 clean: ## remove what was built, and the virtual environment
 	rm -rf build runs $(VENV)

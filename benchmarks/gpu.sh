@@ -17,7 +17,7 @@ tilework() { "$PYTHON" -m tilework.bench "$@"; }
     echo 'make gpu: torch finds no GPU; `tilework doctor` says more' >&2
     exit 2
 }
-tilework doctor > "$OUT/doctor.txt"
+tilework doctor --all > "$OUT/doctor.txt"
 
 timeout --kill-after=5 "$CHECKS" "$PYTHON" -m pytest tests -m gpu -q 2>&1 | tee "$OUT/checks.txt"
 checks=${PIPESTATUS[0]}

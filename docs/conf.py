@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 from sphinx.util.rst import escape
 
 import tilework
@@ -23,10 +26,10 @@ version = release = tilework.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
 myst_enable_extensions = ["dollarmath"]
+html_math_renderer = "mathml"  # which browsers draw themselves, without a script from elsewhere
 
 autodoc_default_options = {
     "members": True,
@@ -45,6 +48,13 @@ html_title = f"Tilework {release}"
 html_copy_source = False
 html_show_copyright = False
 
+# What a browser fetches to show a page.
+FETCHED = re.compile(
+    r"""<(?:script|img|iframe|source|embed)\b[^>]*?\bsrc=["'](?:https?:)?//[^"']+"""
+    r"""|<link\b(?=[^>]*\brel=["'][^"']*(?:stylesheet|icon|preload|preconnect))[^>]*"""
+    r"""\bhref=["'](?:https?:)?//[^"']+"""
+    r"""|(?:url\(|@import)\s*["']?(?:https?:)?//[^"')]+"""
+)
 TEMPLATES = ("catalogue", "implementations")
 
 
@@ -126,7 +136,37 @@ def show_public_bases(
     bases[:] = [one for one in public if not any(one in other.__mro__[1:] for other in public)]
 
 
+def inline_math(translator: Any, node: nodes.math) -> None:
+    """Write a formula of the text."""
+    translator.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def displayed_math(translator: Any, node: nodes.math_block) -> None:
+    """Write a formula of its own, or several that blank lines part."""
+    translator.body.append(translator.starttag(node, "div", CLASS="math"))
+    formulas = re.split(r"\n\s*\n", node.astext().strip())
+    translator.body += [convert(formula, display="block") for formula in formulas]
+    translator.body.append("</div>\n")
+    raise nodes.SkipNode
+
+
+def refuse_urls(app: Sphinx, exception: Exception | None) -> None:
+    """Let the build fail if a page needs the network to be shown."""
+    built = [] if exception else sorted(Path(app.outdir).rglob("*"))
+    found = [
+        f"{path.relative_to(app.outdir)}: {match[0]}"
+        for path in built
+        if path.suffix in (".html", ".css")
+        for match in FETCHED.finditer(path.read_text(encoding="utf-8"))
+    ]
+    if found:
+        raise ExtensionError("a built page loads from the network: " + "; ".join(found))
+
+
 def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (inline_math, None), (displayed_math, None))
+    app.connect("build-finished", refuse_urls)
     # Before napoleon, which reads the sections.
     app.connect("autodoc-process-docstring", describe_options, priority=400)
     app.connect("autodoc-process-bases", show_public_bases)

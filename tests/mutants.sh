@@ -5,24 +5,14 @@ set -euo pipefail
 file=${1:?make mutants FILE=src/tilework/... [TESTS=...]}
 [ -f "$file" ] || { echo "no such file: $file" >&2; exit 2; }
 
-# tests/ mirrors src/tilework/: a folder of tests for a folder, test_NAME.py for NAME.py.
-mirror=tests/${file#src/tilework/}
-folder=$(dirname "$mirror")
-tests=${2:-}
-if [ -z "$tests" ]; then
-    tests=$folder/test_$(basename "$file")
-    [ -f "$tests" ] || tests=$folder/test_$(basename "$folder").py
-    [ -f "$tests" ] || tests=$(dirname "$folder")/test_$(basename "$folder").py
-    [ -f "$tests" ] || tests=$folder
-fi
-
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 cp -r src tests pyproject.toml "$copy"
 cd "$copy"
 export PYTHONPATH=$copy/src PYTHONDONTWRITEBYTECODE=1
-run="$BIN/python -m pytest -x -q -p no:cacheprovider $tests"
-echo "tests: $tests"
+if [ -n "${2:-}" ]; then printf '%s\n' $2; else "$BIN/python" tests/mirror.py "$file"; fi > tests.txt
+run="$BIN/python -m pytest -x -q -p no:cacheprovider @tests.txt"
+echo "tests: $(head -n 1 tests.txt), and $(($(wc -l < tests.txt) - 1)) more"
 $run > baseline.txt || { tail -n 20 baseline.txt; echo "the tests fail without a mutant" >&2; exit 1; }
 
 cat > cosmic.toml <<EOF

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ VARIANTS = ("tilework", "torch")
 pytestmark = pytest.mark.untyped
 
 
-def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
+def start(
+    *arguments: str | Path, cwd: Path | None = None, **environment: str
+) -> subprocess.Popen[str]:
     """The demo in a process group of its own, as a terminal starts it."""
     return subprocess.Popen(
         [sys.executable, DEMO, *arguments],
@@ -27,6 +30,7 @@ def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | ENVIRONMENT | environment,
+        cwd=cwd,
         start_new_session=True,
     )
 
@@ -86,6 +90,8 @@ def test_shows_the_table_and_writes_its_files(finished: tuple[Path, str]) -> Non
         assert len(state["losses"]) == 100
         assert [step for step, _ in state["validation"]] == list(range(5, 101, 5))
     assert "Validation losses agree" in output
+    shown = re.findall(r"^(\w+): (\d+)/100 steps, [\d.]+ bits per byte", output, re.MULTILINE)
+    assert shown == [(name, str(step)) for name in VARIANTS for step in range(5, 101, 5)]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "sample.txt").read_text().startswith("def ")
     assert not list(out.glob("*.tmp"))
@@ -131,6 +137,34 @@ def test_goes_on_after_ctrl_c_as_if_nothing_had_been(
             del whole[measured]
         assert_equal(resumed, whole)
     assert (tmp_path / "sample.txt").read_text() == (finished[0] / "sample.txt").read_text()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_a_training_process_ends_with_its_parent(sent: signal.Signals, tmp_path: Path) -> None:
+    process = start("--quick", "--steps", "1000000", "--out", tmp_path)
+    # The line comes from the child, while it trains.
+    assert process.stdout is not None
+    assert "5/1000000" in process.stdout.readline()
+    process.send_signal(sent)
+    _, output = finish(process)  # which waits for whoever holds the pipe
+    assert "Traceback" not in output
+    assert ("Stopped. To go on" in output) == (sent == signal.SIGTERM)
+
+
+def test_a_quick_run_leaves_the_files_of_a_full_one_alone(tmp_path: Path) -> None:
+    kept = tmp_path / "runs/demo/tilework.pt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("of a full run")
+    process = start("--quick", "--steps", "5", cwd=tmp_path)
+    code, output = finish(process)
+    assert code == 0, output
+    assert kept.read_text() == "of a full run"
+    assert len(checkpoint(tmp_path / "runs/demo-quick", "torch")["losses"]) == 5
+
+
+def test_help_says_how_many_threads_there_are() -> None:
+    _, output = run("--help")
+    assert re.search(r"--threads.*\[default: 1\]", output, re.DOTALL)
 
 
 def test_a_wrong_loss_is_an_error(tmp_path: Path) -> None:

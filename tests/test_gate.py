@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-ENVIRONMENT = {"COLUMNS": "200", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"COLUMNS": "300", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 CHOICES = [
     "all",
     "the true map",
@@ -41,6 +42,21 @@ def results(out: Path) -> dict[str, dict[str, Any]]:
     return {row["blocks"]: row for row in json.loads((out / "results.json").read_text())}
 
 
+def conclusion(rows: dict[str, dict[str, Any]]) -> str:
+    """What the rows say of the gate, in the words of the last line."""
+    gate = rows["trained gate"]
+    most = max((rows[name] for name in CHOICES[3:]), key=lambda row: row["recall"])
+    least = min((rows[name] for name in CHOICES[3:]), key=lambda row: row["bits"])
+    more = "more" if gate["recall"] > most["recall"] else "NO MORE"
+    lower = "lower" if gate["bits"] < least["bits"] else "NO LOWER"
+    over = [f"{row['bits'] - rows['all']['bits']:+.4f}" for row in (gate, least)]
+    return (
+        f"The trained gate recalls {more} than the best of the others ({gate['recall']:.3f}, "
+        f"{most['blocks']} {most['recall']:.3f}); its loss over dense is {lower} than theirs "
+        f"({over[0]}, {least['blocks']} {over[1]} bits per byte)."
+    )
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of a run."""
@@ -61,7 +77,8 @@ def test_shows_the_table_and_writes_its_files(finished: tuple[Path, str]) -> Non
         assert bits == round(row["bits"], 4)
         assert over == pytest.approx(row["bits"] - rows["all"]["bits"], abs=6e-5)
         assert bits < 6, "a model that has learned nothing needs 8 bits"
-    assert "The trained gate recalls more" in output
+    assert output.splitlines()[-1] == conclusion(rows)
+    assert re.findall(r"^gates: (\d+)/40 steps", output, re.MULTILINE) == ["10", "20", "30", "40"]
     gates = torch.load(out / "gates.pt", weights_only=True)
     assert [list(state) for state in gates] == [["q_weight", "k_weight"]] * 2
 
@@ -130,6 +147,29 @@ def test_the_loss_of_the_model_trains_gates_too(finished: tuple[Path, str]) -> N
     for name in CHOICES:
         assert (after[name] == before[name]) == (name != "trained gate")
     assert after["trained gate"]["bits"] < after["untrained gate"]["bits"]
+
+
+def test_the_conclusion_is_what_the_rows_say(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.syspath_prepend(EXAMPLES / "demo")
+    monkeypatch.syspath_prepend(EXAMPLES / "gate")
+    import experiment
+
+    for recall, bits, code in ((0.6, 2.0, 0), (0.6, 2.3, 0), (0.3, 2.0, 1)):
+        values = dict.fromkeys(CHOICES, (0.4, 2.2)) | {"trained gate": (recall, bits)}
+        values |= {"all": (1.0, 1.9), "window": (0.5, 2.1)}
+        rows = {
+            name: {"blocks": name, "density": 0.1, "recall": value[0], "bits": value[1]}
+            for name, value in values.items()
+        }
+        if code:
+            with pytest.raises(experiment.typer.Exit):
+                experiment.report(list(rows.values()), 0.9)
+        else:
+            experiment.report(list(rows.values()), 0.9)
+        assert capsys.readouterr().out.splitlines()[-1] == conclusion(rows)
 
 
 def test_bad_options_are_named_in_one_line() -> None:

@@ -8,6 +8,7 @@ import pytest
 import tilework
 from tilework import catalog
 from tilework._implementations import TABLES
+from tilework.bench import pages
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -25,6 +26,14 @@ def test_commands_exist() -> None:
     assert {"demo", "test"} <= named <= targets
     commands = {"list", "show", "doctor", "bench", "plot"}
     assert set(re.findall(r"^tilework (\w+)", README, re.MULTILINE)) == commands
+
+
+def test_figures_of_speed_stand_in_blocks_that_are_filled_in_from_rows() -> None:
+    """``tests/bench/test_pages.py`` compares the blocks with the rows."""
+    section = README.split("\n## What is fast", 1)[1].split("\n## ", 1)[0]
+    prose, blocks = pages.BLOCK.subn("", section)
+    assert blocks
+    assert not re.findall(r"\d[\d.,]*\s?(?:ns|µs|us|ms|s|[kMG]i?B|%)(?!\w).*", prose)
 
 
 def rows(heading: str) -> list[list[str]]:

@@ -5,6 +5,7 @@ and see the same batches, so that their validation losses must agree.
 """
 
 import multiprocessing
+import os
 import shlex
 import signal
 import sys
@@ -19,7 +20,7 @@ from report import plot, sample, table
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
-from training import CPU, CUDA, QUICK, Settings, build, read_checkpoint, train
+from training import CPU, CUDA, QUICK, Settings, build, read_checkpoint, train_in_child
 
 # In bits per byte. Training amplifies rounding errors, and those of bfloat16 are coarse.
 TOLERANCE = {"cpu": 1e-3, "cuda": 2e-2}
@@ -32,13 +33,23 @@ def main(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training.")] = None,
     device: Annotated[str, typer.Option(help="cpu; or cuda, which trains a larger model.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of everything written.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of everything written.", show_default="runs/demo, or runs/demo-quick"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and the text.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model, a few steps.")] = False,
+    threads: Annotated[
+        int,
+        typer.Option(min=1, help="Of the CPU; fewer where other programs keep it busy."),
+    ] = torch.get_num_threads(),
 ) -> None:
     """Train a small language model with Tilework and with plain torch, and compare the two."""
     preset = QUICK if quick else CUDA if device == "cuda" else CPU
     settings = replace(preset, device=device, seed=seed, steps=steps or preset.steps)
+    out = out or Path("runs", "demo-quick" if quick else "demo")
     paths = {variant: out / f"{variant}.pt" for variant in PARTS}
     problem = device_problem(device) or (resume and resume_problem(paths, settings))
     if problem:
@@ -48,9 +59,13 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     for path in paths.values() if not resume else ():
         path.unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Threads that spin while they wait stall each other where other programs keep the CPUs busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    torch.set_num_threads(threads)
     try:
         for variant, path in paths.items():
-            train_in_fresh_process(variant, settings, path)
+            train_in_fresh_process(variant, settings, path, threads)
         report(paths, settings)
     except KeyboardInterrupt:
         console.show_cursor()
@@ -82,10 +97,10 @@ def resume_problem(paths: dict[str, Path], settings: Settings) -> str | None:
     return None
 
 
-def train_in_fresh_process(variant: str, settings: Settings, path: Path) -> None:
+def train_in_fresh_process(variant: str, settings: Settings, path: Path, threads: int) -> None:
     """Train one model where no other has used memory or processor caches before."""
     process = multiprocessing.get_context("spawn").Process(
-        target=train, args=(variant, settings, path)
+        target=train_in_child, args=(variant, settings, path, threads)
     )
     # Only this process answers Ctrl-C, which a terminal sends to both.
     answer = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,11 +1,15 @@
 """Training with checkpoints, of one model at a time."""
 
 import math
+import multiprocessing
 import os
 import platform
 import resource
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import psutil
 import torch
 from data import draw, read_corpus, spread
 from model import GPT, PARTS
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -141,19 +146,49 @@ def train(variant: str, settings: Settings, path: Path) -> None:
     text, held_out = read_corpus()
     windows = spread(held_out, settings.windows, settings.context)
     before = memory(run.device)
-    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[note]}"
-    with Progress(*columns, TimeRemainingColumn()) as bar:
-        task = bar.add_task(f"{variant:8}", True, settings.steps, run.steps, note="")
+    with progress(variant, settings.steps, settings.interval, run.steps) as show:
         while run.steps < settings.steps:
             run.advance(text)
             rate = settings.batch * settings.context / run.record["seconds"][-1]
-            note = f"{run.record['losses'][-1]:.3f} bits per byte, {rate:,.0f} tokens/s"
-            bar.update(task, completed=run.steps, note=note)
+            show(run.steps, f"{run.record['losses'][-1]:.3f} bits per byte, {rate:,.0f} tokens/s")
             if run.steps % settings.interval == 0 or run.steps == settings.steps:
                 run.validate(windows)
                 extra = memory(run.device, peak=True) - before
                 run.record["peak"] = max(run.record["peak"], extra)
                 run.save(path)
+
+
+def train_in_child(variant: str, settings: Settings, path: Path, threads: int) -> None:
+    """Train as a process of its own, which ends with its parent however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)  # a checkpoint is whole or not there
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    train(variant, settings, path)
+
+
+@contextmanager
+def progress(
+    name: str, steps: int, interval: int, done: int = 0
+) -> Iterator[Callable[[int, str], None]]:
+    """Show the steps done and a note: as a bar, or without a terminal as a line per interval."""
+    if not Console().is_terminal:
+
+        def show(done: int, note: str) -> None:
+            if done % interval == 0 or done == steps:
+                print(f"{name}: {done}/{steps} steps, {note}", flush=True)
+
+        yield show
+        return
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[note]}"
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        task = bar.add_task(f"{name:8}", True, steps, done, note="")
+        yield lambda done, note: bar.update(task, completed=done, note=note)
 
 
 def memory(device: torch.device, *, peak: bool = False) -> int:

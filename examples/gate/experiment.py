@@ -24,10 +24,9 @@ from gated import (
 )
 from model import GPT
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
-from training import Settings, build, read_checkpoint, train
+from training import Settings, build, progress, read_checkpoint, train
 
 OBJECTIVES = {"distill": distill, "soft": soft}
 
@@ -41,6 +40,7 @@ class Preset:
     model: Settings
     block_size: int
     steps: int  # of the gates
+    interval: int  # of them, from one line of progress to the next
     learning_rate: float
 
 
@@ -48,6 +48,7 @@ FULL = Preset(
     Settings(steps=400, depth=4, context=1024, batch=2, windows=24, learning_rate=1e-3),
     block_size=16,
     steps=150,
+    interval=15,
     learning_rate=5e-3,
 )
 QUICK = Preset(
@@ -57,6 +58,7 @@ QUICK = Preset(
     ),
     block_size=4,
     steps=40,
+    interval=10,
     learning_rate=1e-2,
 )  # fmt: skip
 
@@ -64,9 +66,18 @@ QUICK = Preset(
 def main(
     objective: Annotated[str, typer.Option(help="distill, or soft: the model's loss.")] = "distill",
     sparsity: Annotated[float, typer.Option(help="The part of the blocks to leave out.")] = 0.9,
-    out: Annotated[Path, typer.Option(help="Folder of everything written.")] = Path("runs/gate"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of everything written.", show_default="runs/gate, or runs/gate-quick"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model, a few steps.")] = False,
+    threads: Annotated[
+        int,
+        typer.Option(min=1, help="Of the CPU; fewer where other programs keep it busy."),
+    ] = torch.get_num_threads(),
 ) -> None:
     """Train gates of a frozen model, and compare what they select with a window."""
     problem = None
@@ -79,6 +90,8 @@ def main(
         raise typer.Exit(2)
 
     preset = QUICK if quick else FULL
+    out = out or Path("runs", "gate-quick" if quick else "gate")
+    torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     model = base_model(preset, seed, out / "model.pt")
     modules = add_gates(model, preset.block_size)
@@ -98,6 +111,7 @@ def base_model(preset: Preset, seed: int, path: Path) -> GPT:
     """The demo's model, trained here or before."""
     settings = Settings(**asdict(preset.model) | {"seed": seed})
     if path.exists() and read_checkpoint(path)["settings"] != asdict(settings):
+        console.print(f"{path} was trained otherwise; it is trained anew.")
         path.unlink()
     train("tilework", settings, path)
     model = build("tilework", settings)
@@ -117,10 +131,8 @@ def train_gates(
     )
     generator = torch.Generator().manual_seed(seed + 1)
     attend_by(modules, OBJECTIVES[objective])
-    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[note]}"
-    with Progress(*columns, TimeRemainingColumn()) as bar:
-        task = bar.add_task("gates   ", True, preset.steps, note="")
-        for _ in range(preset.steps):
+    with progress("gates", preset.steps, preset.interval) as show:
+        for step in range(1, preset.steps + 1):
             tokens = draw(text, preset.model.batch, preset.model.context, generator)
             hidden = model(tokens)
             if objective == "distill":
@@ -132,7 +144,7 @@ def train_gates(
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
-            bar.update(task, advance=1, note=f"loss {loss.item():.3f}")
+            show(step, f"loss {loss.item():.3f}")
 
 
 def attend_by(modules: list[GatedAttention], attend: Any) -> None:
@@ -193,15 +205,19 @@ def report(rows: list[dict[str, Any]], sparsity: float) -> None:
             f"{row['bits'] - rows[0]['bits']:+.4f}",
         )
     console.print(table)
-    recall = {row["blocks"]: row["recall"] for row in rows}
-    learned = all(
-        recall["trained gate"] > recall[other]
-        for other in ("untrained gate", "window", "window and first block")
+    dense, gate, *others = (
+        next(row for row in rows if row["blocks"] == name)
+        for name in ("all", "trained gate", "untrained gate", "window", "window and first block")
     )
+    most = max(others, key=lambda row: float(row["recall"]))
+    least = min(others, key=lambda row: float(row["bits"]))
+    learned, better = gate["recall"] > most["recall"], gate["bits"] < least["bits"]
     console.print(
-        f"The trained gate recalls {'more' if learned else 'NO MORE'} than the untrained one and "
-        "the windows.",
-        style="green" if learned else "red",
+        f"The trained gate recalls {'more' if learned else 'NO MORE'} than the best of the others "
+        f"({gate['recall']:.3f}, {most['blocks']} {most['recall']:.3f}); its loss over dense is "
+        f"{'lower' if better else 'NO LOWER'} than theirs ({gate['bits'] - dense['bits']:+.4f}, "
+        f"{least['blocks']} {least['bits'] - dense['bits']:+.4f} bits per byte).",
+        style="red" if not learned else "green" if better else "yellow",
     )
     if not learned:
         raise typer.Exit(1)

@@ -49,5 +49,6 @@ SUITE = Suite(
     composition="hungry at first",
     truth=truth,
     flops=lambda case: 1,
+    products=False,
     traffic=lambda case, dtype: 1,
 )

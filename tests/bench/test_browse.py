@@ -14,15 +14,20 @@ def text(renderable: object) -> str:
     return console.file.getvalue()
 
 
-def test_names_have_their_papers() -> None:
-    line = next(
-        line
-        for line in text(browse.names(catalog.entries())).splitlines()
-        if "losses.linear_cross_entropy" in line
-    )
-    assert "Cut Your Losses in Large-Vocabulary Language Models" in line
-    assert "2024" in line
-    assert "2411.09009" in line
+@pytest.mark.parametrize("width", [80, 200])
+def test_names_are_whole_and_have_a_use_and_a_paper(width: int) -> None:
+    entries = catalog.entries()
+    console = Console(file=io.StringIO(), width=width)
+    console.print(browse.names(entries))
+    printed = console.file.getvalue().splitlines()
+    assert max(map(len, printed)) <= width
+    rows = [line.split("│") for line in printed if "│" in line]
+    names = [row[1].strip() for row in rows]
+    assert list(filter(None, names)) == [entry.name.removeprefix("tilework.") for entry in entries]
+    about = " ".join(" ".join(row[2] for row in rows).split())
+    assert "Cut Your Losses in Large-Vocabulary Language Models, 2024, arXiv 2411.09009" in about
+    assert "F.cross_entropy plus a penalty on the squared log-sum-exp of the logits." in about
+    assert "`" not in about
 
 
 def function(input: int, scale: float = 2.0, *, mode: str = "a", deep: bool = False) -> int:
@@ -79,6 +84,21 @@ def test_an_accelerated_name_shows_its_implementations_and_paper() -> None:
 )
 def test_every_name_of_a_table_shows_it(name: str) -> None:
     assert "default on" in text(browse.describe(catalog.find(name)))
+
+
+def test_a_method_of_a_public_class_is_found() -> None:
+    for name in ("BlockLayout.from_window", "tilework.attention.BlockLayout.from_window"):
+        entry, attribute = browse.find(name)
+        shown = text(browse.describe(entry, attribute))
+        assert shown.startswith("tilework.attention.BlockLayout.from_window(")
+        assert "A band of blocks around the diagonal" in shown
+        assert "implementation" in shown
+    shown = text(browse.describe(*browse.find("BlockLayout.device")))
+    assert shown.startswith("tilework.attention.BlockLayout.device\n")
+    assert browse.find("losses.linear_cross_entropy")[1] is None
+    for name in ("BlockLayout.no_such", "BlockLayout.__init__", "squentropy.__doc__", "zzz.from"):
+        with pytest.raises(KeyError, match="must match one public name"):
+            browse.find(name)
 
 
 def test_misspelt_names_have_close_matches() -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from bench import tiny_suite
 from bench.test_results import ROW, write
 from typer.testing import CliRunner, Result
 
-from tilework.bench import results, suites
+import tilework
+from tilework.bench import results, suites, timing
 from tilework.bench.cli import app
 
 FAST = ("--seconds", "0.01", "--no-memory", "--device", "cpu")
@@ -41,9 +43,16 @@ def slower(path: Path, factor: float) -> Path:
 def test_list_shows_all_families_or_one() -> None:
     everything = run("list")
     assert everything.exit_code == 0
-    assert "tilework.losses.linear_cross_entropy" in everything.stdout
-    assert "tilework.norms." in everything.stdout
-    assert "tilework.norms." not in run("list", "losses").stdout
+    assert " losses.linear_cross_entropy " in everything.stdout
+    assert " norms." in everything.stdout
+    assert " norms." not in run("list", "losses").stdout
+    for family in tilework.FAMILIES:
+        empty = not getattr(tilework, family).__all__
+        assert ("has no public names yet" in run("list", family).stdout) == empty
+
+
+def test_the_version_is_told() -> None:
+    assert run("--version").stdout == f"tilework {tilework.__version__}\n"
 
 
 def test_show_prints_a_public_name() -> None:
@@ -51,21 +60,26 @@ def test_show_prints_a_public_name() -> None:
     assert result.exit_code == 0
     assert "tilework.losses.linear_cross_entropy(" in result.stdout
     assert "https://arxiv.org/abs/2411.09009" in result.stdout
+    assert (
+        "tilework.attention.BlockLayout.from_window("
+        in run("show", "BlockLayout.from_window").stdout
+    )
 
 
 def test_doctor_reports() -> None:
     result = run("doctor")
     assert result.exit_code == 0
     assert torch.__version__ in result.stdout
-    assert "losses.linear_cross_entropy" in result.stdout
+    assert "losses.linear_cross_entropy" not in result.stdout
+    assert "losses.linear_cross_entropy" in run("doctor", "--all").stdout
 
 
 def test_doctor_tells_the_costs_of_a_head() -> None:
     result = run("doctor", "--head", "2048,768,50304", "--dtype", "float32")
     assert result.exit_code == 0
     rows = [line.split() for line in result.stdout.splitlines() if " cpu " in line]
-    assert ["cpu", "│", "again", "│", "0.633", "T"] in [row[1:7] for row in rows]
-    assert ["cpu", "│", "chunks", "│", "0.475", "T", "│", "98", "MiB", "│", "yes"] in [
+    assert ["cpu", "│", "tiled", "│", "0.633", "T"] in [row[1:7] for row in rows]
+    assert ["cpu", "│", "chunked", "│", "0.475", "T", "│", "98", "MiB", "│", "yes"] in [
         row[1:12] for row in rows
     ]
 
@@ -162,6 +176,36 @@ def test_compare_ends_with_1_after_a_regression(tmp_path: Path, factor: float, s
     assert result.exit_code == status
     assert ("regression: tiny_suite square n=1000 float32" in result.stdout) == bool(status)
     assert ("No regression" in result.stdout) != bool(status)
+
+
+@pytest.mark.parametrize(("then", "now"), [(0.0, 0.0), (1.5, 0.0), (0.0, 1.5)])
+def test_a_comparison_of_disturbed_measurements_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: float, now: float
+) -> None:
+    out, old = tmp_path / "r.jsonl", tmp_path / "old.jsonl"
+    options = ("--filter", "n=1000", "--against", "none", *FAST)
+    monkeypatch.setattr(timing.Others, "cpus", lambda others: now)
+    run("bench", *options, "--out", out)
+    rows = results.read(slower(out, 0.01))
+    write(old, *(dataclasses.replace(row, others_cpus=then) for row in rows))
+    # What is not compared does not count.
+    write(old, dataclasses.replace(ROW, others_cpus=9.0))
+    shown = " ".join(run("bench", *options, "--compare", old).stdout.split())
+    said = "This comparison is not sound: other processes kept 1.5 CPUs busy" in shown
+    assert said == ("This comparison is not sound" in shown) == bool(then or now)
+
+
+def test_what_is_short_of_time_begins_with_the_first_cases_of_all_suites(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = dataclasses.replace(tiny_suite.SUITE, module="x.one")
+    monkeypatch.setattr(suites, "discover", lambda: {"one": one, "tiny_suite": tiny_suite.SUITE})
+    shown = run("bench", "--minutes", "1e-9", "--filter", "000", "--against", "none", *FAST).stdout
+    assert "Out of time, not measured: " + ", ".join(
+        f"{suite} square n={size} float32"
+        for size in (1000, 4000)
+        for suite in ("one", "tiny_suite")
+    ) in " ".join(shown.split())
 
 
 def test_plot_writes_figures(tmp_path: Path) -> None:

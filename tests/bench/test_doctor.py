@@ -69,13 +69,53 @@ def test_the_default_is_the_first_that_takes_some_dtype(monkeypatch: pytest.Monk
     ]
 
 
-def test_the_report_covers_every_operator_and_package() -> None:
-    shown = text(doctor.report())
+def test_the_report_of_everything_covers_every_operator_and_package() -> None:
+    shown = text(doctor.report(everything=True))
     for table in TABLES:
         assert table in shown
     assert torch.__version__ in shown
     assert "cut-cross-entropy" in shown
     assert torch.backends.cpu.get_cpu_capability() in shown
+
+
+def test_the_report_begins_with_what_is_wrong_and_has_no_long_tables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "find_problems", lambda: [doctor.Problem("It burns.", "Run.")])
+    for everything in (False, True):
+        shown = text(doctor.report(everything=everything))
+        assert shown.startswith("It burns.\n    Run.\n")
+        assert shown.count("It burns.") == 1
+    short = text(doctor.report())
+    assert len(short.splitlines()) < 40
+    assert "tilework doctor --all" in short
+    monkeypatch.setattr(doctor, "find_problems", lambda: [])
+    assert text(doctor.report()).startswith("No problems found.")
+
+
+def test_the_report_tells_what_is_used_and_marks_kernels_that_no_gpu_has_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = [torch.device("cpu"), torch.device("cuda", 0)]
+    monkeypatch.setattr(doctor, "devices", lambda: here)
+    monkeypatch.setattr(
+        doctor,
+        "_is_default",
+        lambda entries, one, device: (
+            (one.name == "tiled") == (device.type == "cpu") and one.name in ("tiled", "triton")
+        ),
+    )
+    line = next(
+        line
+        for line in text(doctor.defaults()).splitlines()
+        if "attention.block_sparse_decode" in line
+    )
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells == [
+        "attention.block_sparse_decode and 1 more",
+        "tiled",
+        "triton (not yet checked on a GPU)",
+    ]
 
 
 def problems() -> str:

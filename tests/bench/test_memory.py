@@ -1,4 +1,6 @@
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +29,30 @@ def test_the_peak_is_what_a_run_allocates_above_its_inputs() -> None:
 
 def test_memory_of_the_first_run_alone_does_not_count() -> None:
     assert 63 * MB <= peak("hungry at first") <= 72 * MB
+
+
+def test_the_process_has_the_threads_and_the_case_of_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[dict[str, object]] = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        asked.append(json.loads(command[-1]))
+        return SimpleNamespace(returncode=0, stdout="a warning\n42\n")
+
+    monkeypatch.setattr(memory.subprocess, "run", run)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert peak("hungry at first") == 42
+    assert asked == [
+        {
+            "module": "bench.hungry_suite",
+            "kind": "add",
+            "sizes": {"n": hungry_suite.N},
+            "dtype": "float32",
+            "candidate": "hungry at first",
+            "threads": 7,
+        }
+    ]
 
 
 def test_a_failing_process_says_why() -> None:

@@ -115,6 +115,68 @@ def test_limits_that_differ_make_a_band() -> None:
     assert max(axes.get_lines()[0].get_ydata()) == 2
 
 
+@pytest.mark.parametrize("unit", [1e-7, 1e-2, 1e3])
+@pytest.mark.parametrize("draw", ["bars", "lines", "roofline"])
+def test_labels_are_neither_clipped_nor_in_each_others_way(draw: str, unit: float) -> None:
+    limits = {"matmul_flops_per_second": 4e8, "copy_bytes_per_second": 4e9}
+    drawn = [
+        dataclasses.replace(
+            row,
+            candidate=row.candidate + " of a long name" * (row.candidate != "tilework s"),
+            limits=limits,
+            traffic_bytes=10**6,
+            peak_bytes=row.peak_bytes and row.peak_bytes * 10**4,
+            **{name: getattr(row, name) * unit for name in ("median", "q1")},
+            q3=row.q3 * unit * 3,
+        )
+        for row in rows(sizes=(25, 26, 27, 28, 1000))
+    ]
+    if draw == "bars":
+        figure = plot.bars([row for row in drawn if row.sizes["n"] == 1000])
+    else:
+        figure = plot.lines(drawn, "n") if draw == "lines" else plot.roofline(drawn)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        edge = axes.get_window_extent()
+        for text in axes.texts:
+            box = text.get_window_extent()
+            assert edge.x0 <= box.x0, text
+            assert box.x1 <= edge.x1 + 0.5, text
+            assert edge.y0 <= box.y0 + 1, text
+        if draw == "bars":
+            assert all(len(axes.texts) == 3 for axes in figure.axes)
+        for axis in (axes.xaxis, axes.yaxis):
+            shown = [
+                tick.label1.get_window_extent()
+                for tick in axis.get_major_ticks()
+                if tick.label1.get_visible()
+                and axis.get_view_interval()[0] <= tick.get_loc() <= axis.get_view_interval()[1]
+            ]
+            for one, other in itertools.combinations(shown, 2):
+                assert not one.overlaps(other), axis.get_label_text()
+            for box in shown:
+                assert box.x0 >= 0
+                assert box.x1 <= figure.bbox.x1
+
+
+def test_figures_of_disturbed_measurements_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suites, "discover", lambda: {"tiny_suite": tiny_suite.SUITE})
+    limits = {"matmul_flops_per_second": 4e8, "copy_bytes_per_second": 4e9}
+    for busy in (0.0, 1.5):
+        drawn = [dataclasses.replace(row, limits=limits, traffic_bytes=10) for row in rows()]
+        grew = grown()
+        drawn[-1].others_cpus = grew[-1].others_cpus = busy
+        (fit,) = scaling.fits(grew)
+        for figure in (
+            plot.bars([row for row in drawn if row.sizes["n"] == 256]),
+            plot.lines(drawn, "n"),
+            plot.roofline(drawn),
+            plot.growth([fit]),
+        ):
+            title = figure.get_suptitle()
+            assert ("not sound: other processes kept 1.5 CPUs busy" in title) == bool(busy)
+
+
 def test_growth_is_drawn_with_its_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(suites, "discover", lambda: {"tiny_suite": tiny_suite.SUITE})
     (fit,) = scaling.fits(grown())

@@ -1,10 +1,11 @@
 import dataclasses
 import io
 
+import pytest
 from bench.test_results import ROW
 from rich.console import Console
 
-from tilework.bench import report
+from tilework.bench import pages, report
 from tilework.bench.suites import discover
 
 
@@ -61,7 +62,10 @@ def test_suites_are_listed_with_cases_and_peers() -> None:
     assert "liger-kernel" in shown
 
 
-def test_a_disturbed_measurement_is_marked() -> None:
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_disturbed_measurement_is_marked_whichever_row_it_is(place: int) -> None:
     for busy, marked in ((None, False), (0.02, False), (1.2, True)):
-        row = dataclasses.replace(ROW, others_cpus=busy)
-        assert ("not sound: other processes kept" in text(report.table([row], ""))) == marked
+        rows = [dataclasses.replace(ROW, others_cpus=0.0, candidate=name) for name in "ab"]
+        rows[place].others_cpus = busy
+        for shown in (text(report.table(rows, "")), pages.tables(rows)):
+            assert ("not sound: other processes kept 1.2 CPUs busy" in shown) == marked

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import math
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -44,11 +46,15 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
     assert results.read(write(tmp_path / "new folder" / "r.jsonl", ROW, other)) == [ROW, other]
 
 
-def test_each_row_is_on_disk_before_the_next(tmp_path: Path) -> None:
+def test_each_row_is_on_disk_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(results.os, "fsync", synced.append)
     log = results.Log(tmp_path / "r.jsonl")
     for count in (1, 2):
         log.write(dataclasses.replace(ROW, candidate=str(count)))
-        assert len(results.read(tmp_path / "r.jsonl")) == count
+        assert len(results.read(tmp_path / "r.jsonl")) == len(synced) == count
     log.close()
 
 
@@ -118,6 +124,45 @@ def test_other_devices_and_cases_are_not_compared() -> None:
 def test_the_commit_is_that_of_this_checkout_or_none() -> None:
     commit = results.commit()
     assert commit is None or set(commit.removesuffix("-dirty")) <= set("0123456789abcdef")
+
+
+def test_the_commit_of_changed_sources_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "src" / "tilework"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("x = 1\n")
+    monkeypatch.setattr(results.tilework, "__file__", str(package / "__init__.py"))
+    who = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+    assert results.commit.__wrapped__() is None
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True)
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    git("tag", "-m", "v", "v1")  # the name is that of the commit, whatever tags there are
+    clean = results.commit.__wrapped__()
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    (package / "__init__.py").write_text("x = 2\n")
+    assert results.commit.__wrapped__() == f"{clean}-dirty"
+    git("commit", "-am", "two")
+    assert "dirty" not in results.commit.__wrapped__()
+    # Installed in a folder of another checkout.
+    elsewhere = tmp_path / "lib" / "tilework"
+    elsewhere.mkdir(parents=True)
+    monkeypatch.setattr(results.tilework, "__file__", str(elsewhere / "__init__.py"))
+    assert results.commit.__wrapped__() is None
+
+
+def test_a_regression_of_a_disturbed_measurement_says_so() -> None:
+    for old, new in ((1.5, 0.0), (0.0, 1.5), (0.0, 0.0)):
+        (line,), _ = results.regressions(
+            [dataclasses.replace(timed(1.0), others_cpus=old)],
+            [dataclasses.replace(timed(2.0), others_cpus=new)],
+        )
+        assert ("not sound: other processes kept 1.5" in line) == bool(old or new)
 
 
 def test_versions_name_what_was_measured() -> None:

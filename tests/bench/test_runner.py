@@ -1,10 +1,11 @@
 import dataclasses
+import warnings
 
 import pytest
 import torch
 from bench import tiny_suite
 
-from tilework.bench import results, runner
+from tilework.bench import results, runner, timing
 from tilework.bench.results import Row
 from tilework.bench.runner import Job, Settings
 from tilework.bench.suites import Case, Inputs, Results
@@ -44,12 +45,161 @@ def test_a_right_candidate_is_measured(rows: dict[str, Row]) -> None:
     assert row.timestamp.endswith("+00:00")
 
 
-def test_the_fraction_of_the_limit_is_that_of_the_slower_resource(rows: dict[str, Row]) -> None:
-    row = rows["tilework square"]
-    by_products = 1e9 / row.limits["matmul_flops_per_second"]
-    by_traffic = 8000 / row.limits["copy_bytes_per_second"]
-    assert by_products > by_traffic
-    assert row.fraction_of_limit == pytest.approx(by_products / row.median)
+class Clockwork:
+    """Timings that are made up: of the candidates in seconds, of the limits in their work."""
+
+    def __init__(self, seconds: dict[str, float], rates: tuple[float, ...] = (1e9, 1e6, 1e6)):
+        self.seconds, self.rates, self.limits, self.now = seconds, rates, [], 0.0
+        self.others: list[tuple[float, float]] = []
+
+    def limits_of(self, *arguments: object, **options: object) -> list[timing.Limit]:
+        self.asked = arguments, options
+        kinds = (timing.PRODUCT, timing.COPY, timing.COPY)
+        self.limits = [timing.Limit(kind, 10**6, lambda: None) for kind in kinds]
+        return self.limits
+
+    def alternate(
+        self, runs: dict[str, object], *arguments: object, **options: object
+    ) -> dict[str, timing.Timed]:
+        self.now += 100.0
+        seconds = dict(zip(runs, [1.0] * len(runs), strict=True)) | self.seconds
+        for number, rate in enumerate(self.rates):
+            seconds[f"limit {number}"] = 1e6 / rate
+        return {
+            name: timing.Timed([seconds[name]] * 2)
+            if isinstance(seconds[name], float)
+            else timing.Timed([], seconds[name])
+            for name in runs
+        }
+
+    def run(self, monkeypatch: pytest.MonkeyPatch, job: Job, **options: object) -> dict[str, Row]:
+        clock = self
+
+        class Others:
+            def __init__(self) -> None:
+                self.begin = clock.now
+
+            def cpus(self) -> float:
+                return clock.now - self.begin
+
+        monkeypatch.setattr(timing, "limits", self.limits_of)
+        monkeypatch.setattr(timing, "alternate", self.alternate)
+        monkeypatch.setattr(timing, "Others", Others)
+        settings = dataclasses.replace(SETTINGS, **options)
+        return {row.candidate: row for row in runner.measure(job, settings)}
+
+
+MEASURED = ("tilework square", "torch eager", "peer inexact")
+
+
+def test_the_fraction_of_the_limit_is_that_of_the_slower_resource(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # 1e9 operations and 8000 bytes.
+    for rates, fraction in (((1e10, 1e9, 1e9), 0.1), ((1e12, 1e3, 32e3), 0.25)):
+        rows = Clockwork({}, rates).run(monkeypatch, JOB)
+        for name in MEASURED:
+            assert rows[name].fraction_of_limit == pytest.approx(fraction)
+            assert rows[name].limits == {timing.PRODUCT: rates[0], timing.COPY: max(rates[1:])}
+
+
+def test_a_limit_is_asked_for_what_the_case_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    for products in (False, True):
+        suite = dataclasses.replace(tiny_suite.SUITE, products=products)
+        clock = Clockwork({})
+        clock.run(monkeypatch, dataclasses.replace(JOB, suite=suite, dtype="bfloat16"))
+        assert clock.asked == ((torch.bfloat16, CPU), {"products": products, "traffic": 4000})
+
+
+def test_what_is_faster_than_its_limit_has_no_fraction_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = Clockwork({"torch eager": 0.5}, (1e9, 1e6, 1e6)).run(monkeypatch, JOB)
+    assert rows["tilework square"].fraction_of_limit == 1
+    assert rows["torch eager"].fraction_of_limit is None
+    assert "of limit: faster than the limit that was measured (200%)" in rows["torch eager"].notes
+
+
+def test_without_a_limit_times_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clockwork({})
+    clock.limits_of = lambda *_, **__: [timing.Limit(timing.COPY, 1, lambda: None)]  # type: ignore[method-assign]
+    clock.rates = ()
+    clock.seconds["limit 0"] = MemoryError("full")  # type: ignore[assignment]
+    row = clock.run(monkeypatch, JOB)["torch eager"]
+    assert (row.status, row.median, row.limits) == (results.OK, 1.0, {})
+    assert row.fraction_of_limit is None
+    assert "of limit: MemoryError: full" in row.notes
+
+
+def test_what_other_processes_took_reaches_every_row_and_spans_the_timing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = Clockwork({}).run(monkeypatch, JOB)
+    for name, row in rows.items():
+        assert row.others_cpus == (100.0 if name in MEASURED else None)
+
+
+def test_what_fails_while_it_is_timed_shows_no_time_and_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner.memory, "in_fresh_process", lambda *_: 7)
+    clock = Clockwork({"torch eager": MemoryError("full")})  # type: ignore[dict-item]
+    rows = clock.run(monkeypatch, JOB, memory=True)
+    failed = rows["torch eager"]
+    assert (failed.status, failed.reason) == (results.FAILED, "MemoryError: full")
+    times = (failed.median, failed.q1, failed.q3, failed.fraction_of_limit, failed.runs)
+    assert times == (None, None, None, None, 0)
+    assert failed.peak_bytes is None
+    assert {name for name, row in rows.items() if row.peak_bytes == 7} == {
+        "tilework square",
+        "peer inexact",
+    }
+
+
+def test_memory_is_that_of_the_device_or_says_why_it_is_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unmeasured(*_: object) -> int:
+        raise runner.memory.Unmeasured("nobody knows")
+
+    monkeypatch.setattr(runner.memory, "in_fresh_process", unmeasured)
+    monkeypatch.setattr(runner.memory, "on_gpu", lambda run, device: 11)
+    rows = Clockwork({}).run(monkeypatch, JOB, memory=True)
+    for name in MEASURED:
+        assert rows[name].peak_bytes is None
+        assert "memory: nobody knows" in rows[name].notes
+    row = rows["torch eager"]
+    step = runner.Step(dict, "")
+    runner._record_memory(row, step, JOB, torch.device("cuda"))
+    assert row.peak_bytes == 11
+
+
+def test_warnings_of_a_candidate_are_in_its_notes_once_and_in_one_line() -> None:
+    def build(case: Case, inputs: Inputs) -> runner.Step:
+        def run() -> Results:
+            for _ in range(2):
+                warnings.warn("a slow path\nwas taken", UserWarning, stacklevel=1)
+            return {"square": inputs["input"] ** 2}
+
+        return runner.Step(run, "")
+
+    noisy = dataclasses.replace(tiny_suite.SUITE.candidates[2], build=build)
+    suite = dataclasses.replace(tiny_suite.SUITE, candidates=(noisy,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (row,) = runner.measure(dataclasses.replace(JOB, suite=suite), SETTINGS)
+    assert row.status == results.OK
+    assert [note for note in row.notes if "slow" in note or "taken" in note] == ["a slow path"]
+
+
+def test_results_without_a_truth_are_refused() -> None:
+    def less(case: Case, inputs: Inputs) -> Results:
+        return {}
+
+    suite = dataclasses.replace(tiny_suite.SUITE, truth=less)
+    rows = list(runner.measure(dataclasses.replace(JOB, suite=suite), SETTINGS))
+    assert results.OK not in {row.status for row in rows}
+    assert "the results have shapes {'square': (1000,)}, the truth has {}" in rows[0].reason
 
 
 @pytest.mark.parametrize(
@@ -78,6 +228,10 @@ def test_peers_may_err_more_than_we_may(rows: dict[str, Row]) -> None:
     inexact = rows["peer inexact"]
     assert inexact.status == results.OK
     assert inexact.errors["square"] > rows["tilework square"].allowed["square"]
+
+
+def test_the_composition_is_held_to_half_of_its_digits(rows: dict[str, Row]) -> None:
+    assert rows["torch eager"].allowed == {"square": torch.finfo(torch.float32).eps ** 0.5}
 
 
 def test_a_wrong_composition_is_refused_and_is_no_yardstick() -> None:

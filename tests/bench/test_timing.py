@@ -97,17 +97,50 @@ def test_an_error_ends_one_candidate_and_not_the_others(clock: Clock) -> None:
     assert timed["works"] == timing.Timed([1.0] * 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_limits_do_the_work_that_they_claim(dtype: torch.dtype) -> None:
-    limits = timing.limits(dtype, CPU)
-    flops, product = limits["matmul_flops_per_second"]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("products", [True, False])
+def test_limits_do_the_work_that_they_claim(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, products: bool
+) -> None:
+    monkeypatch.setattr(timing, "_fastest", lambda dtype, device: dtype)
+    product, copy, own = timing.limits(dtype, CPU, products=products, traffic=1001)
+    assert [one.rate for one in (product, copy, own)] == [timing.PRODUCT, timing.COPY, timing.COPY]
+    wider = torch.float64 if dtype == torch.float64 else torch.float32
     with FlopCounterMode(display=False) as counter:
-        assert product().dtype == dtype
-    assert counter.get_total_flops() == flops
-    traffic, copy = limits["copy_bytes_per_second"]
-    copied = copy()
-    assert 2 * copied.nbytes == traffic
-    assert copied.all()
+        assert product.run().dtype == (dtype if products else wider)
+    assert counter.get_total_flops() == product.work
+    for limit, size in ((copy, 2**26), (own, 500)):
+        copied = limit.run()
+        assert 2 * copied.nbytes == limit.work == 2 * size
+        assert copied.all()
+    # A copy is never larger than what is reserved, nor empty.
+    for traffic, work in ((2**40, 2**27), (0, 2)):
+        limits = timing.limits(dtype, CPU, products=products, traffic=traffic)
+        assert limits[-1].work == work
+        assert limits[-1].run().nbytes == work // 2
+
+
+@pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
+def test_products_of_half_precision_are_bounded_by_the_faster_way_to_do_them(
+    monkeypatch: pytest.MonkeyPatch, slow: torch.dtype
+) -> None:
+    monkeypatch.setattr(timing, "sample", lambda run, device: 2.0 if run().dtype == slow else 1.0)
+    other = {torch.bfloat16: torch.float32, torch.float32: torch.bfloat16}[slow]
+    assert timing._fastest(torch.bfloat16, CPU) == other
+    assert timing._fastest(torch.float32, CPU) == torch.float32
+    assert timing._fastest(torch.float64, CPU) == torch.float64
+
+
+def test_a_rate_is_the_best_one_of_its_kind() -> None:
+    limits = [
+        timing.Limit(rate, 12, lambda: None) for rate in (timing.PRODUCT, timing.COPY, timing.COPY)
+    ]
+    timed = [timing.Timed([3.0, 2.0, 4.0]), timing.Timed([1.0, 2.0]), timing.Timed([12.0, 6.0])]
+    assert timing.rates(limits, timed) == {timing.PRODUCT: 6.0, timing.COPY: 12.0}
+    assert timing.rates(limits, timed[:1] + timed[:0:-1])[timing.COPY] == 12.0
+    timed[1] = timing.Timed([1.0], MemoryError("full"))
+    with pytest.raises(MemoryError, match="full"):
+        timing.rates(limits, timed)
 
 
 def test_cpus_of_others_are_those_that_this_process_did_not_use(
@@ -119,14 +152,15 @@ def test_cpus_of_others_are_those_that_this_process_did_not_use(
     monkeypatch.setattr(timing, "time", SimpleNamespace(**now))
     monkeypatch.setattr(timing, "STAT", tmp_path / "stat")
 
-    def stat(user: int, system: int, idle: int, stolen: int) -> None:
-        fields = (user * second, 0, system * second, idle * second, 9, 0, 0, stolen * second, 7, 7)
+    def stat(user: int, system: int, idle: int, waiting: int, stolen: int, guest: int) -> None:
+        counts = (user, 0, system, idle, waiting, 0, 0, stolen, guest, guest)
+        fields = [count * second for count in counts]
         (tmp_path / "stat").write_text(f"cpu {' '.join(map(str, fields))}\ncpu0 1 2 3\n")
 
     assert timing.Others().cpus() is None
-    stat(10, 10, 10, 0)
+    stat(10, 10, 10, 9, 0, 7)
     others = timing.Others()
-    stat(40, 12, 90, 3)
+    stat(40, 12, 90, 59, 3, 27)
     seconds |= {"process_time": 25.0, "perf_counter": 110.0}
     assert others.cpus() == pytest.approx((35 - 20) / 10)
 

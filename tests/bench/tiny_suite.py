@@ -79,6 +79,7 @@ SUITE = Suite(
     composition="torch eager",
     truth=truth,
     flops=lambda case: 10**6 * case.sizes["n"],
+    products=False,
     traffic=lambda case, dtype: 2 * dtype.itemsize * case.sizes["n"],
     growth=(
         Growth("n", tuple(Case("square", {"n": 2**power}, ("float32",)) for power in range(3, 11))),

@@ -39,7 +39,7 @@ def errors(results: Results, truth: Results) -> dict[str, float]:
 
 
 def _error(result: torch.Tensor, truth: torch.Tensor) -> float:
-    difference = result.detach().double().sub_(truth)
+    difference = result.detach().to(torch.float64, copy=True).sub_(truth)
     relative = []
     for norm in (2, math.inf):
         error = float(torch.linalg.vector_norm(difference, norm))

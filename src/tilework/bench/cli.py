@@ -25,12 +25,27 @@ QUICK_SECONDS, QUICK_MINUTES = 2.0, 4.5
 NO_ANSWER = 3
 
 app = typer.Typer(
-    help="Tilework: which papers it implements, what this machine can run, and how fast.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool | None) -> None:
+    if asked:
+        typer.echo(f"tilework {tilework.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool | None,  # what a callback returns
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it and stop."),
+    ] = None,
+) -> None:
+    """Tilework: which papers it implements, what this machine can run, and how fast."""
 
 
 def _console() -> Console:
@@ -47,25 +62,30 @@ def _refuse(argument: str, message: str) -> typer.BadParameter:
 def list_(
     family: Annotated[str | None, typer.Argument(help="One family, such as losses.")] = None,
 ) -> None:
-    """List the public names with the papers that they implement."""
+    """List the public names: what each is for, and the paper that it implements."""
     if family not in (None, *tilework.FAMILIES):
         raise _refuse("FAMILY", f"must be one of {', '.join(tilework.FAMILIES)}, got {family!r}")
     entries = [entry for entry in catalog.entries() if family in (None, entry.family)]
+    if not entries:
+        typer.echo(f"{family} has no public names yet.")
+        return
     _console().print(browse.names(entries))
 
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A public name: losses.f, or f where it is unique.")],
+    name: Annotated[
+        str, typer.Argument(help="A public name: losses.f, f where it is unique, or C.method.")
+    ],
 ) -> None:
     """Show the signature, docstring, paper and implementations of a public name."""
     try:
-        entry = catalog.find(name)
+        entry, attribute = browse.find(name)
     except KeyError as error:
         matches = browse.close_matches(name)
         hint = f"; did you mean {' or '.join(matches)}?" if matches else "; see `tilework list`"
         raise _refuse("NAME", f"{error.args[0]}{hint}") from None
-    _console().print(browse.describe(entry))
+    _console().print(browse.describe(entry, attribute))
 
 
 @app.command("doctor")
@@ -75,10 +95,14 @@ def doctor_(
         typer.Option(help="TOKENS,FEATURES,CLASSES: what a linear head of that size costs."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="The dtype of that head.")] = "bfloat16",
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Also the tables of implementations and optional packages."),
+    ] = False,
 ) -> None:
     """Tell what this machine has, what each operator uses on it, and why nothing faster."""
     if head is None:
-        _console().print(doctor.report())
+        _console().print(doctor.report(everything=everything))
         return
     sizes = [int(size) if size.isdecimal() else 0 for size in head.split(",")]
     if len(sizes) != 3 or 0 in sizes:
@@ -415,6 +439,10 @@ def _report_regressions(console: Console, old: list[results.Row], rows: list[res
         )
     for line in worse:
         console.print(f"regression: {line}")
+    keys = {row.key for row in rows}
+    disturbed = results.disturbance([*rows, *(row for row in old if row.key in keys)])
+    if disturbed:
+        console.print(f"This comparison is {disturbed}.")
     if worse:
         raise typer.Exit(1)
     console.print("No regression beyond the measured spread.")

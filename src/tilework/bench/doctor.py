@@ -17,7 +17,6 @@ import tilework
 from tilework import _implementations, _torch, catalog
 from tilework._implementations import TABLES, Implementation
 from tilework.bench import results, suites
-from tilework.losses._classes.linear import schedule
 
 # What the optional packages that no suite names are for.
 OPTIONAL = {
@@ -45,18 +44,37 @@ def devices() -> list[torch.device]:
     return [torch.device("cpu"), *gpus]
 
 
-def report() -> Group:
-    """The whole report."""
-    problems = find_problems()
-    parts: list[RenderableType] = [environment()]
+def report(*, everything: bool = False) -> Group:
+    """The problems, the environment and what runs here, or all tables."""
+    problems: list[RenderableType] = [
+        Text.assemble((problem.what, "yellow"), f"\n    {problem.hint}")
+        for problem in find_problems()
+    ]
+    parts = [*(problems or [Text("No problems found.", style="green")]), "", environment(), ""]
+    if not everything:
+        return Group(*parts, defaults(), "`tilework doctor --all` shows all implementations.")
     for names, _ in _implementations.shared():
-        parts += ["", implementations(*names)]
-    parts += ["", packages(), ""]
-    if not problems:
-        parts.append(Text("No problems found.", style="green"))
-    for problem in problems:
-        parts.append(Text.assemble((problem.what, "yellow"), f"\n    {problem.hint}"))
-    return Group(*parts)
+        parts += [implementations(*names), ""]
+    return Group(*parts, packages())
+
+
+def defaults() -> Table:
+    """What each operator uses on each device, one line for a table of implementations."""
+    found = devices()
+    result = Table("operator", *map(str, found), title="implementations used here")
+    result.title_justify = "left"
+    for names, entries in _implementations.shared():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        used = [
+            ", ".join(
+                entry.name + (" (not yet checked on a GPU)" if never_on_gpu(entry) else "")
+                for entry in entries
+                if _is_default(entries, entry, device)
+            )
+            for device in found
+        ]
+        result.add_row(names[0] + more, *used)
+    return result
 
 
 def environment() -> Table:
@@ -90,7 +108,7 @@ def implementations(*operators: str) -> Table:
     entries = TABLES[operators[0]]
     result = Table(title=", ".join(operators), title_justify="left")
     for column in ("implementation", "here", "default on", "checked on", "memory", "deterministic"):
-        result.add_column(column, overflow="fold")
+        result.add_column(column, overflow="fold", no_wrap=column == "implementation")
     for entry in entries:
         reason = unusable(entry)
         result.add_row(
@@ -109,12 +127,14 @@ def implementations(*operators: str) -> Table:
 
 def schedules(tokens: int, features: int, classes: int, dtype: torch.dtype) -> Table:
     """What loss and gradients of a linear head cost by each schedule, and which is preferred."""
+    from tilework.losses._classes.linear import schedule
+
     result = Table(
         title=f"linear_cross_entropy of {tokens} tokens, {features} features, {classes} classes, "
         f"{str(dtype).removeprefix('torch.')}",
         title_justify="left",
     )
-    for column in ("device", "schedule", "operations", "beyond gradients", "default"):
+    for column in ("device", "implementation", "operations", "beyond gradients", "default"):
         result.add_column(column)
     for device in devices():
         # Sizes without memory.
@@ -123,14 +143,15 @@ def schedules(tokens: int, features: int, classes: int, dtype: torch.dtype) -> T
         chosen = _implementations.choose(
             _HEAD, TABLES[_HEAD], None, head[0], linear_weight=head[1], is_sum=True
         )
-        preferred = "chunks" if chosen == "chunked" else "again"
+        again = "tiled" if chosen == "chunked" else chosen
         for cost in schedule.costs(*head):
+            name = "chunked" if cost.is_chunked else again
             result.add_row(
                 str(device),
-                cost.schedule,
+                name,
                 f"{cost.operations / 1e12:.3g} T",
                 f"{cost.extra_bytes / 2**20:.0f} MiB",
-                "yes" if cost.schedule == preferred else "",
+                "yes" if name == chosen else "",
             )
     return result
 

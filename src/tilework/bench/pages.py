@@ -5,19 +5,22 @@ A page names what belongs into it, relative to itself, and :func:`refresh` fills
     <!-- table results/machine.jsonl forward -->
     <!-- end -->
 
-``table`` gives one table for each case whose name contains the rest of the line, ``scaling`` the
-fitted exponents.
+``table`` gives one table for each case and dtype whose name contains the rest of the line,
+``summary`` one for each case, with its dtypes side by side, ``strongest`` a line for each case and
+dtype, with Tilework's default and the fastest peer; ``scaling`` the fitted exponents.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from tilework.bench import report, results, scaling
 from tilework.bench.results import OK, Row
 
 BLOCK = re.compile(
-    r"(^<!-- (table|scaling) (\S+) ?(.*?) ?-->\n)(.*?)(^<!-- end -->)", re.DOTALL | re.MULTILINE
+    r"(^<!-- (table|summary|strongest|scaling) (\S+) ?(.*?) ?-->\n)(.*?)(^<!-- end -->)",
+    re.DOTALL | re.MULTILINE,
 )
 
 
@@ -35,7 +38,7 @@ def refresh(page: Path) -> str:
     def fill(block: re.Match[str]) -> str:
         begin, kind, file, pattern, _, end = block.groups()
         rows = results.read(page.parent / file)
-        body = exponents(rows) if kind == "scaling" else tables(rows, pattern)
+        body = exponents(rows) if kind == "scaling" else KINDS[kind](rows, pattern)
         return f"{begin}\n{body}\n{end}"
 
     text, count = BLOCK.subn(fill, text)
@@ -48,25 +51,129 @@ def refresh(page: Path) -> str:
 
 def tables(rows: Sequence[Row], pattern: str = "") -> str:
     """One table for each case and dtype whose name contains the pattern."""
-    cases: dict[tuple[str, str], list[Row]] = {}
+    groups = _cases(rows, pattern, lambda row: f"{_case(row)}, {row.dtype}")
+    return "\n".join(_table(name, group) for name, group in groups)
+
+
+def summary(rows: Sequence[Row], pattern: str = "") -> str:
+    """One table for each case: its candidates by time, memory and first error in each dtype."""
+    return "\n".join(_summary(name, group) for name, group in _cases(rows, pattern, _case))
+
+
+def strongest(rows: Sequence[Row], pattern: str = "") -> str:
+    """Tilework's default beside the fastest peer, a line for each case and dtype."""
+    groups = _cases(rows, pattern, lambda row: f"{_case(row)}, {row.dtype}")
+    lines, measured = [], list[Row]()
+    for name, group in groups:
+        timed = _measured(group)
+        ours = [row for row in timed if row.default]
+        peers = sorted((row for row in timed if row.peer), key=lambda row: row.median or 0.0)
+        cells = [_time(ours[:1], timed), _time(peers[:1], timed)]
+        lines.append([name, *cells])
+        measured += timed
+    table = _markdown(["", "Tilework's default", "the strongest peer"], lines)
+    return "\n".join([f"{_place(groups[0][1][0])}.", "", *table, *_disturbed(measured)])
+
+
+def _time(rows: Sequence[Row], among: Sequence[Row]) -> str:
+    if not rows:
+        return "none was measured"
+    (row,) = rows
+    best = min(other.median or 0.0 for other in among if other.peer or other.default)
+    text = report.duration(row.median or 0.0)
+    name = row.candidate.removeprefix("tilework").strip()
+    return (f"**{text}**" if row.median == best else text) + (f" ({name})" if name else "")
+
+
+def _summary(title: str, rows: Sequence[Row]) -> str:
+    measured = _measured(rows)
+    found = {(row.candidate, row.dtype): row for row in measured}
+    header, columns = ["candidate"], list[Callable[[str], str]]()
+
+    def column(dtype: str, value: Callable[[Row], float | None], text: Callable[..., str]) -> None:
+        values = [value(row) for row in measured if row.dtype == dtype]
+        least = min((one for one in values if one is not None), default=None)
+
+        def cell(candidate: str) -> str:
+            row = found.get((candidate, dtype))
+            one = None if row is None else value(row)
+            if one is None:
+                return ""
+            return f"**{text(one)}**" if one == least else text(one)
+
+        columns.append(cell)
+
+    error = next((name for row in measured for name in row.errors), "nothing")
+    for dtype in dict.fromkeys(row.dtype for row in measured):
+        header += [dtype, "memory", f"error of {error}"]
+        column(dtype, lambda row: row.median, report.duration)
+        column(dtype, lambda row: row.peak_bytes, report.size)
+        column(dtype, partial(_error_of, error), _error)
+    ours = {row.candidate: not row.peer for row in measured}
+    lines = [
+        [
+            (f"**{name}**" if ours[name] else name) + _default(name, measured),
+            *(cell(name) for cell in columns),
+        ]
+        for name in ours
+    ]
+    return "\n".join(
+        [f"**{title}** ({_place(rows[0])})", "", *_markdown(header, lines), *_disturbed(measured)]
+    )
+
+
+def _error_of(name: str, row: Row) -> float | None:
+    return row.errors.get(name)
+
+
+def _default(candidate: str, rows: Sequence[Row]) -> str:
+    """Whether Tilework takes it by itself, in all dtypes or in some."""
+    own = {row.dtype: row.default for row in rows if row.candidate == candidate}
+    some = [dtype for dtype, default in own.items() if default]
+    if not some:
+        return ""
+    return " (default)" if len(some) == len(own) else f" (default in {', '.join(some)})"
+
+
+KINDS = {"table": tables, "summary": summary, "strongest": strongest}
+
+
+def _case(row: Row) -> str:
+    return f"{row.suite}: {row.case}"
+
+
+def _cases(
+    rows: Sequence[Row], pattern: str, name: Callable[[Row], str]
+) -> list[tuple[str, list[Row]]]:
+    """The rows whose case and dtype contain the pattern, by name and place."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        name = f"{row.suite}: {row.case}, {row.dtype}"
-        if pattern in name:
-            cases.setdefault((name, _place(row)), []).append(row)
-    if not cases:
+        if pattern in f"{_case(row)}, {row.dtype}":
+            groups.setdefault((name(row), _place(row)), []).append(row)
+    if not groups:
         raise ValueError(f"no case matches {pattern!r}")
-    return "\n".join(_table(name, place, group) for (name, place), group in cases.items())
+    return [(title, group) for (title, _), group in groups.items()]
+
+
+def _measured(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.status == OK and row.median is not None]
+
+
+def _disturbed(rows: Sequence[Row]) -> list[str]:
+    disturbed = results.disturbance(rows)
+    return [f"**{disturbed}**  "] if disturbed else []
 
 
 def _place(row: Row) -> str:
     threads = f", {row.threads} threads" if row.threads else ""
-    return f"{row.device_name}{threads}, torch {row.versions.get('torch')}, {row.commit or ''}"
+    place = f"{row.device_name}{threads}, torch {row.versions.get('torch')}, {row.commit or ''}"
+    return place.rstrip(", ")
 
 
-def _table(title: str, place: str, rows: Sequence[Row]) -> str:
-    measured = [row for row in rows if row.status == OK and row.median is not None]
+def _table(title: str, rows: Sequence[Row]) -> str:
+    measured = _measured(rows)
     names = list(dict.fromkeys(name for row in measured for name in row.errors))
-    lines = [f"**{title}** ({place.rstrip(', ')})", ""]
+    lines = [f"**{title}** ({_place(rows[0])})", ""]
     lines += _markdown(
         [
             "candidate",
@@ -90,7 +197,7 @@ def _table(title: str, place: str, rows: Sequence[Row]) -> str:
     )
     rest = [row for row in rows if row.status != OK]
     lines += [f"{row.candidate}: {row.status}, {row.reason}  " for row in rest]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_disturbed(measured), ""])
 
 
 def _error(error: float | None) -> str:
@@ -117,6 +224,9 @@ def exponents(rows: Sequence[Row]) -> str:
             for fit in found
         ],
     )
+    for fit in found:
+        disturbed = results.disturbance(fit.rows)
+        lines += [f"{fit.name} over {fit.over}: **{disturbed}**  "] if disturbed else []
     return "\n".join(lines)
 
 

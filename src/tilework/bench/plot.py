@@ -11,17 +11,19 @@ from typing import Any, TypeVar
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator
 
 from tilework.bench import report, scaling
-from tilework.bench.results import OK, Row
+from tilework.bench.results import OK, Row, disturbance
+from tilework.bench.timing import COPY, PRODUCT
 
 T = TypeVar("T")
 
 FORMATS = ("png", "svg")
-PRODUCT, COPY = "matmul_flops_per_second", "copy_bytes_per_second"
 FEWEST_POINTS = 3  # of a series over one size
 OURS = ("#0b6e4f", "#4fb286", "#a3d9c0", "#7fb800")
 PEERS = ("#d1495b", "#edae49", "#00798c", "#7b5ea7", "#8d6a4f", "#5f6b7a", "#c06c9a", "#9aa84f")
@@ -32,15 +34,13 @@ class Quantity:
     """What an axis shows."""
 
     label: str
-    unit: str
     value: Callable[[Row], float | None]
     text: Callable[[float], str]
 
 
-TIME = Quantity("time", "s", lambda row: row.median, report.duration)
+TIME = Quantity("time", lambda row: row.median, report.duration)
 MEMORY = Quantity(
     "peak extra memory",
-    "MB",
     lambda row: None if row.peak_bytes is None else row.peak_bytes / 1e6,
     lambda megabytes: report.size(round(megabytes * 1e6)),
 )
@@ -107,7 +107,7 @@ def bars(rows: Sequence[Row]) -> Figure:
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     most = max(sum(row.dtype == dtype for row in rows) for dtype in dtypes)
     figure = Figure(figsize=(10, 0.9 + len(dtypes) * (0.75 + 0.33 * most)), layout="constrained")
-    figure.suptitle(_title(rows[0], rows[0].case))
+    figure.suptitle(_title(rows, rows[0].case))
     panels = figure.subplots(len(dtypes), len(QUANTITIES), squeeze=False)
     colors = _colors(rows)
     for dtype, line in zip(dtypes, panels, strict=True):
@@ -118,7 +118,7 @@ def bars(rows: Sequence[Row]) -> Figure:
             _draw_bars(axes, members, quantity, colors)
             axes.set_title(f"{quantity.label}, {dtype}", fontsize=10, loc="left")
         line[1].set_yticklabels([])
-    return figure
+    return _fit(figure)
 
 
 def _draw_bars(axes: Axes, rows: Sequence[Row], quantity: Quantity, colors: dict[str, str]) -> None:
@@ -131,22 +131,28 @@ def _draw_bars(axes: Axes, rows: Sequence[Row], quantity: Quantity, colors: dict
             [(row.q3 or value) - value for row, value in zip(rows, values, strict=True)],
         ]
         axes.errorbar(values, names, xerr=spread, fmt="none", ecolor="#333333", elinewidth=1)
-    for row, value in zip(rows, values, strict=True):
-        label = "not measured" if quantity.value(row) is None else quantity.text(value)
-        end = max(value, row.q3 or 0) if quantity is TIME else value
+    ends = [
+        max(value, (quantity is TIME and row.q3) or 0)
+        for row, value in zip(rows, values, strict=True)
+    ]
+    for row, value, end in zip(rows, values, ends, strict=True):
         axes.annotate(
-            label,
+            "not measured" if quantity.value(row) is None else quantity.text(value),
             (end, row.candidate),
             (5, 0),
             textcoords="offset points",
             va="center",
             fontsize=9,
         )
-    axes.set_xlim(0, max(values, default=0) * 1.25 or 1)
-    axes.set_xlabel(quantity.unit)
+    axes.set_xlim(0, max(ends, default=0) or 1)
+    axes.xaxis.set_major_formatter(partial(_tick, quantity))
     for name in axes.get_yticklabels():
         name.set_fontweight("bold" if name.get_text().startswith("tilework") else "normal")
     _quiet(axes)
+
+
+def _tick(quantity: Quantity, value: float, position: int | None) -> str:
+    return quantity.text(value) if value else "0"
 
 
 def lines(rows: Sequence[Row], size: str) -> Figure:
@@ -154,7 +160,7 @@ def lines(rows: Sequence[Row], size: str) -> Figure:
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     figure = Figure(figsize=(10, 0.9 + 3.4 * len(dtypes)), layout="constrained")
     fixed = " ".join(f"{name}={value}" for name, value in rows[0].sizes.items() if name != size)
-    figure.suptitle(_title(rows[0], f"{rows[0].kind} {fixed}"))
+    figure.suptitle(_title(rows, f"{rows[0].kind} {fixed}"))
     panels = figure.subplots(len(dtypes), len(QUANTITIES), squeeze=False)
     colors = _colors(rows)
     for dtype, line in zip(dtypes, panels, strict=True):
@@ -183,15 +189,14 @@ def lines(rows: Sequence[Row], size: str) -> Figure:
             axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
             axes.minorticks_off()
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_major_formatter(partial(_tick, quantity))
             axes.set_xlabel(size)
-            axes.set_ylabel(quantity.unit)
             axes.set_title(f"{quantity.label}, {dtype}", fontsize=10, loc="left")
             axes.grid(axis="y", color="#dddddd", linewidth=0.6)
             _quiet(axes)
     handles = {str(line.get_label()): line for axes in panels.flat for line in axes.get_lines()}
     figure.legend(handles=handles.values(), loc="outside lower center", ncols=3, frameon=False)
-    return figure
+    return _fit(figure)
 
 
 def roofline(rows: Sequence[Row]) -> Figure:
@@ -203,7 +208,7 @@ def roofline(rows: Sequence[Row]) -> Figure:
     """
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     figure = Figure(figsize=(10, 1.4 + 3.6 * len(dtypes)), layout="constrained")
-    figure.suptitle(_title(rows[0], "operations per second by operational intensity"))
+    figure.suptitle(_title(rows, "operations per second by operational intensity"))
     panels = figure.subplots(len(dtypes), 1, squeeze=False)
     colors = _colors(rows)
     markers = dict(zip(dict.fromkeys(row.kind for row in rows), "osD^vP*X<>", strict=False))
@@ -228,6 +233,7 @@ def roofline(rows: Sequence[Row]) -> Figure:
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
         axes.minorticks_off()
+        axes.margins(y=0.12)
         axes.set_xlabel("operations per byte")
         axes.set_ylabel("GFLOP/s")
         axes.set_title(dtype, fontsize=10, loc="left")
@@ -243,7 +249,7 @@ def roofline(rows: Sequence[Row]) -> Figure:
             for kind, marker in markers.items()
         ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    return figure
+    return _fit(figure)
 
 
 def _intensity(row: Row) -> float:
@@ -265,10 +271,10 @@ def _draw_roof(axes: Axes, rows: Sequence[Row]) -> list[float]:
     product, copy = statistics.median(products), statistics.median(copies)
     style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "color": "#555555"}
     axes.annotate(
-        f"matrix product {product:,.0f} GFLOP/s", (grid[-1], product), (0, 6), ha="right", **style
+        f"matrix product {product:.3g} GFLOP/s", (grid[-1], product), (0, 6), ha="right", **style
     )
     axes.annotate(
-        f"copy {copy:,.0f} GB/s", (grid[0], min(product, grid[0] * copy)), (8, -12), **style
+        f"copy {copy:.3g} GB/s", (grid[0], min(product, grid[0] * copy)), (8, -12), **style
     )
     return [float(place) for place in grid]
 
@@ -278,9 +284,8 @@ def growth(fits: Sequence[scaling.Fit]) -> Figure:
     groups = _group(fits, lambda fit: (fit.rows[0].suite, fit.over))
     height = -(-len(groups) // 2)
     figure = Figure(figsize=(10, 0.9 + 3.3 * height), layout="constrained")
-    figure.suptitle(
-        _title(fits[0].rows[0], "time of the default implementation by size", suite=False)
-    )
+    rows = [row for fit in fits for row in fit.rows]
+    figure.suptitle(_title(rows, "time of the default implementation by size", suite=False))
     panels = figure.subplots(height, 2, squeeze=False).flat
     for axes, group in zip(panels, groups, strict=False):
         for fit, color in zip(group, (OURS[0], *PEERS), strict=False):
@@ -305,13 +310,52 @@ def growth(fits: Sequence[scaling.Fit]) -> Figure:
         _quiet(axes)
     for axes in panels:
         axes.set_axis_off()
+    return _fit(figure)
+
+
+def _title(rows: Sequence[Row], what: str, *, suite: bool = True) -> str:
+    row = rows[0]
+    threads = f", {row.threads} threads" if row.threads else ""
+    title = f"{row.suite}: {what}" if suite else what
+    place = f"{row.device_name}{threads}, torch {row.versions.get('torch')}"
+    return "\n".join(filter(None, (title, place, disturbance(rows))))
+
+
+def _fit(figure: Figure) -> Figure:
+    """Give labels of bars the room that they take, and drop labels of ticks that would collide."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        if axes.patches:
+            _make_room(axes)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            _thin_out(axis)
     return figure
 
 
-def _title(row: Row, what: str, *, suite: bool = True) -> str:
-    threads = f", {row.threads} threads" if row.threads else ""
-    title = f"{row.suite}: {what}" if suite else what
-    return f"{title}\n{row.device_name}{threads}, torch {row.versions.get('torch')}"
+def _make_room(axes: Axes) -> None:
+    """Widen the scale, which begins at 0, until each label ends within the axes."""
+    box, (_, high) = axes.get_window_extent(), axes.get_xlim()
+    for label in axes.findobj(Annotation):
+        assert isinstance(label, Annotation)
+        place = label.xy[0]
+        end = axes.transData.transform((place, 0))[0] - box.x0
+        room = box.width - (label.get_window_extent().x1 - box.x0 - end)
+        high = max(high, place * box.width / room)
+    axes.set_xlim(0, high)
+
+
+def _thin_out(axis: Axis) -> None:
+    low, high = sorted(axis.get_view_interval())
+    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    last = None
+    for tick in sorted(ticks, key=lambda tick: tick.get_loc()):
+        box = tick.label1.get_window_extent()
+        if last is not None and box.padded(2).overlaps(last):
+            tick.label1.set_visible(False)
+        else:
+            last = box
 
 
 def _colors(rows: Sequence[Row]) -> dict[str, str]:

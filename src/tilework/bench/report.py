@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rich.table import Table
 
+from tilework.bench import results
 from tilework.bench.results import OK, Row
 from tilework.bench.suites import Suite
 
-QUIET = 0.1  # CPUs that other processes may keep busy during a timing
 _PREFIXES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 
 
@@ -64,9 +64,8 @@ def table(rows: Sequence[Row], composition: str) -> Table:
         result.add_row(*(cell(row) for _, cell in columns), style=style)
     reasons = [f"{row.candidate}: {row.status}, {row.reason}" for row in rows if row.reason]
     notes = [f"{row.candidate}: {note}" for row in rows for note in row.notes]
-    busy = max((row.others_cpus or 0.0 for row in rows), default=0.0)
-    if busy > QUIET:
-        notes.append(f"not sound: other processes kept {busy:.1f} CPUs busy during the timing")
+    disturbed = results.disturbance(rows)
+    notes += [disturbed] if disturbed else []
     result.caption = "\n".join(reasons + notes) or None
     result.caption_justify = "left"
     return result

@@ -20,6 +20,7 @@ import tilework
 
 SCHEMA = 1
 OK, REFUSED, MISSING, FAILED = STATUSES = ("ok", "refused", "missing", "failed")
+QUIET = 0.1  # CPUs that other processes may keep busy during a timing
 TOLERANCE = 0.05  # a slowdown below this is not reported, however small the spread
 
 Key = tuple[str, str, str, str, str]
@@ -155,6 +156,14 @@ def _parse(line: str, where: str) -> Row:
         raise ValueError(f"{where} must be {accepted}: {error}") from error
 
 
+def disturbance(rows: Iterable[Row]) -> str | None:
+    """Why times are not sound, if other processes kept CPUs busy while any of them was taken."""
+    busy = max((row.others_cpus or 0.0 for row in rows), default=0.0)
+    if busy <= QUIET:
+        return None
+    return f"not sound: other processes kept {busy:.1f} CPUs busy during the timing"
+
+
 def regressions(old: Iterable[Row], new: Iterable[Row]) -> tuple[list[str], int]:
     """What became worse, in words, and how many new rows have no counterpart to compare with.
 
@@ -175,10 +184,11 @@ def regressions(old: Iterable[Row], new: Iterable[Row]) -> tuple[list[str], int]
         then, now = _quartiles(past), _quartiles(row)
         spread = (then[2] - then[0]) + (now[2] - now[0])
         if now[1] - then[1] > max(spread, TOLERANCE * then[1]):
-            worse.append(
+            line = (
                 f"{what}: {then[1]:.4g} s -> {now[1]:.4g} s "
                 f"({now[1] / then[1]:.2f}x, spread {spread:.2g} s)"
             )
+            worse.append("; ".join(filter(None, (line, disturbance((past, row))))))
     return worse, unmatched
 
 

@@ -171,24 +171,34 @@ def measure(
     entries = {name: entry for name, entry in entries.items() if chosen(entry.candidate)}
 
     ready = {name: entry.step for name, entry in entries.items() if entry.step is not None}
-    limits = timing.limits(dtype, device) if ready else {}
+    limits = (
+        timing.limits(dtype, device, products=suite.products, traffic=suite.traffic(case, dtype))
+        if ready
+        else []
+    )
     others = timing.Others()
     timed = timing.alternate(
         {name: step.run for name, step in ready.items()}
-        | {name: run for name, (_, run) in limits.items()},
+        | {f"limit {number}": limit.run for number, limit in enumerate(limits)},
         device,
         seconds=settings.seconds,
         rounds=settings.rounds,
         progress=lambda part: progress(f"{job.name}: timing", CHECKING + TIMING * part),
     )
     busy = others.cpus()
-    rates = {name: work / min(timed.pop(name).samples) for name, (work, _) in limits.items()}
+    bounds = [timed.pop(f"limit {number}") for number in range(len(limits))]
+    try:
+        rates, no_rates = timing.rates(limits, bounds), None
+    except Exception as error:
+        rates, no_rates = {}, f"of limit: {describe(error)}"
     for name, times in timed.items():
         if times.error is not None:
             entries[name].drop(FAILED, describe(times.error))
         else:
             _record_time(entries[name].row, job, times.samples, rates)
             entries[name].row.others_cpus = busy
+            if no_rates is not None:
+                entries[name].row.notes.append(no_rates)
 
     for number, entry in enumerate(entries.values()):
         done = CHECKING + TIMING + MEMORY * number / len(entries)
@@ -271,12 +281,15 @@ def _record_time(row: Row, job: Job, samples: list[float], rates: dict[str, floa
     row.q1, row.median, row.q3 = quartiles.q1, quartiles.median, quartiles.q3
     row.runs = len(samples)
     row.limits = rates
+    if not rates:
+        return
     traffic = job.suite.traffic(job.case, getattr(torch, job.dtype))
-    least = max(
-        job.suite.flops(job.case) / rates["matmul_flops_per_second"],
-        traffic / rates["copy_bytes_per_second"],
-    )
-    row.fraction_of_limit = least / row.median
+    least = max(job.suite.flops(job.case) / rates[timing.PRODUCT], traffic / rates[timing.COPY])
+    fraction = least / row.median
+    if fraction > 1:
+        row.notes.append(f"of limit: faster than the limit that was measured ({fraction:.0%})")
+    else:
+        row.fraction_of_limit = fraction
 
 
 def _record_memory(row: Row, step: Step, job: Job, device: torch.device) -> None:

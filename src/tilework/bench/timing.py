@@ -4,7 +4,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 STAT = Path("/proc/stat")
+PRODUCT, COPY = "matmul_flops_per_second", "copy_bytes_per_second"
 SHORTEST_SAMPLE = 2e-3  # seconds; a shorter call is repeated within one sample
 
 
@@ -123,16 +124,72 @@ def _busy() -> float | None:
     return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")
 
 
-def limits(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[int, Callable[[], object]]]:
-    """What the hardware can do: a large matrix product and a large copy, each with its work.
+@dataclass(frozen=True)
+class Limit:
+    """Work that the hardware does as fast as it can, timed in turn with the candidates.
 
-    They are to be timed in turn with the candidates; their best time gives the rate.
+    Attributes:
+        rate: Which rate it gives: ``PRODUCT`` or ``COPY``.
+        work: Operations or bytes of one run.
+        run: Does it.
     """
-    size, count = (8192, 2**29) if device.type == "cuda" else (1024, 2**26)
-    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    source = torch.ones(count, dtype=torch.uint8, device=device)
+
+    rate: str
+    work: int
+    run: Callable[[], object]
+
+
+def limits(
+    dtype: torch.dtype, device: torch.device, *, products: bool, traffic: int
+) -> list[Limit]:
+    """What bounds a case on this device.
+
+    Operations are bounded by a large matrix product. Products of half precision may be done in
+    float32 as well, where a CPU has no instructions for them; elementwise operations are always
+    done there. Bytes are bounded by a large copy, and by one of the case's own size, which a cache
+    may hold.
+
+    Args:
+        dtype: Of the case.
+        device: Where it is computed.
+        products: Whether its operations are matrix products, not elementwise.
+        traffic: The bytes that it must move.
+    """
+    size, most = (8192, 2**29) if device.type == "cuda" else (1024, 2**26)
+    arithmetic = _fastest(dtype, device) if products else torch.promote_types(dtype, torch.float32)
+    left, right = (torch.ones(size, size, dtype=arithmetic, device=device) for _ in range(2))
+    source = torch.ones(most, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return {
-        "matmul_flops_per_second": (2 * size**3, lambda: left @ right),
-        "copy_bytes_per_second": (2 * count, lambda: target.copy_(source)),
-    }
+    own = min(max(traffic // 2, 1), most)
+    return [
+        Limit(PRODUCT, 2 * size**3, lambda: left @ right),
+        Limit(COPY, 2 * most, lambda: target.copy_(source)),
+        Limit(COPY, 2 * own, lambda: target[:own].copy_(source[:own])),
+    ]
+
+
+def _fastest(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which products of this one are done fastest: its own, or a wider one."""
+    wider = torch.promote_types(dtype, torch.float32)
+    if device.type == "cuda" or wider == dtype:
+        return dtype
+
+    def seconds(one: torch.dtype) -> float:
+        square = torch.ones(256, 256, dtype=one, device=device)
+        return min(sample(lambda: square @ square, device) for _ in range(4))
+
+    return min((dtype, wider), key=seconds)
+
+
+def rates(limits: Sequence[Limit], timed: Sequence[Timed]) -> dict[str, float]:
+    """The best rate of each kind, in units of work per second.
+
+    Raises:
+        Exception: A limit could not be measured.
+    """
+    found: dict[str, float] = {}
+    for limit, times in zip(limits, timed, strict=True):
+        if times.error is not None:
+            raise times.error
+        found[limit.rate] = max(found.get(limit.rate, 0.0), limit.work / min(times.samples))
+    return found

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tilework._implementations import TABLES
-from tilework.bench import scaling, suites
+from tilework.bench import runner, scaling, suites
 from tilework.bench.suites import Case
 
 
@@ -10,6 +10,18 @@ def test_suites_are_discovered_by_file() -> None:
     found = suites.discover()
     assert "linear_cross_entropy" in found
     assert all(suite.name == name for name, suite in found.items())
+
+
+def test_the_most_important_suites_come_first() -> None:
+    flagships = ["linear_cross_entropy", "block_sparse_attention", "norms"]
+    found = suites.discover()
+    assert list(found)[:3] == flagships
+    for device in ("cpu", "cuda"):
+        jobs = runner.most_important_first(
+            runner.plan(found.values(), torch.device(device), quick=True)
+        )
+        assert list(dict.fromkeys(job.suite.name for job in jobs))[:3] == flagships
+        assert jobs[0].suite.name == "linear_cross_entropy"
 
 
 @pytest.mark.parametrize("suite", suites.discover().values(), ids=lambda suite: suite.name)

@@ -125,7 +125,9 @@ class Suite:
         composition: The candidate that is torch's plain composition. Its error is the yardstick.
         truth: The results in float64, computed independently of all candidates.
         flops: The operations that the definition needs. Work done twice does not count.
+        products: Whether these are matrix products; elementwise ones are done in float32.
         traffic: The bytes that any implementation must move: inputs once, results once.
+        rank: Its place among the suites; the lower, the more important.
         growth: The series of the page on scaling.
         compared: What of the results is compared with the truth; not timed.
     """
@@ -138,7 +140,9 @@ class Suite:
     composition: str
     truth: Callable[[Case, Inputs], Results]
     flops: Callable[[Case], int]
+    products: bool
     traffic: Callable[[Case, torch.dtype], int]
+    rank: int = 9
     growth: tuple[Growth, ...] = ()
     compared: Callable[[Results], Results] = lambda results: results
 
@@ -156,9 +160,9 @@ def load(module: str) -> Suite:
 
 
 def discover() -> dict[str, Suite]:
-    """All suites of this package, by name."""
-    modules = sorted(info.name for info in pkgutil.iter_modules(__path__))
-    return {name: load(f"{__name__}.{name}") for name in modules}
+    """All suites of this package by name, the most important first."""
+    found = [load(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return {suite.name: suite for suite in sorted(found, key=lambda one: (one.rank, one.name))}
 
 
 def implementations(

@@ -234,6 +234,7 @@ SUITE = Suite(
     composition="torch eager",
     truth=truth,
     flops=flops,
+    products=True,
     traffic=traffic,
     growth=growth(),
 )

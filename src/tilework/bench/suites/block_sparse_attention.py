@@ -219,6 +219,8 @@ SUITE = Suite(
     composition="torch sdpa (mask)",
     truth=truth,
     flops=flops,
+    products=True,
     traffic=traffic,
+    rank=1,
     growth=growth(),
 )

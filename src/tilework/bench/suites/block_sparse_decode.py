@@ -270,6 +270,8 @@ SUITE = Suite(
     composition="torch sdpa (mask)",
     truth=truth,
     flops=flops,
+    products=True,
     traffic=traffic,
+    rank=3,
     growth=growth(),
 )

@@ -135,6 +135,7 @@ SUITE = Suite(
     composition="torch eager",
     truth=truth,
     flops=flops,
+    products=False,
     traffic=traffic,
     compared=compared,
 )

@@ -305,6 +305,8 @@ SUITE = Suite(
     composition="torch eager",
     truth=truth,
     flops=flops,
+    products=True,
     traffic=traffic,
+    rank=0,
     growth=growth(),
 )

@@ -187,6 +187,7 @@ SUITE = Suite(
     composition="torch eager",
     truth=truth,
     flops=flops,
+    products=True,
     traffic=traffic,
     growth=growth(),
 )

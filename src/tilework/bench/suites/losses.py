@@ -527,6 +527,7 @@ SUITE = Suite(
     composition="torch eager",
     truth=truth,
     flops=flops,
+    products=False,
     traffic=traffic,
     growth=growth(),
 )

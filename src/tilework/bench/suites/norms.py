@@ -290,6 +290,8 @@ SUITE = Suite(
     composition="torch eager",
     truth=truth,
     flops=flops,
+    products=False,
     traffic=traffic,
+    rank=2,
     growth=growth(),
 )

@@ -27,7 +27,7 @@ PREFERRED = (
 class Cost:
     """What a schedule costs for loss and gradients, in operations and in bytes beyond gradients."""
 
-    schedule: str
+    is_chunked: bool
     operations: int
     extra_bytes: int
 
@@ -36,8 +36,8 @@ def costs(input: Tensor, linear_weight: Tensor, gradients: int = 2) -> tuple[Cos
     """The cost of both schedules, for ``input`` of shape (N, D)."""
     product = 2 * input.shape[0] * linear_weight.numel()
     return (
-        Cost("again", product * (2 + gradients), tiled.extra_bytes(input, linear_weight)),
-        Cost("chunks", product * (1 + gradients), chunked.extra_bytes(input, linear_weight)),
+        Cost(False, product * (2 + gradients), tiled.extra_bytes(input, linear_weight)),
+        Cost(True, product * (1 + gradients), chunked.extra_bytes(input, linear_weight)),
     )
 
 

@@ -1,0 +1,48 @@
+"""Which tests a source file has: those of its own, and the shared ones of what it registers.
+
+``python tests/mirror.py src/tilework/...`` prints them, a line for each argument of pytest.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path("tests")
+
+
+def own(file: Path) -> Path:
+    """A folder of tests for a folder, ``test_NAME.py`` for ``NAME.py``, from the root."""
+    folder = TESTS / file.parent.relative_to("src/tilework")
+    names = (
+        folder / f"test_{file.name}",
+        folder / f"test_{folder.name}.py",
+        folder.parent / f"test_{folder.name}.py",
+    )
+    return next((name for name in names if name.exists()), folder)
+
+
+def shared(file: Path) -> list[str]:
+    """The tests of whole kinds that run on the public functions and classes of the file."""
+    defined = re.findall(r"^(?:def|class) ([A-Za-z]\w*)", file.read_text(), re.MULTILINE)
+    tables = sorted(
+        str(path)
+        for folder in own(file).parents
+        if folder != TESTS.parent
+        for path in folder.glob("test_every_*.py")
+    )
+    if not tables or not defined:
+        return []
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", *tables],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    # Samples of one name are numbered.
+    sample = re.compile(rf"::.*[\[-](?:{'|'.join(defined)})\d*[\]-]")
+    return [line for line in collected.splitlines() if sample.search(line)]
+
+
+if __name__ == "__main__":
+    print(own(Path(sys.argv[1])), *shared(Path(sys.argv[1])), sep="\n")
