@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -65,6 +65,62 @@ toy = _operators.define_pair(
     saved=("input", "gain", "other"),
     constant=("size",),
 )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"saved": ("input", "gian")}, r"saved must .* other, value, size, got 'gian'"),
+        ({"saved": ("input", "power")}, r"saved must .*, got 'power'"),
+        ({"constant": ("input",)}, r"constant must name some of value, size, got 'input'"),
+        ({"differentiable": ("power",)}, r"differentiable \(all saved\) must .*, got 'power'"),
+        ({"differentiable": ("input", "other")}, r"differentiable .* of input, gain, got 'other'"),
+    ],
+)
+def test_names_that_the_tuples_do_not_have(change: dict[str, Any], message: str) -> None:
+    names = {"differentiable": ("input",), "saved": ("input", "gain")} | change
+    with pytest.raises(ValueError, match=f"^toy_misnamed: {message}$"):
+        _operators.define_pair(
+            "toy_misnamed",
+            Arguments,
+            Results,
+            toy_reference,
+            reference=toy_reference,
+            rooms="toy_rooms",
+            **names,
+        )
+
+
+def test_attached_results_are_saved() -> None:
+    with pytest.raises(
+        ValueError, match=r"^toy_loose: attached .* must name some of size, got 'value"
+    ):
+        _operators.define(
+            "toy_loose",
+            Arguments,
+            Results,
+            toy_reference,
+            toy_reference,
+            derivative=lambda *_: {},
+            saved=("size",),
+            attached=("value",),
+        )
+
+
+def test_an_annotation_that_no_schema_has() -> None:
+    class Sizes(NamedTuple):
+        input: Tensor
+        sizes: tuple[int, ...]
+
+    with pytest.raises(TypeError, match=r"^toy_sizes: sizes must be .*, got tuple\[int, \.\.\.\]$"):
+        _operators.define(
+            "toy_sizes",
+            Sizes,
+            Results,
+            lambda given: Results(given.input, given.input),
+            lambda given: Results(given.input, given.input),
+            derivative=lambda *_: {},
+        )
 
 
 def toy_arguments(gain: bool = True, implementation: str = "direct") -> Arguments:

@@ -32,6 +32,11 @@ def test_every_loss_has_a_sample() -> None:
     assert names - ELSEWHERE <= {sample.name for sample in samples.collect(Loss)}
 
 
+def test_a_sample_says_that_its_loss_is_not_of_classes() -> None:
+    with pytest.raises(ValueError, match=r"^norm_loss has no ignore_index: .* class_index=False$"):
+        Loss(tilework.losses.norm_loss, torch.zeros_like, None)
+
+
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_name)
 @every_loss
 def test_equals_its_definition(sample: Loss, dtype: torch.dtype) -> None:
