@@ -161,6 +161,28 @@ def test_pair_differentiates_by_names(gain: bool) -> None:
     )
 
 
+def test_the_reference_runs_where_it_is_named_wherever_that_stands() -> None:
+    class Turned(NamedTuple):
+        implementation: str
+        input: Tensor
+
+    def reference(given: Turned) -> Results:
+        return Results(2 * given.input, given.input)
+
+    twice = _operators.define_pair(
+        "toy_turned",
+        Turned,
+        Results,
+        reference,
+        reference=reference,
+        rooms="toy_rooms",  # has none of this name
+        differentiable=("input",),
+        saved=("input",),
+        constant=("size",),
+    )
+    assert torch.equal(twice(Turned("reference", torch.ones(3))).value, torch.full((3,), 2.0))
+
+
 @pytest.mark.untyped
 def test_pair_under_transforms() -> None:
     given = toy_arguments()
