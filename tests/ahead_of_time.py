@@ -6,6 +6,7 @@ launches instead of running it, and returns what the compilers say about each ke
 That takes some seconds where Triton's cache is empty.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -113,6 +114,14 @@ def resources(arch: str, kernel: Any) -> dict[str, Any]:
     }
 
 
+def label(launch: Callable[[], None]) -> str:
+    """The name of a launch, of a ``partial`` that was given none that of its function's call."""
+    if isinstance(launch, functools.partial) and "__name__" not in vars(launch):
+        named = (f"{name}={value!r}" for name, value in launch.keywords.items())
+        return f"{launch.func.__name__}({', '.join([*map(repr, launch.args), *named])})"
+    return launch.__name__
+
+
 def main(path: str) -> None:
     spec = importlib.util.spec_from_file_location("launches", path)
     assert spec is not None
@@ -123,7 +132,7 @@ def main(path: str) -> None:
         for launch in module.LAUNCHES:
 
             def report(
-                name: str, kernel: Any, arch: str = arch, label: str = launch.__name__
+                name: str, kernel: Any, arch: str = arch, label: str = label(launch)
             ) -> None:
                 facts = resources(arch, kernel)
                 print(json.dumps({"arch": arch, "launch": label, "kernel": name, **facts}))

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -67,6 +67,62 @@ toy = _operators.define_pair(
 )
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"saved": ("input", "gian")}, r"saved must .* other, value, size, got 'gian'"),
+        ({"saved": ("input", "power")}, r"saved must .*, got 'power'"),
+        ({"constant": ("input",)}, r"constant must name some of value, size, got 'input'"),
+        ({"differentiable": ("power",)}, r"differentiable \(all saved\) must .*, got 'power'"),
+        ({"differentiable": ("input", "other")}, r"differentiable .* of input, gain, got 'other'"),
+    ],
+)
+def test_names_that_the_tuples_do_not_have(change: dict[str, Any], message: str) -> None:
+    names = {"differentiable": ("input",), "saved": ("input", "gain")} | change
+    with pytest.raises(ValueError, match=f"^toy_misnamed: {message}$"):
+        _operators.define_pair(
+            "toy_misnamed",
+            Arguments,
+            Results,
+            toy_reference,
+            reference=toy_reference,
+            rooms="toy_rooms",
+            **names,
+        )
+
+
+def test_attached_results_are_saved() -> None:
+    with pytest.raises(
+        ValueError, match=r"^toy_loose: attached .* must name some of size, got 'value"
+    ):
+        _operators.define(
+            "toy_loose",
+            Arguments,
+            Results,
+            toy_reference,
+            toy_reference,
+            derivative=lambda *_: {},
+            saved=("size",),
+            attached=("value",),
+        )
+
+
+def test_an_annotation_that_no_schema_has() -> None:
+    class Sizes(NamedTuple):
+        input: Tensor
+        sizes: tuple[int, ...]
+
+    with pytest.raises(TypeError, match=r"^toy_sizes: sizes must be .*, got tuple\[int, \.\.\.\]$"):
+        _operators.define(
+            "toy_sizes",
+            Sizes,
+            Results,
+            lambda given: Results(given.input, given.input),
+            lambda given: Results(given.input, given.input),
+            derivative=lambda *_: {},
+        )
+
+
 def toy_arguments(gain: bool = True, implementation: str = "direct") -> Arguments:
     input, scale = torch.randn(2, 5, dtype=torch.float64).unbind()
     return Arguments(
@@ -103,6 +159,28 @@ def test_pair_differentiates_by_names(gain: bool) -> None:
         torch.ops.tilework.toy_backward.default,
         (*arguments[:3], upstream, [True, gain], *arguments[3:]),
     )
+
+
+def test_the_reference_runs_where_it_is_named_wherever_that_stands() -> None:
+    class Turned(NamedTuple):
+        implementation: str
+        input: Tensor
+
+    def reference(given: Turned) -> Results:
+        return Results(2 * given.input, given.input)
+
+    twice = _operators.define_pair(
+        "toy_turned",
+        Turned,
+        Results,
+        reference,
+        reference=reference,
+        rooms="toy_rooms",  # has none of this name
+        differentiable=("input",),
+        saved=("input",),
+        constant=("size",),
+    )
+    assert torch.equal(twice(Turned("reference", torch.ones(3))).value, torch.full((3,), 2.0))
 
 
 @pytest.mark.untyped

@@ -43,12 +43,12 @@ def rooms(folder: str) -> set[str]:
 def test_every_table_has_a_home() -> None:
     catalog.entries()
     homeless = [names for names, _ in _implementations.shared() if not HOMES.keys() & set(names)]
-    assert not homeless
+    assert not homeless, "HOMES does not say in which folder"
 
 
 def test_every_folder_with_a_reference_is_a_home() -> None:
     found = {str(path.parent.relative_to(ROOT)) for path in ROOT.rglob("reference.py")}
-    assert found <= set(FOLDERS)
+    assert found <= set(FOLDERS), "HOMES does not say for which table"
 
 
 @pytest.mark.parametrize("table", HOMES)

@@ -68,6 +68,13 @@ def test_an_entry_is_for_sizes_up_to_its_own(
     assert BY_SIZE.choose(arch, dtype, size).rows == rows
 
 
+def test_a_table_without_an_entry_says_which_one() -> None:
+    table = Tuned({"sm_80": Tile(1, 1)}, otherwise="sm_80")
+    message = "float32 on sm_90: the table must have 'sm_90 float32' or 'float32', it has 'sm_80'"
+    with pytest.raises(LookupError, match=message):
+        table.choose("sm_90", torch.float32)
+
+
 def test_a_table_is_made_from_another() -> None:
     other = PLAIN | {"sm_90": Tile(5, 1)}
     assert other.choose("sm_90", torch.bfloat16).rows == 5

@@ -100,8 +100,37 @@ def _record(name: str, fields: Mapping[str, Any]) -> Any:
     return NamedTuple(name, list(fields.items()))
 
 
-def _schema(types: Mapping[str, Any]) -> str:
+def _schema(operator: str, types: Mapping[str, Any]) -> str:
+    for name, kind in types.items():
+        if kind not in _SCHEMA:
+            accepted = "a Tensor, bool, int, float, str, dtype, a list of the first four, or None"
+            raise TypeError(f"{operator}: {name} must be annotated as {accepted}, got {kind}")
     return ", ".join(f"{_SCHEMA[kind]} {name}" for name, kind in types.items())
+
+
+def _tensors(arguments: type[Any]) -> list[str]:
+    """The names of the arguments that are tensors."""
+    return [name for name, kind in get_type_hints(arguments).items() if kind in _TENSORS]
+
+
+def _check_names(operator: str, role: str, names: Sequence[str], accepted: Sequence[str]) -> None:
+    """Refuse a name that would be passed over, or missed in a backward long after."""
+    for name in names:
+        if name not in accepted:
+            raise ValueError(
+                f"{operator}: {role} must name some of {', '.join(accepted)}, got {name!r}"
+            )
+
+
+def _check_kept(
+    operator: str,
+    arguments: type[Any],
+    results: type[Any],
+    saved: Sequence[str],
+    constant: Sequence[str],
+) -> None:
+    _check_names(operator, "saved", saved, (*_tensors(arguments), *results._fields))
+    _check_names(operator, "constant", constant, results._fields)
 
 
 _shardings: list[tuple[Any, Callable[..., Any]]] = []
@@ -151,6 +180,10 @@ def define(
             ``torch.utils.flop_counter``; what an implementation does twice counts once.
         sharding: The rule for ``torch.distributed.tensor.experimental.register_sharding``.
     """
+    _check_kept(name, arguments, results, saved, constant)
+    _check_names(
+        name, "attached (all saved)", attached, [one for one in results._fields if one in saved]
+    )
     operator = _Operator(
         name, arguments, results, kernel, derivative, saved, constant, attached, operations
     )
@@ -178,7 +211,7 @@ def define_pair(
 ) -> Callable[[Given], Results]:
     """Register an operator and that of its gradients, for a folder of implementations.
 
-    The last argument is called ``implementation``: a module of the package ``rooms``, imported on
+    One argument is called ``implementation``: a module of the package ``rooms``, imported on
     its first use, which has ``forward(given) -> results`` and ``backward(given, results, grads,
     needed) -> gradients`` as :func:`define` describes them, by these or other names. ``reference``
     is plain PyTorch: that of the name, what runs under transforms that have no other rule, and the
@@ -189,6 +222,9 @@ def define_pair(
     of the gradients' operator and a leaf, where they are not contiguous. ``operations`` are those
     that :func:`define` describes, ``backward_operations`` those of the gradients that are needed.
     """
+    _check_kept(name, arguments, results, saved, constant)  # before anything is registered
+    leaves = [one for one in _tensors(arguments) if one in saved]
+    _check_names(name, "differentiable (all saved)", differentiable, leaves)
     gradients = _Gradients(
         arguments, results, twice or reference, differentiable, saved, constant, empty_gradient
     )
@@ -233,8 +269,8 @@ def or_reference(
     """An operator, but the reference where it is named, or under transforms without a rule."""
     without_lowering = without_autocast(reference)
 
-    def call(given: Given) -> Results:
-        if given[-1] == "reference" or only_reference():
+    def call(given: Any) -> Results:
+        if given.implementation == "reference" or only_reference():
             return without_lowering(given)
         return operator(given)
 
@@ -419,7 +455,7 @@ class _Operator(Generic[Given, Results]):
         # What is done at every call goes by places, not by names, which takes less time.
         of_arguments = [name for name in saved if name in types]
         of_results = [name for name in saved if name not in types]
-        tensors = [name for name, kind in types.items() if kind in _TENSORS]
+        tensors = _tensors(arguments)
         options = [name for name in types if name not in tensors]
         self.tensors = _picked(tensors, self.argument_names)
         self.saved_arguments = _picked(of_arguments, self.argument_names)
@@ -431,7 +467,7 @@ class _Operator(Generic[Given, Results]):
         kept = [*options, *of_arguments]
         self.kept_arguments = _picked(self.argument_names, kept)
         self.kept_results = _picked(self.result_names, [""] * len(kept) + of_results)
-        _library.define(f"{name}({_schema(types)}) -> ({', '.join(['Tensor'] * self.count)})")
+        _library.define(f"{name}({_schema(name, types)}) -> ({', '.join(['Tensor'] * self.count)})")
         self.operator = getattr(torch.ops.tilework, name).default
 
         methods = {

@@ -114,7 +114,13 @@ class Tuned(Generic[E]):
 
     def _entries(self, arch: str, dtype: torch.dtype | None) -> Mapping[int, E]:
         own, shared = self._keys(arch, dtype)
-        return self.table[own if own in self.table else shared]
+        found = self.table.get(own) or self.table.get(shared)
+        if found is None:
+            raise LookupError(
+                f"block sizes for {dtype} on {arch}: the table must have {own!r} or {shared!r}, "
+                f"it has {', '.join(map(repr, self.table))}"
+            )
+        return found
 
     def _keys(self, arch: str, dtype: torch.dtype | None) -> tuple[str, str]:
         """Where the entry of an architecture stands, and where that of those without one."""

@@ -264,8 +264,9 @@ def test_every_table_is_served() -> None:
                         tables[f"{path}: {name}{'.' * bool(key)}{key}"] = table
     served = {f"{kernel.module}: {kernel.table}" for kernel in tune.KERNELS.values()}
     assert served | UNSERVED <= set(tables)
-    # A table may be imported elsewhere.
-    assert {id(tables[name]) for name in served | UNSERVED} == set(map(id, tables.values()))
+    known = {id(tables[name]) for name in served | UNSERVED}  # a table may be imported elsewhere
+    left = [name for name, table in tables.items() if id(table) not in known]
+    assert not left, "neither in KERNELS of bench/tune.py nor in UNSERVED"
 
 
 @pytest.mark.gpu

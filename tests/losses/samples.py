@@ -63,6 +63,13 @@ class Loss(samples.Sample):
     widens: bool = False
     """Whether half precision gives float32."""
 
+    def __post_init__(self) -> None:
+        parameters = inspect.signature(self.function).parameters
+        if self.class_index and "ignore_index" not in parameters:
+            raise ValueError(
+                f"{self.name} has no ignore_index: its sample must say class_index=False"
+            )
+
     @property
     def reductions(self) -> tuple[dict[str, Any], ...]:
         if "reduction" not in inspect.signature(self.function).parameters:

@@ -372,7 +372,7 @@ def test_forward_stores_no_logits() -> None:
 @pytest.mark.parametrize(
     ("message", "error", "change"),
     [
-        ("input must be of shape", ValueError, {"input": torch.zeros(4)}),
+        ("input must be of shape", ValueError, {"input": torch.zeros(())}),
         ("linear_weight must be of shape", ValueError, {"linear_weight": torch.zeros(9, 3)}),
         (
             "linear_weight must be of input's",

@@ -119,15 +119,13 @@ def check_target(
     soft: tuple[int, ...] | None = None,
 ) -> None:
     """Refuse what is not one class index for each position, or floating of shape ``soft``."""
-    accepted = f"int64 of shape {shape}"
-    if soft is not None:
-        accepted += f", or floating-point of shape {soft}"
     is_soft = soft is not None and isinstance(target, Tensor) and target.is_floating_point()
+    other = "" if soft is None else f", or floating-point of shape {soft}"
     if not isinstance(target, Tensor) or not (is_soft or target.dtype == torch.int64):
-        raise _checks.bad_type(function, argument, accepted, target)
+        raise _checks.bad_type(function, argument, f"int64 of shape {shape}{other}", target)
     if tuple(target.shape) != (soft if is_soft else shape):
-        accepted = f"of shape {shape}" if soft is None else accepted
-        raise _checks.bad_value(function, argument, accepted, target)
+        kind = "" if soft is None else "int64 "
+        raise _checks.bad_value(function, argument, f"{kind}of shape {shape}{other}", target)
 
 
 def is_kept(target: Tensor, ignore_index: int) -> Tensor:
