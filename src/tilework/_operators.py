@@ -501,8 +501,6 @@ class _Operator(Generic[Given, Results]):
             _shardings.append((self.operator, sharding))
 
     def __call__(self, given: Given) -> Results:
-        if not torch.compiler.is_compiling() and not _NUMPY.isdisjoint(map(type, given)):
-            given = self.arguments(*map(_checks.plain, given))
         found = self.apply(given)
         if type(found) is not self.results:
             found = self.results(found) if self.count == 1 else self.results(*found)
@@ -514,6 +512,8 @@ class _Operator(Generic[Given, Results]):
         if torch.compiler.is_compiling():
             _register_shardings()
             return self.operator(*given)
+        if not _NUMPY.isdisjoint(map(type, given)):
+            given = self.arguments(*map(_checks.plain, given))
         # Autograd formulas of operators do not compose with torch.func, those of functions do.
         if _torch.transforms_are_active():
             return self.transformable.apply(*given)

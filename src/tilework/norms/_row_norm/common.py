@@ -1,5 +1,6 @@
 """What implementations of RMS and layer normalization take and give."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -38,9 +39,13 @@ class RowNorm(NamedTuple):
     @property
     def total_dtype(self) -> torch.dtype:
         """That of the sum: the wider one, but for float64 beside what is computed in float32."""
-        compute = computation_dtype(self.input_dtype)
-        wider = torch.promote_types(self.input_dtype, self.residual_dtype or self.input_dtype)
-        return wider if torch.promote_types(wider, compute) == compute else compute
+        return _total_dtype(self.input_dtype, self.residual_dtype or self.input_dtype)
+
+
+@functools.cache
+def _total_dtype(input: torch.dtype, residual: torch.dtype) -> torch.dtype:
+    compute, wider = computation_dtype(input), torch.promote_types(input, residual)
+    return wider if torch.promote_types(wider, compute) == compute else compute
 
 
 class Normalized(NamedTuple):
