@@ -66,29 +66,31 @@ def test_scratch_is_of_the_computation_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.untyped
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_functions_by_blocks(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_functions_of_probabilities(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     calls = []
 
-    def function(input: Tensor, target: Tensor) -> Tensor:
-        calls.append(input.shape)
-        return input.float().amax(1) + target
+    def function(probabilities: Tensor, target: Tensor) -> Tensor:
+        calls.append(probabilities.shape)
+        return probabilities.add_(1).amax(1) + target
 
-    input = torch.randn(shape).bfloat16()
+    input = torch.randn(shape).to(dtype)
+    before = input.clone()
     target = torch.randint(9, shape[:1] + shape[2:])
-    expected = input.float().amax(1) + target
-    result = blocks.by_blocks(function, input, target)
+    expected = input.float().softmax(1).amax(1) + 1 + target
+    result = blocks.of_probabilities(function, input, target)
     assert result.dtype == torch.float32
-    assert torch.equal(result, expected)
+    torch.testing.assert_close(result, expected)
+    assert torch.equal(input, before)
     assert len(calls) == len(list(blocks.places(input)))
     calls.clear()
     if input.numel():
-        batched = torch.func.vmap(lambda one: blocks.by_blocks(function, one, target))(input[None])
-        assert torch.equal(batched[0], expected)
+        batched = torch.func.vmap(lambda one: blocks.of_probabilities(function, one, target))
+        torch.testing.assert_close(batched(input[None])[0], expected)
         assert len(calls) == 1
-        traced = torch.compile(blocks.by_blocks, fullgraph=True, backend="eager")
-        assert torch.equal(
-            traced(lambda one, other: one.float().amax(1) + other, input, target), expected
-        )
+        traced = torch.compile(blocks.of_probabilities, fullgraph=True, backend="eager")
+        result = traced(lambda one, other: one.amax(1) + other, input, target)
+        torch.testing.assert_close(result + 1, expected)
 
 
 @pytest.mark.untyped

@@ -45,18 +45,24 @@ def places(input: Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]
             yield (n, s), (n, slice(None), s)
 
 
-def by_blocks(
+def of_probabilities(
     function: Callable[[Tensor, Tensor], Tensor], input: Tensor, target: Tensor
 ) -> Tensor:
-    """A function of logits and targets, block by block where that takes fewer passes.
+    """A function of probabilities, which it may overwrite, and targets, block by block.
 
-    It has no gradient, and gives one number for each position.
+    It has no gradient, and gives one number for each position. Where blocks are of no use, it gets
+    all probabilities at once.
     """
+    dtype = computation_dtype(input.dtype)
     if not is_eager(input):
-        return function(input, target)
-    result = input.new_empty(target.shape, dtype=computation_dtype(input.dtype))
+        return function(input.to(dtype).softmax(1), target)
+    result = input.new_empty(target.shape, dtype=dtype)
+    memory = scratch(input)
     for place, logits_place in places(input):
-        result[place] = function(input[logits_place], target[place])
+        logits = input[logits_place]
+        out = block_of(memory, logits)
+        values = logits if logits.dtype == dtype else out.copy_(logits)
+        result[place] = function(torch.softmax(values, 1, out=out), target[place])
     return result
 
 

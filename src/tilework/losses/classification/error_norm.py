@@ -303,18 +303,16 @@ def _truncated(
 
 def _error_norms(positions: OfLogits) -> Tensor:
     """The error norm of each position, exact for confident ones: 1 - p would lose its digits."""
-    dtype = positions.weight.dtype
 
-    def norms(logits: Tensor, target: Tensor) -> Tensor:
-        known = (target >= 0) & (target < logits.shape[1])
-        probabilities = logits.to(dtype).softmax(1)
-        wrong = probabilities.scatter(1, target.where(known, 0).unsqueeze(1), 0)
+    def norms(probabilities: Tensor, target: Tensor) -> Tensor:
+        known = (target >= 0) & (target < probabilities.shape[1])
+        wrong = probabilities.scatter_(1, target.where(known, 0).unsqueeze(1), 0)
         total = wrong.sum(1)
         # Shares of the total, as squares of small probabilities underflow.
         squares = wrong.div_(total.where(total > 0, 1).unsqueeze(1)).square_().sum(1)
         return (total * (1 + squares).sqrt()).where(known, torch.nan)
 
-    return blocks.by_blocks(norms, positions.input.detach(), positions.target)
+    return blocks.of_probabilities(norms, positions.input.detach(), positions.target)
 
 
 def _norms_and_statistics(positions: OfLogits, spreads: bool) -> tuple[Tensor, Statistics]:
