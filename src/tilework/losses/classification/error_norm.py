@@ -306,7 +306,11 @@ def _error_norms(positions: OfLogits) -> Tensor:
 
     def norms(probabilities: Tensor, target: Tensor) -> Tensor:
         known = (target >= 0) & (target < probabilities.shape[1])
-        wrong = probabilities.scatter_(1, target.where(known, 0).unsqueeze(1), 0)
+        column = target.where(known, 0).unsqueeze(1)
+        if blocks.is_eager(probabilities):
+            wrong = probabilities.scatter_(1, column, 0)
+        else:  # the targets alone may be batched
+            wrong = probabilities.scatter(1, column, 0)
         total = wrong.sum(1)
         # Shares of the total, as squares of small probabilities underflow.
         squares = wrong.div_(total.where(total > 0, 1).unsqueeze(1)).square_().sum(1)
