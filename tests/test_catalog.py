@@ -86,6 +86,44 @@ def test_every_entry_has_a_test_file(entry: catalog.Entry) -> None:
     )
 
 
+COMMON = {
+    "device": None,
+    "dtype": None,
+    "enable_gqa": False,
+    "gradient_filter": None,
+    "group": None,
+    "ignore_index": -100,
+    "implementation": None,
+    "is_causal": False,
+    "label_smoothing": 0.0,
+    "linear_bias": None,
+    "mask": None,
+    "reduction": "mean",
+    "return_lse": False,
+    "shift": 0,
+    "softcap": None,
+    "temperature": 1.0,
+    "token_weight": None,
+    "vocab_parallel": None,
+}
+"""Options that mean the same everywhere, and are what torch has where torch has them."""
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_common_options_have_the_same_defaults(entry: catalog.Entry) -> None:
+    parameters = inspect.signature(entry.object).parameters
+    common = COMMON.keys() & parameters.keys()
+    found = {name: parameters[name].default for name in common}
+    assert found == {name: COMMON[name] for name in common}
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_years_are_those_of_the_first_version(entry: catalog.Entry) -> None:
+    """Which the identifiers of arXiv begin with."""
+    if entry.paper is not None and entry.paper.arxiv is not None:
+        assert entry.paper.year == 2000 + int(entry.paper.arxiv[:2])
+
+
 def test_find() -> None:
     entry = catalog.find("linear_cross_entropy")
     assert entry is catalog.find("losses.linear_cross_entropy")
