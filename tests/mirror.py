@@ -10,6 +10,14 @@ from pathlib import Path
 
 TESTS = Path("tests")
 CATALOG = "tests/test_catalog.py"
+STAND_ON = {
+    Path("src/tilework/losses/_classes/linear"): (
+        "tests/losses/linear_cross_entropy",
+        "tests/losses/test_linear_log_probs.py",
+        "tests/losses/test_every_linear_form.py",
+    ),
+}
+"""The tests of public functions that stand on a private folder, whose numbers they check."""
 
 
 def own(file: Path) -> Path:
@@ -45,5 +53,11 @@ def shared(file: Path) -> list[str]:
     return [line for line in collected.splitlines() if sample.search(line)]
 
 
+def above(file: Path) -> list[str]:
+    """The tests of what stands on the file's folder."""
+    return [tests for folder in file.parents for tests in STAND_ON.get(folder, ())]
+
+
 if __name__ == "__main__":
-    print(own(Path(sys.argv[1])), *shared(Path(sys.argv[1])), sep="\n")
+    file = Path(sys.argv[1])
+    print(own(file), *shared(file), *above(file), sep="\n")
