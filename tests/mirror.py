@@ -15,7 +15,9 @@ STAND_ON = {
         "tests/losses/linear_cross_entropy",
         "tests/losses/test_linear_log_probs.py",
         "tests/losses/test_every_linear_form.py",
+        "tests/test_wrapped.py::test_operations_of_linear_heads",
     ),
+    Path("src/tilework/losses/_classes/logits"): ("tests/losses/test_every_loss.py",),
 }
 """The tests of public functions that stand on a private folder, whose numbers they check."""
 

@@ -266,6 +266,7 @@ LOGITS = torch.zeros(2, 3, 4, 5)
             {"skip_fraction": 1},
         ),
         (ValueError, "skip_fraction must be", {"skip_fraction": -0.1}),
+        (ValueError, "skip_fraction must be", {"skip_fraction": 1.5}),
         (ValueError, "skip_fraction must be", {"skip_fraction": math.nan}),
         (TypeError, "skip_fraction must be a number", {"skip_fraction": None}),
         (ValueError, "reduction must be one of 'mean', 'rowmean'", {"reduction": "batchmean"}),

@@ -16,14 +16,18 @@ def text(table: object) -> str:
 
 
 def test_units() -> None:
-    assert [report.duration(s) for s in (75.0, 1.5, 0.0123, 4.5e-5, 6e-9)] == [
+    assert [report.duration(s) for s in (75.0, 1.5, 1.0, 0.0123, 4.5e-5, 6e-9, 5e-11, 0.0)] == [
         "75 s",
         "1.5 s",
+        "1 s",
         "12.3 ms",
         "45 µs",
         "6 ns",
+        "0.05 ns",
+        "0 ns",
     ]
-    assert [report.size(b) for b in (1_500_000, 1_234_000_000)] == ["1.5 MB", "1,234 MB"]
+    sizes = [report.size(b) for b in (1_500_000, 9_940_000, 10_000_000, 11_500_001, 1_234_499_999)]
+    assert sizes == ["1.5 MB", "9.9 MB", "10 MB", "12 MB", "1,234 MB"]
 
 
 def test_a_table_has_times_ratios_errors_facts_and_reasons() -> None:
@@ -41,6 +45,8 @@ def test_a_table_has_times_ratios_errors_facts_and_reasons() -> None:
     )
     shown = text(report.table([ours, eager, missing], "torch eager"))
     line = next(line for line in shown.splitlines() if "tilework s" in line)
+    assert line.split("│")[1].startswith(" tilework")  # names to the left, numbers to the right
+    assert [cell.startswith("  ") for cell in line.split("│")[2:4]] == [True, False]
     for cell in ("(default)", "1 s", "980 ms – 1.02 s", "0.50", "129 MB", "61%", "2.5e-07", "0.49"):
         assert cell in line
     assert "tiles kept" in shown
@@ -58,7 +64,8 @@ def test_an_unbounded_error_is_shown_as_null() -> None:
 def test_suites_are_listed_with_cases_and_peers() -> None:
     shown = text(report.suites_table(discover().values(), "cpu"))
     assert "forward+backward N=2048 D=768 V=50304" in shown
-    assert "(--quick)" in shown
+    cases = [case for suite in discover().values() for case in suite.cases("cpu")]
+    assert shown.count("(--quick)") == sum(case.quick for case in cases) < len(cases)
     assert "liger-kernel" in shown
 
 
