@@ -26,7 +26,7 @@ def own(file: Path) -> Path:
     """A folder of tests for a folder, ``test_NAME.py`` for ``NAME.py``, from the root."""
     folder = TESTS / file.parent.relative_to("src/tilework")
     names = (
-        folder / f"test_{file.name}",
+        folder / f"test_{file.name.lstrip('_')}",
         folder / f"test_{folder.name}.py",
         folder.parent / f"test_{folder.name}.py",
     )

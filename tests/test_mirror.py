@@ -24,6 +24,8 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
         ("norms/_row_norm/__init__.py", "norms/_row_norm"),
         ("bench/suites/norms.py", "bench/suites/test_norms.py"),
         ("catalog.py", "test_catalog.py"),
+        ("_checks.py", "test_checks.py"),
+        ("losses/_classes/class_index.py", "losses/_classes/test_class_index.py"),
     ],
 )
 def test_a_file_has_tests_of_its_own(file: str, tests: str) -> None:

@@ -45,6 +45,7 @@ def test_a_table_has_times_ratios_errors_facts_and_reasons() -> None:
     )
     shown = text(report.table([ours, eager, missing], "torch eager"))
     line = next(line for line in shown.splitlines() if "tilework s" in line)
+    assert shown.count("candidate") == 1
     assert line.split("│")[1].startswith(" tilework")  # names to the left, numbers to the right
     assert [cell.startswith("  ") for cell in line.split("│")[2:4]] == [True, False]
     for cell in ("(default)", "1 s", "980 ms – 1.02 s", "0.50", "129 MB", "61%", "2.5e-07", "0.49"):
