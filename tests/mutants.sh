@@ -7,7 +7,7 @@ file=${1:?make mutants FILE=src/tilework/... [TESTS=...]}
 
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r src tests pyproject.toml "$copy"
+cp -r src tests examples benchmarks docs ./*.md Makefile constraints.txt pyproject.toml "$copy"
 cd "$copy"
 export PYTHONPATH=$copy/src PYTHONDONTWRITEBYTECODE=1
 if [ -n "${2:-}" ]; then printf '%s\n' $2; else "$BIN/python" tests/mirror.py "$file"; fi > tests.txt
