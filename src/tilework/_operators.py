@@ -205,7 +205,7 @@ def define_pair(
     forward: str = "forward",
     backward: str = "backward",
     empty_gradient: Callable[[Any, Tensor], Tensor] | None = None,
-    twice: Callable[[Given], Results] | None = None,
+    second_order: Callable[[Given], Results] | None = None,
     operations: Callable[[Given], int] = no_products,
     backward_operations: Callable[[Given, Needed], int] = lambda given, needed: 0,
 ) -> Callable[[Given], Results]:
@@ -215,9 +215,9 @@ def define_pair(
     its first use, which has ``forward(given) -> results`` and ``backward(given, results, grads,
     needed) -> gradients`` as :func:`define` describes them, by these or other names. ``reference``
     is plain PyTorch: that of the name, what runs under transforms that have no other rule, and the
-    second derivative of all, unless that is left to the same results in plain PyTorch by ``twice``,
-    where the reference takes more memory than the implementations. ``differentiable`` names the
-    arguments that have gradients; ``saved`` holds these and what else ``backward`` and
+    second derivative of all, unless that is left to ``second_order``, the same results in plain
+    PyTorch, where the reference takes more memory than the implementations. ``differentiable``
+    names the arguments that have gradients; ``saved`` holds these and what else ``backward`` and
     ``reference`` read. ``empty_gradient`` makes one like those of ``backward``, from the arguments
     of the gradients' operator and a leaf, where they are not contiguous. ``operations`` are those
     that :func:`define` describes, ``backward_operations`` those of the gradients that are needed.
@@ -226,7 +226,13 @@ def define_pair(
     leaves = [one for one in _tensors(arguments) if one in saved]
     _check_names(name, "differentiable (all saved)", differentiable, leaves)
     gradients = _Gradients(
-        arguments, results, twice or reference, differentiable, saved, constant, empty_gradient
+        arguments,
+        results,
+        second_order or reference,
+        differentiable,
+        saved,
+        constant,
+        empty_gradient,
     )
     of_implementation = without_autocast(of_rooms(rooms, backward))
     derivative = define(
@@ -299,7 +305,7 @@ class _Gradients(Generic[Given, Results]):
         self,
         arguments: type[Given],
         results: type[Results],
-        twice: Callable[[Given], Results],
+        second_order: Callable[[Given], Results],
         differentiable: Sequence[str],
         saved: Sequence[str],
         constant: Sequence[str],
@@ -308,7 +314,7 @@ class _Gradients(Generic[Given, Results]):
         self.empty_gradient = empty_gradient or (lambda _, leaf: leaf.new_empty(leaf.shape))
         self.of_arguments: Any = arguments
         self.of_results: Any = results
-        self.twice = twice
+        self.second_order = second_order
         self.differentiable = tuple(differentiable)
         types = get_type_hints(arguments)
         used = (f"grad_{name}" for name in results._fields if name not in constant)
@@ -399,7 +405,7 @@ class _Gradients(Generic[Given, Results]):
 
         def function(*values: Tensor) -> tuple[Tensor, ...]:
             named = dict(zip(leaves, values, strict=True))
-            found = self.twice(arguments._replace(**named))
+            found = self.second_order(arguments._replace(**named))
             return tuple(getattr(found, name) for name in used)
 
         def first_derivative(*values: Tensor) -> tuple[Tensor, ...]:

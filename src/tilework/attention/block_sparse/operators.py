@@ -119,7 +119,7 @@ attention = _operators.define_pair(
     differentiable=("query", "key", "value"),
     saved=("query", "key", "value", "output", "lse", *_LISTS),
     empty_gradient=_empty_gradient,
-    twice=of_active_blocks,
+    second_order=of_active_blocks,
     operations=operations,
     backward_operations=operations,
 )
