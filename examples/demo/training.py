@@ -160,14 +160,13 @@ def train(variant: str, settings: Settings, path: Path) -> None:
 
 def train_in_child(variant: str, settings: Settings, path: Path, threads: int) -> None:
     """Train as a process of its own, which ends with its parent however that ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
-    def end_with_parent() -> None:
+    def end_with(parent: multiprocessing.process.BaseProcess) -> None:
         parent.join()
         os._exit(1)  # a checkpoint is whole or not there
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     train(variant, settings, path)
 

@@ -187,8 +187,7 @@ class StatefulModule(OptionsModule):
         }
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in exact.items():
-            after = self._buffers[name]
-            assert after is not None
+            after = getattr(self, name)
             dtype = torch.promote_types(before.dtype, after.dtype)
             if not before.is_meta:
                 after = before.to(after.device)

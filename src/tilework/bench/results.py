@@ -19,7 +19,7 @@ import torch
 import tilework
 
 SCHEMA = 1
-OK, REFUSED, MISSING, FAILED = STATUSES = ("ok", "refused", "missing", "failed")
+OK, REFUSED, MISSING, FAILED = ("ok", "refused", "missing", "failed")
 QUIET = 0.1  # CPUs that other processes may keep busy during a timing
 TOLERANCE = 0.05  # a slowdown below this is not reported, however small the spread
 

@@ -209,9 +209,10 @@ class Upstream(NamedTuple):
 
     def at(self, rows: slice) -> "Upstream":
         """Those of some rows."""
-        shift, *grads = (None if values is None else values[rows] for values in self)
-        assert shift is not None
-        return Upstream(shift, *grads)
+        _, *grads = self
+        return Upstream(
+            self.shift[rows], *(None if values is None else values[rows] for values in grads)
+        )
 
 
 @triton.jit

@@ -6,7 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,6 @@ from tilework.losses._classes.logits.common import LogitStats, SummedLoss
 from tilework.losses._classes.sharding import Layout, VocabShard
 from tilework.losses._classes.statistics import FORMULAS, Rows, Statistics
 
-P = TypeVar("P", bound="Positions")
 _NEVER = -1  # every target is a class by then
 
 
@@ -83,7 +82,7 @@ class Positions:
         """A sum of losses that does so."""
         raise NotImplementedError
 
-    def counting(self: "P", counts: Tensor) -> "P":
+    def counting(self, counts: Tensor) -> Self:
         """The same without the positions that do not count."""
         return replace(
             self,

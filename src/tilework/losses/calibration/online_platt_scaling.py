@@ -98,9 +98,9 @@ class OnlinePlattScaling(StatefulModule):
         return [1.0, 0.0] if self.kind == "platt" else [1.0, 1.0, 0.0]
 
     def _first_matrix(self) -> Tensor:
-        assert self.diameter is not None
+        diameter = _checks.number(_NAME, "diameter", self.diameter)
         identity = torch.eye(len(self._identity()), dtype=torch.float64)
-        return identity / (self.beta * self.diameter) ** 2
+        return identity / (self.beta * diameter) ** 2
 
     def predict(self, probability: float) -> float:
         """Return the calibrated probability."""
