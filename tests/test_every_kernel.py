@@ -47,7 +47,7 @@ pytestmark = [
 ]
 
 
-class Call(NamedTuple):
+class KernelCall(NamedTuple):
     """A call of what has kernels: of the tensors that it draws, and by an implementation's name."""
 
     draw: Callable[[], list[Tensor]]
@@ -196,45 +196,50 @@ def normalized(function: Callable[..., Any], **options: Any) -> Callable[..., An
     return call
 
 
-CALLS: dict[str, Call] = {
-    "attention_lse": Call(
+CALLS: dict[str, KernelCall] = {
+    "attention_lse": KernelCall(
         attended,
         lambda q, k, name: attention_lse(
             q, k, is_causal=True, enable_gqa=True, implementation=name
         ),
     ),
-    "attention_entropy": Call(attended, of_rows(attention_entropy)),
-    "attention_column_mass": Call(
+    "attention_entropy": KernelCall(attended, of_rows(attention_entropy)),
+    "attention_column_mass": KernelCall(
         attended, of_rows(attention_column_mass, query_window=22), differentiable=False
     ),
-    "block_pooled_attention max": Call(
+    "block_pooled_attention max": KernelCall(
         attended, of_rows(block_pooled_attention, block_size=(20, 5)), differentiable=False
     ),
-    "block_pooled_attention sum": Call(
+    "block_pooled_attention sum": KernelCall(
         attended,
         of_rows(block_pooled_attention, block_size=(5, 20), pool="sum"),
         differentiable=False,
     ),
-    "block_sparse_attention": Call(partial(attended, values=6), sparse),
-    "block_sparse_attention_varlen": Call(partial(attended, values=6), packed),
-    "block_sparse_decode one": Call(partial(cache_of, 1), decode, differentiable=False),
-    "block_sparse_decode several": Call(partial(cache_of, 3), decode, differentiable=False),
-    "linear_cross_entropy": Call(
+    "block_sparse_attention": KernelCall(partial(attended, values=6), sparse),
+    "block_sparse_attention_varlen": KernelCall(partial(attended, values=6), packed),
+    "block_sparse_decode one": KernelCall(partial(cache_of, 1), decode, differentiable=False),
+    "block_sparse_decode several": KernelCall(partial(cache_of, 3), decode, differentiable=False),
+    "linear_cross_entropy": KernelCall(
         head, with_head(linear_cross_entropy, softcap=5.0, label_smoothing=0.1, reduction="none")
     ),
-    "linear_cross_entropy filtered": Call(
+    "linear_cross_entropy filtered": KernelCall(
         head, with_head(linear_cross_entropy, gradient_filter=1e-12)
     ),
-    "linear_squentropy": Call(head, with_head(linear_squentropy)),
-    "linear_log_probs": Call(head, with_head(linear_log_probs, temperature=0.7)),
-    **{f"linear_kl_div {name}": Call(head, divergence(name)) for name in ("forward", "reverse")},
-    "linear_kl_div jsd": Call(head, divergence("jsd")),
-    "logit_stats": Call(lambda: normal((21, 37)), statistics),
-    "logit_stats of images": Call(lambda: normal((3, 21, 7)), statistics),
-    "rms_norm": Call(
+    "linear_squentropy": KernelCall(head, with_head(linear_squentropy)),
+    "linear_log_probs": KernelCall(head, with_head(linear_log_probs, temperature=0.7)),
+    **{
+        f"linear_kl_div {name}": KernelCall(head, divergence(name))
+        for name in ("forward", "reverse")
+    },
+    "linear_kl_div jsd": KernelCall(head, divergence("jsd")),
+    "logit_stats": KernelCall(lambda: normal((21, 37)), statistics),
+    "logit_stats of images": KernelCall(lambda: normal((3, 21, 7)), statistics),
+    "rms_norm": KernelCall(
         lambda: normal((21, 37), (21, 37), (37,)), normalized(rms_norm, weight_offset=1.0)
     ),
-    "layer_norm": Call(lambda: normal((21, 37), (21, 37), (37,), (37,)), normalized(layer_norm)),
+    "layer_norm": KernelCall(
+        lambda: normal((21, 37), (21, 37), (37,), (37,)), normalized(layer_norm)
+    ),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 
@@ -285,7 +290,7 @@ def launches(*, run: bool = True) -> Iterator[list[Launch]]:
 
 @pytest.mark.parametrize("tall", [True, False], ids=["tall", "wide"])
 @every_call
-def test_tiles_on_both_sides_of_square(call: Call, tall: bool) -> None:
+def test_tiles_on_both_sides_of_square(call: KernelCall, tall: bool) -> None:
     sizes = (16, 4) if tall else (4, 16)
     leaves = call.draw()
     truth = call.solve([leaf.double() for leaf in leaves], "reference")
@@ -568,7 +573,7 @@ def test_launches_are_what_compilers_take(
         "several": partial(cache_of, 3, fewer, features),
         "head": partial(head, features),
     }
-    calls: list[tuple[Callable[[], list[Tensor]], Call]] = [
+    calls: list[tuple[Callable[[], list[Tensor]], KernelCall]] = [
         *((draws[name], CALLS["block_sparse_attention"]) for name in draws if "attended" in name),
         *((draws[name], CALLS[f"block_sparse_decode {name}"]) for name in ("one", "several")),
         *((draws["head"], call) for name, call in CALLS.items() if name.startswith("linear")),
