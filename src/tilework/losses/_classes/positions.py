@@ -6,7 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from tilework.losses._classes.logits.common import LogitStats, SummedLoss
 from tilework.losses._classes.sharding import Layout, VocabShard
 from tilework.losses._classes.statistics import FORMULAS, Rows, Statistics
 
+P = TypeVar("P", bound="Positions")  # beartype, which tests run under, refuses Self in methods
 _NEVER = -1  # every target is a class by then
 
 
@@ -82,7 +83,7 @@ class Positions:
         """A sum of losses that does so."""
         raise NotImplementedError
 
-    def counting(self, counts: Tensor) -> Self:
+    def counting(self: "P", counts: Tensor) -> "P":
         """The same without the positions that do not count."""
         return replace(
             self,
