@@ -4,6 +4,7 @@ A check that reads values runs on plain CPU tensors only: elsewhere it would syn
 """
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
@@ -123,6 +124,14 @@ def has_values(tensor: Tensor) -> bool:
 def holds_values(tensor: Tensor) -> bool:
     """Whether reading values is free, as on a CPU."""
     return tensor.device.type == "cpu" and has_values(tensor)
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, without importing what defines it."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def integer(function: str, argument: str, value: object) -> int:

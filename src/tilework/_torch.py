@@ -108,3 +108,39 @@ def autograd_enabled() -> Iterator[None]:
 def keeps_graph() -> bool:
     """Whether the backward pass that is running may be asked for again."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def never_traced(function: Callable[..., None]) -> Callable[..., None]:
+    """Have ``torch.compile`` leave a function, and all that it calls, as it is.
+
+    As ``torch.compiler.disable``, which takes seconds to import the compiler.
+    """
+    return torch._disable_dynamo(function)
+
+
+def replicated(tensor: Tensor, parameter: Any) -> Tensor:
+    """A tensor that is alike everywhere, on the mesh of a distributed parameter."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def global_offset(tensor: Any) -> tuple[int, ...]:
+    """Where the local part of a distributed tensor begins in the whole one."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return offset
+
+
+def is_missing_compiler(error: BaseException) -> bool:
+    """Whether ``torch.compile`` failed for want of a compiler for what it writes."""
+    causes: list[BaseException | None] = [error]
+    while (cause := causes.pop()) is not None:
+        if type(cause).__name__ in ("InvalidCxxCompiler", "TritonMissing"):
+            return True
+        causes.append(cause.__cause__ or getattr(cause, "inner_exception", None))
+    return False

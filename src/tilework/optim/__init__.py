@@ -1,5 +1,12 @@
-"""Optimizers, schedules, gradient transformations, and how to judge learning rates."""
+"""Optimizers, schedules, gradient transformations, and laws of training."""
 
-from tilework.optim.lr_sensitivity import lr_sensitivity
+from tilework.optim import gradients, laws, schedules
+from tilework.optim.gradients import *
+from tilework.optim.laws import *
+from tilework.optim.schedules import *
 
-__all__ = ["lr_sensitivity"]
+__all__ = [
+    *schedules.__all__,
+    *gradients.__all__,
+    *laws.__all__,
+]

@@ -348,7 +348,7 @@ def of_head(
     early.
     """
     _checks.count(function, "shift", shift, 0)
-    if target is None and isinstance(input, Tensor) and not sharding.is_distributed(input):
+    if target is None and isinstance(input, Tensor) and not _checks.is_distributed(input):
         target = torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device)
         ignore_index = _NEVER
     layout, (input, linear_weight, linear_bias, target, token_weight) = sharding.localize(
@@ -370,7 +370,7 @@ def of_head(
         target = torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device)
         ignore_index = _NEVER
     class_index.check_target(function, "target", target, tuple(input.shape[:-1]))
-    if sharding.is_distributed(weight):
+    if _checks.is_distributed(weight):
         accepted = "a plain tensor, the same on all processes"
         raise _checks.bad_type(function, "weight", accepted, weight)
     for name, constant, size in (

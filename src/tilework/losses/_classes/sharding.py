@@ -5,7 +5,6 @@ process merges them to the same statistics of all classes. The gradient of its o
 no communication, and that of the hidden states one sum.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,14 +134,6 @@ class Layout:
         return value if self.wrap is None else self.wrap(value)
 
 
-def is_distributed(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor, without importing what defines it."""
-    if type(tensor) in (Tensor, torch.nn.Parameter):
-        return False
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def localize(
     function: str,
     vocab_parallel: VocabShard | None,
@@ -163,7 +154,7 @@ def localize(
     tensors = [input, linear_weight, linear_bias, *of_tokens.values()]
     if vocab_parallel is not None and not isinstance(vocab_parallel, VocabShard):
         raise _checks.bad_type(function, "vocab_parallel", "a VocabShard", vocab_parallel)
-    if not any(map(is_distributed, tensors)):
+    if not any(map(_checks.is_distributed, tensors)):
         if vocab_parallel is None:
             return Layout(), tensors
         held = vocab_parallel.stop - vocab_parallel.start
@@ -262,12 +253,12 @@ def _localize_distributed(
 
 
 def _is_placed(tensor: Any, mesh: Any, placements: tuple[Any, ...]) -> bool:
-    return is_distributed(tensor) and tensor.device_mesh == mesh and tensor.placements == placements
+    return _checks.is_distributed(tensor) and tensor.device_mesh == mesh and tensor.placements == placements
 
 
 def _place(tensor: Any) -> str:
     """Where a tensor lies, in the words of an error message."""
-    if is_distributed(tensor):
+    if _checks.is_distributed(tensor):
         return f"{tensor.placements} on {tensor.device_mesh}"
     return _checks.describe(tensor)
 
