@@ -18,6 +18,11 @@ STAND_ON = {
         "tests/test_wrapped.py::test_operations_of_linear_heads",
     ),
     Path("src/tilework/losses/_classes/logits"): ("tests/losses/test_every_loss.py",),
+    Path("src/tilework/optim/_optimizer"): (
+        "tests/optim/test_every_optimizer.py",
+        "tests/optim/test_step_in_backward.py",
+        "tests/optim/optimizers/test_adamw.py",
+    ),
 }
 """The tests of public functions that stand on a private folder, whose numbers they check."""
 

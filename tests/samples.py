@@ -69,10 +69,14 @@ class Sample:
         """What must refuse the change; a kind with modules adds theirs."""
         return [lambda: self.function(**(self.accepts | change))]
 
+    def succeed(self) -> None:
+        """Call it with what it accepts."""
+        self.function(**self.accepts)
+
     def check_refusal(self, refusal: Refusal) -> None:
         """Hold every call to the message, and to success without the change."""
         message, error, change = refusal
-        self.function(**self.accepts)
+        self.succeed()
         for call in self.calls(change):
             with pytest.raises(error, match=f"^{self.name}: {message}"):
                 call()

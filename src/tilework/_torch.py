@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -115,7 +116,7 @@ def never_traced(function: Callable[..., None]) -> Callable[..., None]:
 
     As ``torch.compiler.disable``, which takes seconds to import the compiler.
     """
-    return torch._disable_dynamo(function)
+    return _disable_dynamo(function)
 
 
 def replicated(tensor: Tensor, parameter: Any) -> Tensor:
@@ -124,6 +125,26 @@ def replicated(tensor: Tensor, parameter: Any) -> Tensor:
 
     mesh = parameter.device_mesh
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def fused_adamw(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    moments: list[list[Tensor]],
+    steps: list[Tensor],
+    **options: Any,
+) -> None:
+    """A step of AdamW in one operator; ``moments`` as its states are ordered."""
+    torch._fused_adamw_(  # type: ignore[call-overload]
+        parameters,
+        gradients,
+        *(moments[:2]),
+        moments[2] if options["amsgrad"] else [],
+        steps,
+        grad_scale=None,
+        found_inf=None,
+        **options,
+    )
 
 
 def global_offset(tensor: Any) -> tuple[int, ...]:

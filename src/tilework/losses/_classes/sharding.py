@@ -253,7 +253,11 @@ def _localize_distributed(
 
 
 def _is_placed(tensor: Any, mesh: Any, placements: tuple[Any, ...]) -> bool:
-    return _checks.is_distributed(tensor) and tensor.device_mesh == mesh and tensor.placements == placements
+    return (
+        _checks.is_distributed(tensor)
+        and tensor.device_mesh == mesh
+        and tensor.placements == placements
+    )
 
 
 def _place(tensor: Any) -> str:

@@ -1,0 +1,444 @@
+"""What every optimizer of the library has: options, states, groups, checkpoints, the step.
+
+An optimizer says three things, and nothing else::
+
+    class Lion(DecoupledDecay, Optimizer):
+        lr: float | Tensor = option(1e-4, rate)                     # its options
+        betas: tuple[float, float] = option((0.9, 0.99), decay_rates)
+        weight_decay: float = option(0.0, non_negative)
+
+        def _states(self, parameter, group):                     # its states
+            return {"exp_avg": PARAMETER}
+
+        @staticmethod
+        def _update(p, g, state, group):                             # its rule
+            ...
+            return p - group["lr"] * direction
+
+``_update`` returns the new parameter, and changes ``state`` in place or by assignment; it changes
+neither ``p`` nor ``g``. All are in the dtype of computation. ``group`` holds the options of the
+parameter's group, the number of the step ``t``, and what ``_numbers`` makes of them: all that is
+one number for each step and more than a product, such as a power, stands there, since ``_update``
+runs for each element. Numbers are Python's, or tensors without dimensions, so that no new graph is
+needed for a new value; ``_update`` uses operators that take both.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from tilework import _checks, _torch
+from tilework._operators import computation_dtype
+from tilework.optim._optimizer import options, step
+from tilework.optim._optimizer.options import (
+    Declared,
+    count,
+    decay_rate,
+    decay_rates,
+    flag,
+    fraction,
+    function,
+    non_negative,
+    one_of,
+    option,
+    optional,
+    pair,
+    positive,
+    rate,
+)
+from tilework.optim._optimizer.updates import Numbers, Part
+
+__all__ = [
+    "PARAMETER",
+    "SCALAR",
+    "DecoupledDecay",
+    "Numbers",
+    "Optimizer",
+    "Part",
+    "average",
+    "average_",
+    "bias_corrections",
+    "check_nesterov",
+    "count",
+    "decay_rate",
+    "decay_rates",
+    "flag",
+    "fraction",
+    "function",
+    "non_negative",
+    "one_of",
+    "option",
+    "optional",
+    "pair",
+    "positive",
+    "rate",
+    "where",
+]
+
+PARAMETER = "parameter"
+"""The shape of a state that has the parameter's."""
+SCALAR = ()
+
+_KNOWN = {"params", "name", "param_names", "initial_lr"}  # besides options, in a group
+
+
+class Optimizer(Declared, torch.optim.Optimizer):
+    """The base of all optimizers, with the options that all have."""
+
+    params: ParamsT
+    _: KW_ONLY
+    maximize: bool = option(False, flag, meaning="Whether the objective is maximized.")
+    foreach: bool | None = option(
+        None,
+        optional(flag),
+        meaning="Whether small tensors are updated as one. None: where that is faster, and by an "
+        "operator of PyTorch's where there is one.",
+    )
+    capturable: bool = option(
+        False,
+        flag,
+        meaning="Whether the step can be captured in a CUDA graph: counters are on the "
+        "parameter's device.",
+    )
+    rounding: str = option(
+        "nearest",
+        one_of("nearest", "stochastic", "kahan"),
+        meaning="How bfloat16 parameters take their new values: ``'nearest'``; ``'stochastic'``, "
+        "which keeps the mean, from random numbers that depend on ``seed``, step, parameter and "
+        "element alone; or ``'kahan'``, which keeps what rounding takes away in a state.",
+    )
+    seed: int = option(0, count(0), meaning="Of stochastic rounding, at least 0.")
+    state_dtype: torch.dtype | None = option(
+        None,
+        optional(options.floating_dtype),
+        meaning="The dtype of the states; None is float32, for float64 parameters float64, which "
+        "is what all is computed in.",
+    )
+    compiled: bool = option(
+        False,
+        flag,
+        meaning="Whether ``torch.compile`` makes one loop of the rule. So it does where ``step`` "
+        "is compiled.",
+    )
+
+    _elementwise: ClassVar[bool] = True
+    """Whether the rule acts on each element alone."""
+    _accepts_complex: ClassVar[bool] = False
+    """Whether the rule has a meaning for complex parameters, as pairs of real numbers."""
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in dataclasses.fields(self)]
+        given = {name: self.__dict__.pop(name) for name in names}
+        params = given.pop("params")
+        self._in_backward = False
+        torch.optim.Optimizer.__init__(self, params, self._checked(given))
+
+    # What an optimizer says.
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        """Refuse options that do not go together."""
+
+    def _check_parameter(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+        """Refuse a parameter that the rule has no meaning for."""
+
+    def _states(
+        self, parameter: Tensor, group: Mapping[str, Any]
+    ) -> Mapping[str, str | tuple[int, ...]]:
+        """The shapes of the states of a parameter, by name."""
+        return {}
+
+    def _numbers(self, group: Numbers) -> dict[str, Any]:
+        """What is one number for each step; ``group`` has the options and ``t``."""
+        return {}
+
+    def _decay(self, group: Numbers) -> Any:
+        """The part of the old parameter that is taken away, or None; here None."""
+        return None
+
+    @staticmethod
+    def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
+        """The rule: the new parameter."""
+        raise NotImplementedError
+
+    _measure: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
+    """As ``_update``, before it: scalars, whose sums over all parameters ``_numbers`` finds."""
+    _measures_each_group: ClassVar[bool] = False
+    """Whether these are sums over the parameters of the group."""
+
+    def _native(
+        self, parts: Sequence[Part], steps: Sequence[Tensor], group: Numbers, maximize: bool
+    ) -> bool:
+        """Update by an operator of PyTorch's, where there is one: whether it did."""
+        return False
+
+    # Options and groups.
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        checks = options.checks(type(self))
+        checked = {name: check(self._name, name, given[name]) for name, check in checks.items()}
+        if checked["compiled"] and checked["foreach"]:
+            raise ValueError(f"{self._name}: foreach must be None or False with compiled=True")
+        self._check(checked)
+        return checked
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own, as ``torch.optim.Optimizer`` does."""
+        if not isinstance(param_group, dict):
+            raise _checks.bad_type(self._name, "param_group", "a dict", param_group)
+        unknown = param_group.keys() - self.defaults.keys() - _KNOWN
+        if unknown:
+            accepted = ", ".join(sorted(_KNOWN | self.defaults.keys()))
+            raise ValueError(
+                f"{self._name}: a group must have no keys but {accepted}, got {min(unknown)!r}"
+            )
+        group = param_group | self._checked(self.defaults | param_group)
+        params = group["params"]
+        if isinstance(params, Iterable) and not isinstance(params, Tensor | set):
+            params = group["params"] = list(params)
+            for parameter in params:
+                self._accept(parameter, group)
+        elif isinstance(params, Tensor):
+            self._accept(params, group)
+        self._complete(group)
+        super().add_param_group(group)
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Set what a group has once and for all when it is added."""
+
+    def _accept(self, parameter: Any, group: Mapping[str, Any]) -> None:
+        if isinstance(parameter, tuple):
+            _, parameter = parameter
+        if not isinstance(parameter, Tensor):
+            raise _checks.bad_type(self._name, "params", "tensors", parameter)
+        if not (parameter.is_leaf or parameter.retains_grad):
+            raise ValueError(f"{self._name}: params must be leaf tensors, got one that is computed")
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            raise _checks.bad_type(self._name, "params", "of floating dtypes", parameter)
+        if parameter.is_complex():
+            if not self._accepts_complex:
+                raise _checks.bad_type(self._name, "params", "real", parameter)
+            if group["state_dtype"] is not None:
+                raise ValueError(f"{self._name}: state_dtype must be None for complex parameters")
+        if parameter.dtype == torch.float16 and group["rounding"] != "nearest":
+            raise ValueError(
+                f"{self._name}: rounding must be 'nearest' for float16 parameters, "
+                f"got {group['rounding']!r}"
+            )
+        self._check_parameter(parameter, group)
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states and options, as of ``torch.optim``; None stands for callables."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            for name in self.defaults.keys() & group.keys():
+                if callable(group[name]):
+                    group[name] = None
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` gave; each state keeps the dtype that it has there.
+
+        So do those of ``torch.optim``, and of older versions with fewer options.
+        """
+        handle = self.register_load_state_dict_pre_hook(_hide_from_casts)  # after those of users
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups", [])
+        super().__setstate__(state)
+        self.__dict__.setdefault("_in_backward", False)
+        self.defaults.pop("differentiable", None)
+        for index, group in enumerate(self.param_groups):
+            old = before[index] if before else self.defaults
+            for name in self.defaults:
+                group.setdefault(name, old[name])
+                if group[name] is None and callable(old[name]):
+                    group[name] = old[name]
+            for parameter in group["params"]:
+                if parameter in self.state:
+                    self.state[parameter] = {
+                        name: _restored(name, value, parameter, group)
+                        for name, value in self.state[parameter].items()
+                    }
+
+    # The step.
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer``; nothing while steps are taken in the backward pass."""
+        if not self._in_backward:
+            super().zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the parameters that have a gradient.
+
+        Args:
+            closure: Evaluates the model again and returns the loss; called once, with gradients.
+
+        Returns:
+            What ``closure`` returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._in_backward:
+            _take(self, torch.compiler.is_compiling())
+        return loss
+
+    def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The states of a parameter, those made that are missing."""
+        state = self.state[parameter]
+        if "step" not in state:
+            device = parameter.device if group["capturable"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        spec = dict(self._states(parameter, group))
+        dtype = group["state_dtype"] or computation_dtype(parameter.dtype)
+        for name, shape in spec.items():
+            if name not in state:
+                state[name] = _zeros(shape, parameter, dtype)
+        if group["rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
+            spec["compensation"] = PARAMETER
+            if "compensation" not in state:
+                state["compensation"] = _zeros(PARAMETER, parameter, torch.bfloat16)
+        return {name: state[name] for name in spec}
+
+
+@_torch.never_traced
+@torch.no_grad()
+def _take(optimizer: Optimizer, compiled: bool) -> None:
+    """A step; under ``torch.compile`` its rule is compiled, not the walk over the parameters."""
+    step.take(optimizer, compiled=compiled)
+
+
+class DecoupledDecay(Declared):
+    """Weight decay apart from the gradient: ``lr * weight_decay`` of the old parameter.
+
+    With ``decouple_lr`` it is ``lr / reference_lr * weight_decay``, which does not depend on the
+    base learning rate, only on its schedule.
+    """
+
+    _: KW_ONLY
+    decouple_lr: bool = option(
+        False,
+        flag,
+        meaning="Whether weights decay by ``lr / reference_lr * weight_decay`` in each step, and "
+        "not by ``lr * weight_decay``.",
+    )
+    reference_lr: float | None = option(
+        None,
+        optional(non_negative),
+        meaning="For that; None is ``lr`` as it is when the group is added.",
+    )
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Record the learning rate that the decay refers to."""
+        if group["reference_lr"] is None:
+            group["reference_lr"] = float(group["lr"])
+        if group["decouple_lr"] and group["reference_lr"] == 0:
+            raise ValueError(
+                f"{type(self).__name__}: reference_lr must be above 0 with decouple_lr=True"
+            )
+
+    def _decay(self, group: Numbers) -> Any:
+        """The part of the old parameter that is taken away, or None."""
+        weight_decay = group["weight_decay"]
+        if isinstance(weight_decay, float) and weight_decay == 0:
+            return None
+        scale = group["reference_lr"] if group["decouple_lr"] else 1.0
+        return group["lr"] / scale * weight_decay
+
+
+def average(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
+    """``keep * old + (1 - keep) * new``."""
+    if isinstance(keep, Tensor):
+        return keep * old + (1 - keep) * new
+    return torch.lerp(old, new, 1 - keep)
+
+
+def average_(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
+    """The same in place: a step of a running mean."""
+    if isinstance(keep, Tensor):
+        return old.mul_(keep).add_((1 - keep) * new)
+    return old.lerp_(new, 1 - keep)
+
+
+def where(condition: Any, yes: Any, no: Any) -> Any:
+    """One of two numbers; a tensor where the condition is one."""
+    if not isinstance(condition, Tensor):
+        return yes if condition else no
+    return torch.where(condition, *(_like(number, condition) for number in (yes, no)))
+
+
+def _like(number: Any, condition: Tensor) -> Tensor:
+    dtype = torch.float32 if condition.device.type == "mps" else torch.float64
+    return torch.as_tensor(number, dtype=dtype, device=condition.device)
+
+
+def bias_corrections(group: Numbers) -> tuple[Any, Any]:
+    """``1 - beta ** t`` of both ``betas``."""
+    beta1, beta2 = group["betas"]
+    return 1 - beta1 ** group["t"], 1 - beta2 ** group["t"]
+
+
+def check_nesterov(optimizer: str, group: Mapping[str, Any]) -> None:
+    """Refuse Nesterov's momentum without a momentum, or with dampening."""
+    if group["nesterov"] and (group["momentum"] == 0 or group.get("dampening", 0) != 0):
+        raise ValueError(
+            f"{optimizer}: nesterov must be False without a momentum or with dampening"
+        )
+
+
+class _Hidden:
+    """A state on its way through ``torch.optim.Optimizer.load_state_dict``, which casts tensors."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def _hide_from_casts(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def hide(state: Any) -> Any:
+        if not isinstance(state, dict):
+            return state
+        return {
+            name: _Hidden(value) if isinstance(value, Tensor) else value
+            for name, value in state.items()
+        }
+
+    states = {key: hide(state) for key, state in state_dict["state"].items()}
+    return state_dict | {"state": states}
+
+
+def _restored(name: str, value: Any, parameter: Tensor, group: Mapping[str, Any]) -> Any:
+    if isinstance(value, _Hidden):
+        value = value.value
+        if name != "step":
+            return value.to(parameter.device)
+    if name != "step":
+        return value
+    value = value if isinstance(value, Tensor) else torch.tensor(float(value))
+    return value.to(parameter.device if group["capturable"] else "cpu", torch.float32)
+
+
+def _zeros(shape: str | tuple[int, ...], parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if parameter.is_complex():
+        dtype = parameter.dtype
+    if isinstance(shape, str):
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    state = torch.zeros(shape, dtype=dtype, device=parameter.device)
+    if shape and _checks.is_distributed(parameter):
+        return _torch.replicated(state, parameter)
+    return state

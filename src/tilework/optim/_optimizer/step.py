@@ -1,0 +1,214 @@
+"""One step of an optimizer: what has a gradient is counted, measured, and updated together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilework import _checks
+from tilework._operators import computation_dtype
+from tilework.optim._optimizer import updates
+from tilework.optim._optimizer.updates import Numbers, Part, Way
+
+if TYPE_CHECKING:
+    from tilework.optim._optimizer import Optimizer
+
+
+class Member(NamedTuple):
+    """A parameter that has a gradient."""
+
+    part: Part
+    step: Tensor
+    t: Any
+    """The number of its steps with this one: an int, or a tensor if reading would synchronize."""
+    group: dict[str, Any]
+
+
+def take(
+    optimizer: Optimizer,
+    only: Collection[Tensor] | None = None,
+    *,
+    compiled: bool = False,
+    **given: Any,
+) -> None:
+    """Update all parameters that have a gradient, or those of them that are named.
+
+    What is ``given`` for this step, such as its loss, ``_numbers`` finds in the group.
+    """
+    members = _members(optimizer, only)
+    totals = _totals(optimizer, members, given)
+    kinds: dict[Any, list[Member]] = defaultdict(list)
+    for member in members:
+        kinds[_kind(member)].append(member)
+    for kind in kinds.values():
+        numbers = _plain(optimizer, kind[0], given)
+        numbers |= totals.get(id(kind[0].group), {})
+        numbers |= optimizer._numbers(numbers)
+        numbers["decay"] = optimizer._decay(numbers)
+        _update(optimizer, kind, numbers, compiled or kind[0].group["compiled"])
+
+
+def _members(optimizer: Optimizer, only: Collection[Tensor] | None) -> list[Member]:
+    """The parameters that have a gradient, their steps counted with this one."""
+    found = list(_found(optimizer, only))
+    if not found:
+        return []
+    torch._foreach_add_([step for _, step, _ in found], 1)
+    readable = [step for _, step, group in found if not group["capturable"]]
+    read = iter(torch.stack(readable).tolist() if readable else ())
+    return [
+        Member(part, step, _exact(step) if group["capturable"] else int(next(read)), group)
+        for part, step, group in found
+    ]
+
+
+def _found(
+    optimizer: Optimizer, only: Collection[Tensor] | None
+) -> Iterator[tuple[Part, Tensor, dict[str, Any]]]:
+    position = -1
+    for group in optimizer.param_groups:
+        stochastic = group["rounding"] == "stochastic"
+        for parameter in group["params"]:
+            position += 1
+            gradient = parameter.grad
+            if gradient is None or (only is not None and not any(parameter is p for p in only)):
+                continue
+            if gradient.layout != torch.strided:
+                raise TypeError(
+                    f"{type(optimizer).__name__}: gradients must be dense, got {gradient.layout}"
+                )
+            states = optimizer._state_of(parameter, group)
+            places = None
+            if stochastic and parameter.dtype == torch.bfloat16:
+                places = updates.places_of(parameter)
+            part = Part(parameter, gradient, states, places, position)
+            yield part, optimizer.state[parameter]["step"], group
+
+
+def _exact(number: Tensor) -> Tensor:
+    return number.reshape(()).to(torch.float32 if number.device.type == "mps" else torch.float64)
+
+
+def _kind(member: Member) -> Any:
+    """What is updated together: alike in all but its elements."""
+    part, t = member.part, member.t
+    dtypes = tuple(state.dtype for state in part.states.values())
+    return (
+        id(member.group),
+        id(t) if isinstance(t, Tensor) else t,
+        part.parameter.dtype,
+        part.parameter.device,
+        part.gradient.dtype,
+        dtypes,
+    )
+
+
+def _plain(optimizer: Optimizer, member: Member, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group as numbers, the count, and what is given."""
+    options = {
+        name: _number(member.group[name], default) for name, default in optimizer.defaults.items()
+    }
+    return options | {"t": member.t} | given
+
+
+def _number(value: Any, default: Any) -> Any:
+    if isinstance(value, Tensor):
+        return float(value) if _checks.holds_values(value) else _exact(value)
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    return value
+
+
+def _as_tensors(numbers: Numbers) -> dict[str, Any]:
+    """What may change from step to step, as tensors: a new value needs no new graph."""
+
+    def as_tensor(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(as_tensor, value))
+        return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value
+
+    return {
+        name: as_tensor(value)
+        for name, value in (dict(numbers) | {"t": _float(numbers["t"])}).items()
+    }
+
+
+def _float(count: Any) -> Any:
+    return count if isinstance(count, Tensor) else float(count)
+
+
+def _totals(
+    optimizer: Optimizer, members: list[Member], given: dict[str, Any]
+) -> dict[int, dict[str, Tensor]]:
+    """What a global rule measures, summed over all parameters, or over those of each group."""
+    totals: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    if optimizer._measure is None:
+        return totals
+    everything: dict[str, Tensor] = {}
+    for member in members:
+        part, group = updates.whole(member.part), member.group
+        dtype = computation_dtype(part.parameter.dtype)
+        states = updates.computed_states(part.states, dtype)
+        gradient = updates.computed_gradient(part.gradient, dtype, group.get("maximize", False))
+        numbers = _plain(optimizer, member, given)
+        measured = optimizer._measure(part.parameter.to(dtype), gradient, states, numbers)
+        updates.keep_states(part.states, states)
+        total = totals[id(group)]
+        if not optimizer._measures_each_group:
+            total = totals[id(group)] = everything
+        for name, value in measured.items():
+            if _checks.is_distributed(value):
+                value = value.full_tensor()  # type: ignore[attr-defined]
+            total[name] = total[name] + value.to(total[name].device) if name in total else value
+    return totals
+
+
+def _update(
+    optimizer: Optimizer, members: list[Member], numbers: dict[str, Any], compiled: bool
+) -> None:
+    group = members[0].group
+    way = Way(group.get("maximize", False), group["rounding"], group["seed"])
+    rule = type(optimizer)._update
+    call = updates.apply
+    if compiled:
+        call, numbers = updates.apply_compiled, _as_tensors(numbers)
+    if not optimizer._elementwise:
+        for member in members:
+            call(rule, updates.whole(member.part), numbers, way)
+        return
+    members = [member for member in members if updates.local(member.part.parameter).numel()]
+    if not members:
+        return
+    parts = [updates.flat(member.part) for member in members]
+    if not compiled and group["foreach"] is None and not isinstance(numbers["t"], Tensor):
+        steps = [member.step for member in members]
+        if _is_plain(parts) and optimizer._native(parts, steps, numbers, way.maximize):
+            return
+    on_cpu = members[0].part.parameter.device.type == "cpu"
+    sizes = updates.CPU if on_cpu else updates.OTHER
+    small: list[Part] = []
+    for part in parts:
+        flat = part.parameter.dim() == 1
+        if group["foreach"] is not False and flat and part.parameter.numel() < sizes.small:
+            small.append(part)
+        elif compiled:
+            call(rule, part, numbers, way)
+        else:
+            for block in updates.blocks(part, sizes.block):
+                call(rule, block, numbers, way)
+    for batch in updates.batches(small, sizes.joined):
+        joined = updates.join(batch) if len(batch) > 1 else batch[0]
+        call(rule, joined, numbers, way)
+        if len(batch) > 1:
+            updates.scatter(joined, batch)
+
+
+def _is_plain(parts: Sequence[Part]) -> bool:
+    """Whether all are flat and of one dtype, as PyTorch's own operators want it."""
+    first = parts[0]
+    dtypes = {first.gradient.dtype, *(state.dtype for state in first.states.values())}
+    return dtypes == {first.parameter.dtype} and all(part.parameter.dim() == 1 for part in parts)

@@ -1,0 +1,259 @@
+"""What one call of an optimizer's rule computes on, and how the result is written.
+
+A rule that acts on each element alone sees flat pieces: large tensors in blocks that stay in the
+cache, small ones joined to one, a shard of a distributed parameter as its local part. Any other
+rule sees a whole tensor at a time.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilework import _torch
+from tilework._checks import is_distributed
+from tilework._operators import computation_dtype
+from tilework.optim._optimizer import rounding
+
+Numbers = Mapping[str, Any]
+Rule = Callable[[Tensor, Tensor, dict[str, Tensor], Numbers], Tensor]
+
+
+class Part(NamedTuple):
+    """A parameter, or flat elements of one or several, with what belongs to them."""
+
+    parameter: Tensor
+    gradient: Tensor
+    states: dict[str, Tensor]
+    places: Tensor | None
+    """Of each element in its whole parameter, in row-major order; where rounding is stochastic."""
+    position: Any
+    """Of the parameter in the optimizer, an int or a tensor."""
+
+
+class Way(NamedTuple):
+    """How results are written."""
+
+    maximize: bool
+    rounding: str
+    seed: Any
+    """An int or a tensor."""
+
+
+class Sizes(NamedTuple):
+    """Numbers of elements, by device."""
+
+    small: int
+    """Of tensors for which a call takes longer than the arithmetic: they are joined."""
+    joined: int
+    block: int
+    """Of which a parameter, its gradient and its states stay in a core's cache."""
+
+
+CPU = Sizes(2**14, 2**17, 2**17)
+OTHER = Sizes(2**20, 2**24, 2**62)
+
+
+def apply(rule: Rule, part: Part, numbers: Numbers, way: Way) -> None:
+    """Compute what a rule makes of a part, and write it into the part's tensors."""
+    dtype = computation_dtype(part.parameter.dtype)
+    old = part.parameter.to(dtype)
+    states = computed_states(part.states, dtype)
+    new = rule(old, computed_gradient(part.gradient, dtype, way.maximize), states, numbers)
+    decay = numbers.get("decay")
+    if decay is not None:
+        new = new - decay * old
+    keep_states(part.states, states)
+    _write(part, local(old), local(like(new, part.parameter)), numbers, way)
+
+
+def computed_gradient(gradient: Tensor, dtype: torch.dtype, maximize: bool) -> Tensor:
+    """The gradient of what is minimized, in the dtype of computation."""
+    gradient = gradient.to(dtype)
+    return -gradient if maximize else gradient
+
+
+def computed_states(states: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The states that a rule sees and changes, in the dtype of computation."""
+    return {
+        name: state.to(dtype) if state.is_floating_point() else state
+        for name, state in states.items()
+        if name != "compensation"
+    }
+
+
+def keep_states(states: Mapping[str, Tensor], computed: Mapping[str, Tensor]) -> None:
+    """Write the states that a rule has changed elsewhere than in place."""
+    for name, state in computed.items():
+        if state is not states[name]:
+            states[name].copy_(state)
+
+
+def _write(part: Part, old: Tensor, new: Tensor, numbers: Numbers, way: Way) -> None:
+    parameter = local(part.parameter)
+    if parameter.dtype != torch.bfloat16 or way.rounding == "nearest":
+        parameter.copy_(new)
+    elif way.rounding == "stochastic":
+        step = numbers["t"]
+        step = step.long() if isinstance(step, Tensor) else int(step)
+        assert part.places is not None
+        parameter.copy_(rounding.stochastic(new, part.places, step, part.position, way.seed))
+    else:
+        compensation = local(part.states["compensation"])
+        stored, lacking = rounding.compensated(old, new, compensation.to(old.dtype))
+        parameter.copy_(stored)
+        compensation.copy_(lacking)
+
+
+@functools.cache
+def compiled(rule: Rule) -> Callable[..., None]:
+    """``apply`` with a rule, through ``torch.compile``: one graph for all sizes."""
+
+    def update(*arguments: Any) -> None:
+        *part, numbers, way = arguments
+        apply(rule, Part(*part), numbers, Way(*way))
+
+    update.__code__ = update.__code__.replace()  # variants count towards a limit for each code
+    return torch.compile(update, dynamic=True, fullgraph=True)
+
+
+def apply_compiled(rule: Rule, part: Part, numbers: Numbers, way: Way) -> None:
+    """The same; numbers are tensors here, so that new ones need no new graph."""
+    position, seed = (
+        value if isinstance(value, Tensor) else torch.tensor(value, device=part.parameter.device)
+        for value in (part.position, way.seed)
+    )
+    try:
+        compiled(rule)(*part[:-1], position, numbers, (*way[:-1], seed))
+    except Exception as error:
+        if _torch.is_missing_compiler(error):
+            raise RuntimeError(
+                "compiled=True needs a compiler that torch.compile can use: on a CPU a C++ "
+                "compiler such as g++, on a GPU Triton"
+            ) from error
+        raise
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a distributed tensor that lies here."""
+    return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A distributed tensor placed as its parameter is."""
+    if not is_distributed(parameter) or tensor.placements == parameter.placements:  # type: ignore[attr-defined]
+        return tensor
+    return tensor.redistribute(parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+
+
+def whole(part: Part) -> Part:
+    """A part as a rule sees it that needs the whole tensor."""
+    gradient = like(part.gradient, part.parameter)
+    return part._replace(parameter=part.parameter.detach(), gradient=gradient.detach())
+
+
+def flat(part: Part) -> Part:
+    """The same elements in one dimension, in the order in which they lie in memory.
+
+    The part as it is where they do not lie dense, or the states lie otherwise.
+    """
+    parameter, states = _real(part.parameter), part.states
+    gradient = _real(like(part.gradient, part.parameter))
+    if parameter is not part.parameter:
+        states = {name: _real(state) for name, state in states.items()}
+    if parameter.is_contiguous():
+        order = None
+        dense = all(state.is_contiguous() for state in states.values())
+    else:
+        order = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
+        written = parameter, *states.values()
+        dense = all(tensor.permute(order).is_contiguous() for tensor in written)
+    if not dense:
+        return Part(parameter.detach(), gradient.detach(), states, part.places, part.position)
+
+    def flatten(tensor: Tensor) -> Tensor:
+        return (tensor if order is None else tensor.permute(order)).reshape(-1)
+
+    return Part(
+        flatten(parameter),
+        flatten(gradient),
+        {name: flatten(state) for name, state in states.items()},
+        None if part.places is None else flatten(part.places),
+        part.position,
+    )
+
+
+def _real(tensor: Tensor) -> Tensor:
+    tensor = local(tensor)
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def blocks(part: Part, size: int) -> Iterator[Part]:
+    """A flat part in pieces."""
+    elements = part.parameter.numel()
+    if elements <= size or part.parameter.dim() != 1:
+        yield part
+        return
+    for start in range(0, elements, size):
+        piece = slice(start, start + size)
+        yield Part(
+            part.parameter[piece],
+            part.gradient[piece],
+            {name: state[piece] for name, state in part.states.items()},
+            None if part.places is None else part.places[piece],
+            part.position,
+        )
+
+
+def batches(parts: Sequence[Part], size: int) -> Iterator[list[Part]]:
+    """Small parts in lists of at most that many elements."""
+    batch: list[Part] = []
+    elements = 0
+    for part in parts:
+        if batch and elements + part.parameter.numel() > size:
+            yield batch
+            batch, elements = [], 0
+        batch.append(part)
+        elements += part.parameter.numel()
+    if batch:
+        yield batch
+
+
+def join(parts: Sequence[Part]) -> Part:
+    """Flat parts as one, which is a copy."""
+    places, position = None, parts[0].position
+    if parts[0].places is not None:
+        places = torch.cat([part.places for part in parts])  # type: ignore[misc]
+        sizes = torch.tensor([part.parameter.numel() for part in parts])
+        positions = torch.tensor([part.position for part in parts])
+        position = positions.repeat_interleave(sizes).to(places.device)
+    return Part(
+        torch.cat([part.parameter for part in parts]),
+        torch.cat([part.gradient for part in parts]),
+        {name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states},
+        places,
+        position,
+    )
+
+
+def scatter(joined: Part, parts: Sequence[Part]) -> None:
+    """Write what was joined back."""
+    sizes = [part.parameter.numel() for part in parts]
+    torch._foreach_copy_([part.parameter for part in parts], torch.split(joined.parameter, sizes))
+    for name, state in joined.states.items():
+        torch._foreach_copy_([part.states[name] for part in parts], torch.split(state, sizes))
+
+
+def places_of(parameter: Tensor) -> Tensor:
+    """The row-major index of each local element in the whole parameter."""
+    here = local(parameter)
+    offsets = _torch.global_offset(parameter) if is_distributed(parameter) else (0,) * here.dim()
+    places = torch.zeros((), dtype=torch.int64, device=here.device)
+    sizes = parameter.shape
+    for dim, (size, offset) in enumerate(zip(here.shape, offsets, strict=True)):
+        row = (torch.arange(size, device=here.device) + offset) * math.prod(sizes[dim + 1 :])
+        places = places.unsqueeze(-1) + row
+    return places

@@ -1,0 +1,147 @@
+"""What the tests of every optimizer run on: its options, and its rule as a readable definition."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import samples
+from helpers import assert_exact
+
+Options = Mapping[str, Any]
+SHAPES = ((7,), (3, 5), (), (0,), (4, 3, 2))
+
+
+@dataclass(frozen=True)
+class Optimized(samples.Sample):
+    """One optimizer, and the definition of its rule in plain operations on one tensor.
+
+    ``definition(p, g, state, options, t)`` returns the new parameter without standard decay, and
+    sets ``state[name]``; a state that was never set is missing. It computes in the dtype of its
+    tensors: the truth in float64, in the parameter's dtype what errors are compared with.
+    """
+
+    definition: Callable[[Tensor, Tensor, dict[str, Tensor], Options, int], Tensor]
+    _: KW_ONLY
+    shapes: tuple[tuple[int, ...], ...] = SHAPES
+    is_complex: bool = False
+    standard_decay: bool = True
+    elementwise: bool = True
+    together: bool = False
+    """Whether the step needs all gradients: ``definition`` takes and returns lists."""
+    takes_loss: bool = False
+    """Whether ``step`` needs the loss."""
+
+    def parameters(
+        self, dtype: torch.dtype = torch.float32, shapes: Iterable[tuple[int, ...]] | None = None
+    ) -> list[torch.nn.Parameter]:
+        return [
+            torch.nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype))
+            for shape in (self.shapes if shapes is None else shapes)
+        ]
+
+    def step(self, optimizer: Any) -> None:
+        optimizer.step(**({"loss": torch.tensor(0.7)} if self.takes_loss else {}))
+
+    def succeed(self) -> None:
+        self.function(self.parameters(), **self.accepts)
+
+    def calls(self, change: Mapping[str, Any]) -> Iterable[Callable[[], Any]]:
+        """A bad option is refused for the whole optimizer, and for a group."""
+        yield lambda: self.function(**({"params": self.parameters()} | self.accepts | change))
+        if "params" not in change:
+            group = {"params": self.parameters()} | dict(change)
+            yield lambda: self.function([group], **self.accepts)
+
+
+def draw_gradients(parameters: Sequence[Tensor], like: Tensor | None = None) -> None:
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, dtype=torch.float64).to(parameter.dtype)
+
+
+def wide(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A copy of the states that the definition knows, in a dtype."""
+    return {
+        name: value.detach().to(dtype).clone()
+        for name, value in state.items()
+        if name not in ("step", "compensation")
+    }
+
+
+def decay(options: Options) -> float:
+    scale = options.get("reference_lr") if options.get("decouple_lr") else 1.0
+    return float(options["lr"]) / scale * options["weight_decay"]
+
+
+def defined(
+    sample: Optimized,
+    before: Sequence[tuple[Tensor, Tensor, dict[str, Tensor], int]],
+    options: Options,
+    dtype: torch.dtype,
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """The parameters and states after a step, computed by the definition in a dtype."""
+    sign = -1 if options.get("maximize") else 1
+    states = [wide(state, dtype) for _, _, state, _ in before]
+    olds = [old.to(dtype) for old, *_ in before]
+    grads = [sign * grad.to(dtype) for _, grad, *_ in before]
+    steps = [t for *_, t in before]
+    if sample.together:
+        news = sample.definition(olds, grads, states, options, steps)  # type: ignore[arg-type]
+    else:
+        news = [
+            sample.definition(old, grad, state, options, t)
+            for old, grad, state, t in zip(olds, grads, states, steps, strict=True)
+        ]
+    if sample.standard_decay:
+        news = [new - decay(options) * old for new, old in zip(news, olds, strict=True)]
+    return list(zip(news, states, strict=True))
+
+
+def assert_step_is_defined(
+    sample: Optimized, optimizer: torch.optim.Optimizer, group: int = 0
+) -> None:
+    """Take a step, and hold parameters and states to the definition from what they were before."""
+    options = dict(optimizer.param_groups[group])
+    parameters = [p for p in options.pop("params") if p.grad is not None]
+    before = [
+        (
+            p.detach().clone(),
+            p.grad.clone(),
+            {name: value.clone() for name, value in optimizer.state.get(p, {}).items()},
+            int(optimizer.state[p]["step"]) + 1 if p in optimizer.state else 1,
+        )
+        for p in parameters
+    ]
+    sample.step(optimizer)
+    truths = defined(sample, before, options, torch.float64)
+    compositions = defined(sample, before, options, torch.float32)
+    names = truths[0][1].keys()
+    computed = torch.float64 if parameters[0].dtype == torch.float64 else torch.float32
+    for p, (_, state) in zip(parameters, truths, strict=True):
+        assert optimizer.state[p].keys() - {"step", "compensation"} == state.keys() == names
+        for name in names:
+            assert optimizer.state[p][name].dtype == (options["state_dtype"] or computed)
+    compare(
+        [p.detach() for p in parameters],
+        [new for new, _ in compositions],
+        [new for new, _ in truths],
+    )
+    for name in names:
+        compare(
+            [optimizer.state[p][name] for p in parameters],
+            [state[name] for _, state in compositions],
+            [state[name] for _, state in truths],
+        )
+
+
+def compare(actual: list[Tensor], composition: list[Tensor], truth: list[Tensor]) -> None:
+    """Hold all tensors of one kind to the error rule, as one."""
+    dtype = actual[0].dtype
+    narrow = torch.float32 if dtype == torch.float64 else dtype
+    assert [t.shape for t in actual] == [t.shape for t in truth]
+    joined = [
+        torch.cat([t.reshape(-1) for t in tensors]) for tensors in (actual, composition, truth)
+    ]
+    assert_exact(joined[0], joined[1].to(narrow), joined[2])
