@@ -1,7 +1,8 @@
 """Train a small language model, built from Tilework's parts and from plain torch.nn parts.
 
 The text is the source code of Python's standard library. Both models start from the same weights
-and see the same batches, so that their validation losses must agree.
+and see the same batches, so that their validation losses must agree. The optimizer is Tilework's
+AdamW for the one and torch's for the other, or with ``--optimizer`` one of Tilework's for both.
 """
 
 import multiprocessing
@@ -16,6 +17,7 @@ from typing import Annotated
 import torch
 import typer
 from model import PARTS, VOCABULARY
+from optimizers import CHOICES
 from report import plot, sample, table
 from rich.console import Console
 from rich.panel import Panel
@@ -40,6 +42,9 @@ def main(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and the text.")] = 0,
+    optimizer: Annotated[
+        str, typer.Option(help=f"What both are trained with: {', '.join(CHOICES)}.")
+    ] = "adamw",
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model, a few steps.")] = False,
     threads: Annotated[
         int,
@@ -48,10 +53,18 @@ def main(
 ) -> None:
     """Train a small language model with Tilework and with plain torch, and compare the two."""
     preset = QUICK if quick else CUDA if device == "cuda" else CPU
-    settings = replace(preset, device=device, seed=seed, steps=steps or preset.steps)
+    settings = replace(
+        preset, device=device, seed=seed, steps=steps or preset.steps, optimizer=optimizer
+    )
+    if optimizer != preset.optimizer and optimizer in CHOICES:
+        settings = replace(settings, learning_rate=CHOICES[optimizer].rate)
     out = out or Path("runs", "demo-quick" if quick else "demo")
     paths = {variant: out / f"{variant}.pt" for variant in PARTS}
-    problem = device_problem(device) or (resume and resume_problem(paths, settings))
+    problem = (
+        device_problem(device)
+        or optimizer_problem(optimizer)
+        or (resume and resume_problem(paths, settings))
+    )
     if problem:
         typer.echo(f"demo: {problem}", err=True)
         raise typer.Exit(2)
@@ -82,6 +95,13 @@ def device_problem(device: str) -> str | None:
     if device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: this machine has no CUDA device that torch can use"
     return None
+
+
+def optimizer_problem(optimizer: str) -> str | None:
+    """Why the models cannot be trained with it."""
+    if optimizer in CHOICES:
+        return None
+    return f"--optimizer must be one of {', '.join(CHOICES)}, got {optimizer}"
 
 
 def resume_problem(paths: dict[str, Path], settings: Settings) -> str | None:

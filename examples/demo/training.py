@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import psutil
 import torch
 from data import draw, read_corpus, spread
 from model import GPT, PARTS
+from optimizers import CHOICES
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class Settings:
     windows: int = 256  # of text for validation
     # Larger rates let rounding errors grow until two exact models part by more than is allowed.
     learning_rate: float = 5e-4
+    optimizer: str = "adamw"
     python: str = platform.python_version()  # whose library is the text
     torch: str = str(torch.__version__)
 
@@ -57,10 +59,11 @@ class Run:
         self.settings = settings
         self.device = torch.device(settings.device)
         self.model = build(variant, settings)
-        rate = settings.learning_rate
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), rate, betas=(0.9, 0.99), eps=1e-6
-        )
+        rate, choice = settings.learning_rate, CHOICES[settings.optimizer]
+        if (variant, settings.optimizer) == ("torch", "adamw"):
+            choice = replace(choice, kind=torch.optim.AdamW)
+        self.optimizer = choice.make(self.model, rate)
+        self.takes_loss = choice.takes_loss
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, rate, settings.steps, pct_start=0.1, cycle_momentum=False
         )
@@ -82,7 +85,7 @@ class Run:
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        self.optimizer.step(**({"loss": loss.detach()} if self.takes_loss else {}))
         self.schedule.step()
         self.record["losses"].append(loss.item() / math.log(2))
         self.record["seconds"].append(time.perf_counter() - start)

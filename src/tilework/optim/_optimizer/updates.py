@@ -160,30 +160,33 @@ def flat(part: Part) -> Part:
 
     The part as it is where they do not lie dense, or the states lie otherwise.
     """
-    parameter, states = _real(part.parameter), part.states
-    gradient = _real(like(part.gradient, part.parameter))
-    if parameter is not part.parameter:
+    parameter, gradient, states, places, position = part
+    if is_distributed(parameter) or parameter.is_complex():
+        gradient = _real(like(gradient, parameter))
+        parameter = _real(parameter)
         states = {name: _real(state) for name, state in states.items()}
-    if parameter.is_contiguous():
-        order = None
-        dense = all(state.is_contiguous() for state in states.values())
+    if parameter.is_contiguous() and all(state.is_contiguous() for state in states.values()):
+        flatten = _row_major
     else:
         order = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
         written = parameter, *states.values()
-        dense = all(tensor.permute(order).is_contiguous() for tensor in written)
-    if not dense:
-        return Part(parameter.detach(), gradient.detach(), states, part.places, part.position)
+        if not all(tensor.permute(order).is_contiguous() for tensor in written):
+            return Part(parameter.detach(), gradient.detach(), states, places, position)
 
-    def flatten(tensor: Tensor) -> Tensor:
-        return (tensor if order is None else tensor.permute(order)).reshape(-1)
+        def flatten(tensor: Tensor) -> Tensor:
+            return tensor.permute(order).reshape(-1)
 
     return Part(
         flatten(parameter),
         flatten(gradient),
         {name: flatten(state) for name, state in states.items()},
-        None if part.places is None else flatten(part.places),
-        part.position,
+        None if places is None else flatten(places),
+        position,
     )
+
+
+def _row_major(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1)
 
 
 def _real(tensor: Tensor) -> Tensor:
