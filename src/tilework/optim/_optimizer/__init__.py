@@ -67,6 +67,7 @@ __all__ = [
     "count",
     "decay_rate",
     "decay_rates",
+    "descend",
     "flag",
     "fraction",
     "function",
@@ -374,6 +375,15 @@ def average_(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
     if isinstance(keep, Tensor):
         return old.mul_(keep).add_((1 - keep) * new)
     return old.lerp_(new, 1 - keep)
+
+
+def descend(
+    p: Tensor, numerator: Tensor, denominator: Tensor, step_size: float | Tensor
+) -> Tensor:
+    """``p - step_size * numerator / denominator``."""
+    if isinstance(step_size, Tensor):
+        return p - step_size * (numerator / denominator)
+    return torch.addcdiv(p, numerator, denominator, value=-step_size)
 
 
 def where(condition: Any, yes: Any, no: Any) -> Any:

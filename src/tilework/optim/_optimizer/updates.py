@@ -63,10 +63,13 @@ def apply(rule: Rule, part: Part, numbers: Numbers, way: Way) -> None:
     old = part.parameter.to(dtype)
     states = computed_states(part.states, dtype)
     new = rule(old, computed_gradient(part.gradient, dtype, way.maximize), states, numbers)
+    keep_states(part.states, states)
     decay = numbers.get("decay")
+    if isinstance(decay, float) and old is part.parameter and not is_distributed(old):
+        torch.sub(new, old, alpha=decay, out=old)  # which saves a pass
+        return
     if decay is not None:
         new = new - decay * old
-    keep_states(part.states, states)
     _write(part, local(old), local(like(new, part.parameter)), numbers, way)
 
 

@@ -17,6 +17,7 @@ from tilework.optim._optimizer import (
     average_,
     bias_corrections,
     decay_rates,
+    descend,
     flag,
     non_negative,
     option,
@@ -95,7 +96,8 @@ class AdamW(DecoupledDecay, Optimizer):
 
     def _numbers(self, group: Numbers) -> dict[str, Any]:
         correction1, correction2 = bias_corrections(group)
-        return {"step_size": group["lr"] / correction1, "root": correction2**0.5}
+        root = correction2**0.5
+        return {"step_size": group["lr"] / correction1 * root, "floor": group["eps"] * root}
 
     @staticmethod
     def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
@@ -104,7 +106,7 @@ class AdamW(DecoupledDecay, Optimizer):
         v = average_(state["exp_avg_sq"], g * g, beta2)
         if group["amsgrad"]:
             v = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
-        return p - group["step_size"] * (m / (v.sqrt() / group["root"] + group["eps"]))
+        return descend(p, m, v.sqrt().add_(group["floor"]), group["step_size"])
 
     def _native(
         self, parts: Sequence[Part], steps: Sequence[Tensor], group: Numbers, maximize: bool
