@@ -9,7 +9,7 @@ and what is there already is not trained again. The table and the figure are mad
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -45,9 +45,10 @@ class Row:
     curve: list[tuple[int, float]]
 
 
-def trained(settings: Settings) -> Row:
-    """Train one model."""
+def trained(settings: Settings, prepare: Callable[[Run], None] = lambda run: None) -> Row:
+    """Train one model, prepared in some way."""
     run = Run("tilework", settings)
+    prepare(run)
     text, held_out = read_corpus()
     windows = spread(held_out, settings.windows, settings.context)
     while run.steps < settings.steps and not diverged(run):
@@ -147,9 +148,8 @@ def summaries(rows: list[Row]) -> list[Summary]:
 
 def table(rows: list[Row]) -> str:
     """In Markdown."""
-    titles = ("optimizer", "learning rate", "bits per byte", "± over seeds", "ms per step")
-    titles += ("state bytes per parameter",)
-    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+    titles = "optimizer", "learning rate", "bits per byte", "± over seeds", "ms per step"
+    lines = [f"| {' | '.join(titles)} | state bytes per parameter |", "| --- " * 6 + "|"]
     lines += [
         f"| {one.name} | {one.rate:.2g} | {one.validation:.3f} | {one.deviation:.3f} "
         f"| {one.milliseconds:.1f} | {one.state_bytes:.2g} |"

@@ -127,6 +127,11 @@ def replicated(tensor: Tensor, parameter: Any) -> Tensor:
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
+def check_capture(optimizer: Any) -> None:
+    """Refuse to capture a step in a CUDA graph that reads numbers on the host."""
+    optimizer._accelerator_graph_capture_health_check()
+
+
 def fused_adamw(
     parameters: list[Tensor],
     gradients: list[Tensor],

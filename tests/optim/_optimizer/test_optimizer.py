@@ -151,3 +151,22 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="compiled=True needs a compiler"):
         Mapped([parameter(1.0)], transform=torch.neg, compiled=True).step()
     assert not _torch.is_missing_compiler(RuntimeError("else"))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_steps_that_read_numbers_are_not_captured(
+    capturable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stream:
+        def is_capturing(self) -> bool:
+            return True
+
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: device)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: Stream())
+    optimizer = Normed([parameter(3.0, 4.0)], capturable=capturable)
+    if capturable:
+        optimizer.step()
+    else:
+        with pytest.raises(RuntimeError, match="graph capture of step"):
+            optimizer.step()

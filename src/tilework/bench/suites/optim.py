@@ -5,6 +5,7 @@ and ``V`` tokens. States are float32. The limit that counts is that of a copy: t
 parameters and states read and written once, and the gradients read once.
 """
 
+import inspect
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -147,11 +148,13 @@ def _peer(module: str, names: dict[str, str], **chosen: Any) -> Callable[[Case, 
         if case.kind not in names:
             raise Unavailable(f"it is not measured for {case.kind}")
         kind = getattr(import_module(module), names[case.kind])
-        options = OPTIONS.get(case.kind, {}) | chosen
+        parameters = inspect.signature(kind).parameters
+        options = {"eps": EPS, "weight_decay": DECAY} | OPTIONS.get(case.kind, {}) | chosen
+        known = {name: value for name, value in options.items() if name in parameters}
         return _step(
             case,
             inputs,
-            lambda parameters: kind(parameters, lr=LR, weight_decay=DECAY, **options),
+            lambda parameters: kind(parameters, lr=LR, **known),
             f"{module}.{names[case.kind]}",
         )
 
@@ -187,7 +190,7 @@ SUITE = Suite(
         Candidate("torch fused", _torch(fused=True)),
         Candidate(
             "pytorch-optimizer",
-            _peer("pytorch_optimizer", {"adamw": "AdamW", "lion": "Lion"}, weight_decouple=True),
+            _peer("pytorch_optimizer", {"lion": "Lion"}, weight_decouple=True),
             package="pytorch_optimizer",
             distribution="pytorch-optimizer",
         ),
@@ -199,7 +202,7 @@ SUITE = Suite(
         ),
         Candidate(
             "heavyball",
-            _peer("heavyball", {"adamw": "ForeachAdamW"}),
+            _peer("heavyball", {"adamw": "AdamW"}),
             package="heavyball",
             distribution="heavyball",
         ),

@@ -322,6 +322,7 @@ class Optimizer(Declared, torch.optim.Optimizer):
 @torch.no_grad()
 def _take(optimizer: Optimizer, compiled: bool) -> None:
     """A step; under ``torch.compile`` its rule is compiled, not the walk over the parameters."""
+    _torch.check_capture(optimizer)
     step.take(optimizer, compiled=compiled)
 
 
@@ -377,9 +378,7 @@ def average_(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
     return old.lerp_(new, 1 - keep)
 
 
-def descend(
-    p: Tensor, numerator: Tensor, denominator: Tensor, step_size: float | Tensor
-) -> Tensor:
+def descend(p: Tensor, numerator: Tensor, denominator: Tensor, step_size: float | Tensor) -> Tensor:
     """``p - step_size * numerator / denominator``."""
     if isinstance(step_size, Tensor):
         return p - step_size * (numerator / denominator)
