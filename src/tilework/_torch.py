@@ -129,7 +129,9 @@ def replicated(tensor: Tensor, parameter: Any) -> Tensor:
 
 def check_capture(optimizer: Any) -> None:
     """Refuse to capture a step in a CUDA graph that reads numbers on the host."""
-    optimizer._accelerator_graph_capture_health_check()
+    name = "_accelerator_graph_capture_health_check"
+    older = "_cuda_graph_capture_health_check"
+    getattr(optimizer, name if hasattr(optimizer, name) else older)()
 
 
 def fused_adamw(

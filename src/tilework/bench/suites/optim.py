@@ -101,7 +101,7 @@ def traffic(case: Case, dtype: torch.dtype) -> int:
 def _step(case: Case, inputs: Inputs, make: Callable[[list[nn.Parameter]], Any], name: str) -> Step:
     parameters = [nn.Parameter(tensor.clone()) for tensor in _list(inputs, "parameter")]
     for parameter, gradient in zip(parameters, _list(inputs, "gradient"), strict=True):
-        parameter.grad = gradient
+        parameter.grad = gradient.clone()  # some peers write into it
     optimizer = make(parameters)
 
     def run() -> Results:
