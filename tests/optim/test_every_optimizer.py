@@ -16,7 +16,7 @@ from tilework.optim import step_in_backward
 from tilework.optim._optimizer import updates
 
 import samples
-from helpers import dtype_name
+from helpers import Memory, dtype_name
 from optim.samples import Optimized, assert_step_is_defined, draw_gradients
 
 every_optimizer = samples.every(Optimized)
@@ -539,6 +539,28 @@ def test_capturing_needs_no_values(sample: Optimized) -> None:
                 for parameter in every_parameter(optimizer):
                     parameter.grad = torch.empty_like(parameter)
                 sample.step(optimizer)
+
+
+@pytest.mark.untyped
+@samples.every(Optimized, lambda sample: sample.elementwise)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_memory_of_a_step_is_that_of_blocks(
+    sample: Optimized, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large and many the parameters are; states are made before."""
+    block = 1000
+    monkeypatch.setattr(updates, "CPU", updates.Sizes(100, block, block))
+    for options in options_of(sample):
+        many = [(4 * block,), (2 * block + 1,), *[(99,)] * 30]
+        parameters = sample.parameters(dtype, many)
+        optimizer = sample.function(parameters, **options)
+        draw_gradients(parameters)
+        sample.step(optimizer)
+        held = [tensor for p in parameters for tensor in (p.detach(), p.grad)]
+        held += [state for p in parameters for state in optimizer.state[p].values()]
+        with Memory(*held) as memory:  # type: ignore[arg-type]
+            sample.step(optimizer)
+        assert memory.peak <= 12 * 4 * block
 
 
 @pytest.mark.untyped
