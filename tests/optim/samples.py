@@ -103,7 +103,10 @@ def assert_step_is_defined(
     sample: Optimized, optimizer: torch.optim.Optimizer, group: int = 0
 ) -> None:
     """Take a step, and hold parameters and states to the definition from what they were before."""
-    options = dict(optimizer.param_groups[group])
+    options = {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in optimizer.param_groups[group].items()
+    }
     parameters = [p for p in options.pop("params") if p.grad is not None]
     before = [
         (
