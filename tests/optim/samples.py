@@ -11,6 +11,8 @@ import samples
 from helpers import assert_exact
 
 Options = Mapping[str, Any]
+LOSS = 0.7
+"""What ``step`` is given where it takes a loss."""
 SHAPES = ((7,), (3, 5), (), (0,), (4, 3, 2))
 
 
@@ -43,7 +45,9 @@ class Optimized(samples.Sample):
         ]
 
     def step(self, optimizer: Any) -> None:
-        optimizer.step(**({"loss": torch.tensor(0.7)} if self.takes_loss else {}))
+        optimizer.step(
+            **({"loss": torch.tensor(LOSS, dtype=torch.float64)} if self.takes_loss else {})
+        )
 
     def succeed(self) -> None:
         self.function(self.parameters(), **self.accepts)

@@ -17,7 +17,7 @@ from tilework.optim._optimizer import updates
 
 import samples
 from helpers import dtype_name
-from optim.samples import Optimized, assert_step_is_defined, draw_gradients
+from optim.samples import LOSS, Optimized, assert_step_is_defined, draw_gradients
 
 every_optimizer = samples.every(Optimized)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -570,7 +570,7 @@ def test_compiled_steps(sample: Optimized, monkeypatch: pytest.MonkeyPatch) -> N
                             optimizer.param_groups[0]["lr"] = 0.1 / (count + 1)
                     give_gradients(plain, other)
                     sample.step(plain)
-                    step(**({"loss": torch.tensor(0.7)} if sample.takes_loss else {}))
+                    step(**({"loss": torch.tensor(LOSS)} if sample.takes_loss else {}))
                     for one, two in zip(values(plain), values(other), strict=True):
                         torch.testing.assert_close(one, two)
                     if count == 2:
