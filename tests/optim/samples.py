@@ -11,6 +11,8 @@ import samples
 from helpers import assert_exact
 
 Options = Mapping[str, Any]
+LOSS = 0.7
+"""What ``step`` is given where it takes a loss."""
 SHAPES = ((7,), (3, 5), (), (0,), (4, 3, 2))
 
 
@@ -43,7 +45,9 @@ class Optimized(samples.Sample):
         ]
 
     def step(self, optimizer: Any) -> None:
-        optimizer.step(**({"loss": torch.tensor(0.7)} if self.takes_loss else {}))
+        optimizer.step(
+            **({"loss": torch.tensor(LOSS, dtype=torch.float64)} if self.takes_loss else {})
+        )
 
     def succeed(self) -> None:
         self.function(self.parameters(), **self.accepts)
@@ -103,7 +107,10 @@ def assert_step_is_defined(
     sample: Optimized, optimizer: torch.optim.Optimizer, group: int = 0
 ) -> None:
     """Take a step, and hold parameters and states to the definition from what they were before."""
-    options = dict(optimizer.param_groups[group])
+    options = {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in optimizer.param_groups[group].items()
+    }
     parameters = [p for p in options.pop("params") if p.grad is not None]
     before = [
         (

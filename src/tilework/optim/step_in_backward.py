@@ -83,7 +83,7 @@ def step_in_backward(optimizer: Optimizer, *, accumulate: int = 1) -> Handle:
     if not isinstance(optimizer, Optimizer):
         raise _checks.bad_type(name, "optimizer", "an optimizer of tilework.optim", optimizer)
     _checks.count(name, "accumulate", accumulate)
-    if optimizer._measure is not None:
+    if optimizer._is_global():
         raise ValueError(
             f"{name}: optimizer must update each parameter by its own gradient, got "
             f"{type(optimizer).__name__}, whose step needs those of all"

@@ -40,6 +40,7 @@ from tilework.optim._optimizer.options import (
     count,
     decay_rate,
     decay_rates,
+    finite,
     flag,
     fraction,
     function,
@@ -57,6 +58,7 @@ __all__ = [
     "PARAMETER",
     "SCALAR",
     "DecoupledDecay",
+    "LossOptimizer",
     "Numbers",
     "Optimizer",
     "Part",
@@ -68,6 +70,7 @@ __all__ = [
     "decay_rate",
     "decay_rates",
     "descend",
+    "finite",
     "flag",
     "fraction",
     "function",
@@ -167,9 +170,22 @@ class Optimizer(Declared, torch.optim.Optimizer):
         raise NotImplementedError
 
     _measure: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
-    """As ``_update``, before it: scalars, whose sums over all parameters ``_numbers`` finds."""
+    """As ``_update``, before it: scalars, whose sums over all parameters ``_numbers`` finds.
+
+    It changes nothing, and is not compiled.
+    """
     _measures_each_group: ClassVar[bool] = False
     """Whether these are sums over the parameters of the group."""
+    _group_states: ClassVar[tuple[str, ...]] = ()
+    """Tensors without dimensions in a group that ``_measured`` changes in place, at first 0."""
+
+    def _measured(self, group: dict[str, Any], numbers: Numbers) -> dict[str, Any]:
+        """What is one number for each step and group, of these sums and the options."""
+        return {}
+
+    def _is_global(self) -> bool:
+        """Whether the step of one parameter depends on the gradients of others."""
+        return self._measure is not None
 
     def _native(
         self, parts: Sequence[Part], steps: Sequence[Tensor], group: Numbers, maximize: bool
@@ -195,7 +211,7 @@ class Optimizer(Declared, torch.optim.Optimizer):
         """Add parameters with options of their own, as ``torch.optim.Optimizer`` does."""
         if not isinstance(param_group, dict):
             raise _checks.bad_type(self._name, "param_group", "a dict", param_group)
-        unknown = param_group.keys() - self.defaults.keys() - _KNOWN
+        unknown = param_group.keys() - self.defaults.keys() - _KNOWN - set(self._group_states)
         if unknown:
             accepted = ", ".join(sorted(_KNOWN | self.defaults.keys()))
             raise ValueError(
@@ -211,9 +227,17 @@ class Optimizer(Declared, torch.optim.Optimizer):
             self._accept(params, group)
         self._complete(group)
         super().add_param_group(group)
+        self._make_group_states(group)
 
     def _complete(self, group: dict[str, Any]) -> None:
         """Set what a group has once and for all when it is added."""
+
+    def _make_group_states(self, group: dict[str, Any]) -> None:
+        first = next(iter(group["params"]), torch.zeros(()))
+        dtype = computation_dtype(first.dtype)
+        for name in self._group_states:
+            state = torch.as_tensor(group.get(name, 0.0), dtype=dtype, device=first.device)
+            group[name] = state.clone()
 
     def _accept(self, parameter: Any, group: Mapping[str, Any]) -> None:
         if isinstance(parameter, tuple):
@@ -269,6 +293,7 @@ class Optimizer(Declared, torch.optim.Optimizer):
                 group.setdefault(name, old[name])
                 if group[name] is None and callable(old[name]):
                     group[name] = old[name]
+            self._make_group_states(group)
             for parameter in group["params"]:
                 if parameter in self.state:
                     self.state[parameter] = {
@@ -292,10 +317,7 @@ class Optimizer(Declared, torch.optim.Optimizer):
         Returns:
             What ``closure`` returned, or None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         if not self._in_backward:
             _take(self, torch.compiler.is_compiling())
         return loss
@@ -318,12 +340,55 @@ class Optimizer(Declared, torch.optim.Optimizer):
         return {name: state[name] for name in spec}
 
 
+def _evaluated(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 @_torch.never_traced
 @torch.no_grad()
-def _take(optimizer: Optimizer, compiled: bool) -> None:
+def _take(optimizer: Optimizer, compiled: bool, **given: Any) -> None:
     """A step; under ``torch.compile`` its rule is compiled, not the walk over the parameters."""
     _torch.check_capture(optimizer)
-    step.take(optimizer, compiled=compiled)
+    step.take(optimizer, compiled=compiled, **given)
+
+
+class LossOptimizer(Optimizer):
+    """The base of optimizers whose step depends on the loss, which ``_numbers`` finds.
+
+    A loss is minimized: there is no ``maximize``.
+    """
+
+    maximize: ClassVar[bool] = False  # type: ignore[misc]  # no field, hence no option
+
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None
+    ) -> Any:
+        """Update the parameters that have a gradient.
+
+        Args:
+            closure: Evaluates the model again and returns the loss; called once, with gradients.
+            loss: The loss, a number or a tensor without dimensions; it or ``closure``.
+
+        Returns:
+            What ``closure`` returned, or None.
+        """
+        if (closure is None) == (loss is None):
+            raise ValueError(f"{self._name}: either closure or loss must be given")
+        result = _evaluated(closure)
+        loss = self._checked_loss(result if loss is None else loss)
+        if not self._in_backward:
+            _take(self, torch.compiler.is_compiling(), loss=loss)
+        return result
+
+    def _checked_loss(self, loss: Any) -> float | Tensor:
+        if not isinstance(loss, Tensor):
+            return float(_checks.number(self._name, "loss", loss))
+        if loss.dim() or loss.is_complex():
+            raise _checks.bad_value(self._name, "loss", "a real number without dimensions", loss)
+        return loss.detach()
 
 
 class DecoupledDecay(Declared):

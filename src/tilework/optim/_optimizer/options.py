@@ -87,6 +87,12 @@ def non_negative(optimizer: str, name: str, value: Any) -> float:
     return float(value)
 
 
+def finite(optimizer: str, name: str, value: Any) -> float:
+    """A finite number."""
+    _checks.finite(optimizer, name, value)
+    return float(value)
+
+
 def positive(optimizer: str, name: str, value: Any) -> float:
     """A finite number above 0."""
     _checks.positive(optimizer, name, value)

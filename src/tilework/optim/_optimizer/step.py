@@ -45,8 +45,9 @@ def take(
     for member in members:
         kinds[_kind(member)].append(member)
     for kind in kinds.values():
-        numbers = _plain(optimizer, kind[0], given)
-        numbers |= totals.get(id(kind[0].group), {})
+        group = kind[0].group
+        numbers = _plain(optimizer, group, given) | totals.get(id(group), {}) | {"t": kind[0].t}
+        numbers = _on(kind[0].part.parameter.device, numbers)
         numbers |= optimizer._numbers(numbers)
         numbers["decay"] = optimizer._decay(numbers)
         _update(optimizer, kind, numbers, compiled or kind[0].group["compiled"])
@@ -107,12 +108,10 @@ def _kind(member: Member) -> Any:
     )
 
 
-def _plain(optimizer: Optimizer, member: Member, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a group as numbers, the count, and what is given."""
-    options = {
-        name: _number(member.group[name], default) for name, default in optimizer.defaults.items()
-    }
-    return options | {"t": member.t} | given
+def _plain(optimizer: Optimizer, group: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group, and what is given, as numbers."""
+    values = {name: _number(group[name], default) for name, default in optimizer.defaults.items()}
+    return values | {name: _number(value, 0.0) for name, value in given.items()}
 
 
 def _number(value: Any, default: Any) -> Any:
@@ -121,6 +120,14 @@ def _number(value: Any, default: Any) -> Any:
     if isinstance(default, float) and type(value) is int:
         return float(value)
     return value
+
+
+def _on(device: torch.device, numbers: Numbers) -> dict[str, Any]:
+    """The same, tensors on a device."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in numbers.items()
+    }
 
 
 def _as_tensors(numbers: Numbers) -> dict[str, Any]:
@@ -143,27 +150,36 @@ def _float(count: Any) -> Any:
 
 def _totals(
     optimizer: Optimizer, members: list[Member], given: dict[str, Any]
-) -> dict[int, dict[str, Tensor]]:
-    """What a global rule measures, summed over all parameters, or over those of each group."""
-    totals: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    if optimizer._measure is None:
-        return totals
-    everything: dict[str, Tensor] = {}
+) -> dict[int, dict[str, Any]]:
+    """What a global rule measures, summed over all parameters or those of each group.
+
+    By group, with what the optimizer makes of it there.
+    """
+    if not members or not optimizer._is_global() or optimizer._measure is None:
+        return {}
+    numbers = {id(group): _plain(optimizer, group, given) for group in optimizer.param_groups}
+    everything: dict[str, Any] = {}
+    totals = {key: {} if optimizer._measures_each_group else everything for key in numbers}
     for member in members:
-        part, group = updates.whole(member.part), member.group
+        part, key = updates.whole(member.part), id(member.group)
         dtype = computation_dtype(part.parameter.dtype)
-        states = updates.computed_states(part.states, dtype)
-        gradient = updates.computed_gradient(part.gradient, dtype, group.get("maximize", False))
-        numbers = _plain(optimizer, member, given)
-        measured = optimizer._measure(part.parameter.to(dtype), gradient, states, numbers)
-        updates.keep_states(part.states, states)
-        total = totals[id(group)]
-        if not optimizer._measures_each_group:
-            total = totals[id(group)] = everything
+        measured = optimizer._measure(
+            part.parameter.to(dtype),
+            updates.computed_gradient(part.gradient, dtype, member.group.get("maximize", False)),
+            updates.computed_states(part.states, dtype),
+            numbers[key] | {"t": member.t},
+        )
         for name, value in measured.items():
             if _checks.is_distributed(value):
                 value = value.full_tensor()  # type: ignore[attr-defined]
+            total = totals[key]
             total[name] = total[name] + value.to(total[name].device) if name in total else value
+    for group in optimizer.param_groups:
+        total = totals[id(group)]
+        if total:
+            device = next(iter(total.values())).device
+            known = _on(device, numbers[id(group)] | total)
+            totals[id(group)] = total | optimizer._measured(group, known)
     return totals
 
 

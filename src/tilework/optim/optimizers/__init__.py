@@ -1,7 +1,12 @@
 """Optimizers, each in a file that reads like its paper's algorithm."""
 
+from tilework.optim.optimizers.ada_grad_norm import AdaGradNorm
 from tilework.optim.optimizers.adamw import AdamW
+from tilework.optim.optimizers.alrshb import ALRSHB
+from tilework.optim.optimizers.alrsmag import ALRSMAG
+from tilework.optim.optimizers.lamb import LAMB
+from tilework.optim.optimizers.lars import LARS
 from tilework.optim.optimizers.lion import Lion
 from tilework.optim.optimizers.sgdw import SGDW
 
-__all__ = ["SGDW", "AdamW", "Lion"]
+__all__ = ["ALRSHB", "ALRSMAG", "LAMB", "LARS", "SGDW", "AdaGradNorm", "AdamW", "Lion"]
