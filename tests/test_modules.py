@@ -54,6 +54,7 @@ ARGUMENTS: dict[type[nn.Module], Callable[[], tuple[tuple[Any, ...], dict[str, A
     norms.LayerNorm: lambda: (((2, 4), 0.1), {}),
     norms.PartialRMSNorm: lambda: ((8,), {"fraction": 0.5}),
     norms.RMSNorm: lambda: ((8,), {"weight_offset": 1.0}),
+    norms.ScaledStdConv2d: lambda: ((2, 4, 3), {"gamma": 1.5, "gain_init": 0.5}),
 }
 
 

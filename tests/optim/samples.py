@@ -33,6 +33,8 @@ class Optimized(samples.Sample):
     elementwise: bool = True
     together: bool = False
     """Whether the step needs all gradients: ``definition`` takes and returns lists."""
+    takes_groups: bool = True
+    """Whether any parameters make a group."""
     takes_loss: bool = False
     """Whether ``step`` needs the loss."""
 
@@ -54,7 +56,9 @@ class Optimized(samples.Sample):
 
     def calls(self, change: Mapping[str, Any]) -> Iterable[Callable[[], Any]]:
         """A bad option is refused for the whole optimizer, and for a group."""
-        yield lambda: self.function(**({"params": self.parameters()} | self.accepts | change))
+        changed = self.accepts | dict(change)
+        params = changed.pop("params", None)
+        yield lambda: self.function(self.parameters() if params is None else params, **changed)
         if "params" not in change:
             group = {"params": self.parameters()} | dict(change)
             yield lambda: self.function([group], **self.accepts)
@@ -103,25 +107,42 @@ def defined(
     return list(zip(news, states, strict=True))
 
 
-def assert_step_is_defined(
-    sample: Optimized, optimizer: torch.optim.Optimizer, group: int = 0
-) -> None:
+def assert_step_is_defined(sample: Optimized, optimizer: torch.optim.Optimizer) -> None:
     """Take a step, and hold parameters and states to the definition from what they were before."""
+    before = [as_before(optimizer, group) for group in optimizer.param_groups]
+    sample.step(optimizer)
+    for group, (options, given) in zip(optimizer.param_groups, before, strict=True):
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if parameters:
+            assert_are_defined(sample, optimizer, parameters, options, given)
+
+
+def as_before(
+    optimizer: torch.optim.Optimizer, group: Options
+) -> tuple[Options, list[tuple[Tensor, Tensor, dict[str, Tensor], int]]]:
+    """The options of a group, and what the definition needs of its parameters, as copies."""
     options = {
-        name: value.clone() if isinstance(value, Tensor) else value
-        for name, value in optimizer.param_groups[group].items()
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in group.items()
     }
-    parameters = [p for p in options.pop("params") if p.grad is not None]
-    before = [
+    return options, [
         (
             p.detach().clone(),
             p.grad.clone(),
             {name: value.clone() for name, value in optimizer.state.get(p, {}).items()},
             int(optimizer.state[p]["step"]) + 1 if p in optimizer.state else 1,
         )
-        for p in parameters
+        for p in options.pop("params")
+        if p.grad is not None
     ]
-    sample.step(optimizer)
+
+
+def assert_are_defined(
+    sample: Optimized,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[Tensor],
+    options: Options,
+    before: Sequence[tuple[Tensor, Tensor, dict[str, Tensor], int]],
+) -> None:
     truths = defined(sample, before, options, torch.float64)
     compositions = defined(sample, before, options, torch.float32)
     names = truths[0][1].keys()

@@ -131,6 +131,18 @@ def test_copies_have_sums_of_their_own(copied: Callable[[AdaGradNorm], AdaGradNo
     assert all(map(torch.equal, sums(first), sums(second)))
 
 
+def test_loaded_sums_have_the_dtype_of_the_first_parameter() -> None:
+    """An older checkpoint has none, another one a number or a tensor of other precision."""
+    optimizer = AdaGradNorm(groups())
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["sum_sq"]
+    for given in (2, torch.tensor(2.0, dtype=torch.float64)):
+        saved["param_groups"][1]["sum_sq"] = given
+        optimizer.load_state_dict(saved)
+        assert sums(optimizer) == [0, 2]
+        assert all(s.dtype == torch.float32 for s in sums(optimizer))
+
+
 def test_the_sum_may_be_given() -> None:
     """As groups of another optimizer have one, which is left alone."""
     given = torch.tensor(9.0)

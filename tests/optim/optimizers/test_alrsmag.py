@@ -117,13 +117,14 @@ def test_nothing_moves_at_or_below_the_bound(loss: float) -> None:
 
 
 @both
+@pytest.mark.parametrize("loss", [1.0, 0.0, -1.0])
 @pytest.mark.parametrize("lr", [0.25, torch.inf])
-def test_without_gradients_the_step_is_the_largest(kind: Any, lr: float) -> None:
+def test_without_gradients_the_step_is_the_largest(kind: Any, lr: float, loss: float) -> None:
     """An infinite step moves nothing there."""
     parameter = torch.nn.Parameter(torch.ones(5))
     optimizer = kind([parameter], lr=lr, weight_decay=0.1)
     parameter.grad = torch.zeros(5)
-    optimizer.step(loss=1.0)
+    optimizer.step(loss=loss)
     expected = 1 - 0.1 * lr if lr < torch.inf else 1.0
     torch.testing.assert_close(parameter.detach(), torch.full((5,), expected))
     assert optimizer.last_step_size == [lr]
@@ -170,6 +171,16 @@ def test_a_number_is_not_rounded_to_float32(kind: Any) -> None:
         kind([parameter], lr=1.0).step(loss=given)
         truth = torch.full((1,), -loss, dtype=torch.float64)
         assert_exact(parameter.detach(), truth.float(), truth)
+
+
+@both
+def test_a_loss_of_half_precision_counts_as_it_is(kind: Any) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = kind([parameter], lr=1.0, lower_bound=1e-4)
+    optimizer.step(loss=torch.tensor(1.0, dtype=torch.bfloat16))
+    truth = torch.full((1,), 1e-4 - 1, dtype=torch.float64)
+    assert_exact(parameter.detach(), truth.float(), truth)
 
 
 @both

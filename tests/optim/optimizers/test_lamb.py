@@ -39,7 +39,7 @@ def optimizers() -> list[Optimized]:
                 {},
                 {"lr": 0.1, "betas": (0.5, 0.8), "eps": 1e-2, "weight_decay": 0.3},
                 {"clip_norm": (0.1, 2.0), "bias_correction": False, "lr": 0.1},
-                {"clip_norm": (5, 5), "exclude_1d": False, "weight_decay": 0.1},
+                {"clip_norm": (5.0, 5.0), "exclude_1d": False, "weight_decay": 0.1},
             ),
             standard_decay=False,
             elementwise=False,

@@ -138,11 +138,15 @@ class Optimizer(Declared, torch.optim.Optimizer):
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]
         given = {name: self.__dict__.pop(name) for name in names}
-        params = given.pop("params")
+        (params,) = (given.pop(name) for name in names if name not in options.checks(type(self)))
         self._in_backward = False
-        torch.optim.Optimizer.__init__(self, params, self._checked(given))
+        torch.optim.Optimizer.__init__(self, self._groups(params), self._checked(given))
 
     # What an optimizer says.
+
+    def _groups(self, given: Any) -> Any:
+        """The parameters or groups that PyTorch's constructor takes, of what this one got."""
+        return given
 
     def _check(self, group: Mapping[str, Any]) -> None:
         """Refuse options that do not go together."""

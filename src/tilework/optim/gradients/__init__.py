@@ -1,3 +1,7 @@
 """What is done to gradients between the backward pass and the step, and what they tell."""
 
-__all__: list[str] = []
+from tilework.optim.gradients.adaptive_grad_clip import adaptive_grad_clip_
+from tilework.optim.gradients.dual_direction import dual_direction
+from tilework.optim.gradients.newton_schulz import newton_schulz
+
+__all__ = ["adaptive_grad_clip_", "dual_direction", "newton_schulz"]

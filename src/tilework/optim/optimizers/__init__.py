@@ -7,6 +7,18 @@ from tilework.optim.optimizers.alrsmag import ALRSMAG
 from tilework.optim.optimizers.lamb import LAMB
 from tilework.optim.optimizers.lars import LARS
 from tilework.optim.optimizers.lion import Lion
+from tilework.optim.optimizers.scaled_gd import ScaledGD, precondition_low_rank
 from tilework.optim.optimizers.sgdw import SGDW
 
-__all__ = ["ALRSHB", "ALRSMAG", "LAMB", "LARS", "SGDW", "AdaGradNorm", "AdamW", "Lion"]
+__all__ = [
+    "ALRSHB",
+    "ALRSMAG",
+    "LAMB",
+    "LARS",
+    "SGDW",
+    "AdaGradNorm",
+    "AdamW",
+    "Lion",
+    "ScaledGD",
+    "precondition_low_rank",
+]
