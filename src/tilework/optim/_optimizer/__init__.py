@@ -44,6 +44,7 @@ from tilework.optim._optimizer.options import (
     fraction,
     function,
     non_negative,
+    non_positive,
     one_of,
     option,
     optional,
@@ -71,12 +72,14 @@ __all__ = [
     "fraction",
     "function",
     "non_negative",
+    "non_positive",
     "one_of",
     "option",
     "optional",
     "pair",
     "positive",
     "rate",
+    "rms",
     "where",
 ]
 
@@ -366,14 +369,14 @@ def average(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
     """``keep * old + (1 - keep) * new``."""
     if isinstance(keep, Tensor):
         return keep * old + (1 - keep) * new
-    return torch.lerp(old, new, 1 - keep)
+    return torch.lerp(old, new.to(old.dtype), 1 - keep)
 
 
 def average_(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
     """The same in place: a step of a running mean."""
     if isinstance(keep, Tensor):
         return old.mul_(keep).add_((1 - keep) * new)
-    return old.lerp_(new, 1 - keep)
+    return old.lerp_(new.to(old.dtype), 1 - keep)
 
 
 def where(condition: Any, yes: Any, no: Any) -> Any:
@@ -386,6 +389,11 @@ def where(condition: Any, yes: Any, no: Any) -> Any:
 def _like(number: Any, condition: Tensor) -> Tensor:
     dtype = torch.float32 if condition.device.type == "mps" else torch.float64
     return torch.as_tensor(number, dtype=dtype, device=condition.device)
+
+
+def rms(tensor: Tensor) -> Tensor:
+    """The root of the mean square of all elements."""
+    return torch.linalg.vector_norm(tensor) / tensor.numel() ** 0.5
 
 
 def bias_corrections(group: Numbers) -> tuple[Any, Any]:

@@ -178,7 +178,8 @@ def _update(
         call, numbers = updates.apply_compiled, _as_tensors(numbers)
     if not optimizer._elementwise:
         for member in members:
-            call(rule, updates.whole(member.part), numbers, way)
+            if member.part.parameter.numel():
+                call(rule, updates.whole(member.part), numbers, way)
         return
     members = [member for member in members if updates.local(member.part.parameter).numel()]
     if not members:

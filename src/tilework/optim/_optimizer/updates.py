@@ -67,6 +67,7 @@ def apply(rule: Rule, part: Part, numbers: Numbers, way: Way) -> None:
     if decay is not None:
         new = new - decay * old
     keep_states(part.states, states)
+    new = new.to(dtype)  # tensors without dimensions are as wide as numbers
     _write(part, local(old), local(like(new, part.parameter)), numbers, way)
 
 
