@@ -122,7 +122,9 @@ def assert_step_is_defined(
     for p, (_, state) in zip(parameters, truths, strict=True):
         assert optimizer.state[p].keys() - {"step", "compensation"} == state.keys()
         for name in state:
-            assert optimizer.state[p][name].dtype == (options["state_dtype"] or computed)
+            own = getattr(sample.function, "_dtypes", {}).get(name)
+            dtype = own or options["state_dtype"] or computed
+            assert optimizer.state[p][name].dtype == dtype
     compare(
         [p.detach() for p in parameters],
         [new for new, _ in compositions],

@@ -24,6 +24,7 @@ needed for a new value; ``_update`` uses operators that take both.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY
 from typing import Any, ClassVar
@@ -52,6 +53,7 @@ from tilework.optim._optimizer.options import (
     positive,
     rate,
 )
+from tilework.optim._optimizer.step import exact
 from tilework.optim._optimizer.updates import Numbers, Part
 
 __all__ = [
@@ -65,9 +67,11 @@ __all__ = [
     "average_",
     "bias_corrections",
     "check_nesterov",
+    "cos",
     "count",
     "decay_rate",
     "decay_rates",
+    "exact",
     "flag",
     "fraction",
     "function",
@@ -79,6 +83,7 @@ __all__ = [
     "pair",
     "positive",
     "rate",
+    "reset_",
     "rms",
     "where",
 ]
@@ -131,6 +136,8 @@ class Optimizer(Declared, torch.optim.Optimizer):
 
     _elementwise: ClassVar[bool] = True
     """Whether the rule acts on each element alone."""
+    _dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
+    """Of states that have one of their own."""
     _accepts_complex: ClassVar[bool] = False
     """Whether the rule has a meaning for complex parameters, as pairs of real numbers."""
 
@@ -312,7 +319,7 @@ class Optimizer(Declared, torch.optim.Optimizer):
         dtype = group["state_dtype"] or computation_dtype(parameter.dtype)
         for name, shape in spec.items():
             if name not in state:
-                state[name] = _zeros(shape, parameter, dtype)
+                state[name] = _zeros(shape, parameter, self._dtypes.get(name, dtype))
         if group["rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
             spec["compensation"] = PARAMETER
             if "compensation" not in state:
@@ -379,16 +386,30 @@ def average_(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
     return old.lerp_(new.to(old.dtype), 1 - keep)
 
 
+def reset_(tensor: Tensor, condition: Any) -> Tensor:
+    """Set a tensor to zero in place if a condition holds, whatever it has been."""
+    if isinstance(condition, Tensor):
+        return tensor.copy_(torch.where(condition, 0.0, tensor))
+    return tensor.zero_() if condition else tensor
+
+
 def where(condition: Any, yes: Any, no: Any) -> Any:
-    """One of two numbers; a tensor where the condition is one."""
+    """One of two numbers or tensors; a tensor where the condition is one."""
     if not isinstance(condition, Tensor):
         return yes if condition else no
     return torch.where(condition, *(_like(number, condition) for number in (yes, no)))
 
 
 def _like(number: Any, condition: Tensor) -> Tensor:
+    if isinstance(number, Tensor):
+        return number
     dtype = torch.float32 if condition.device.type == "mps" else torch.float64
     return torch.as_tensor(number, dtype=dtype, device=condition.device)
+
+
+def cos(angle: Any) -> Any:
+    """The cosine of a number."""
+    return angle.cos() if isinstance(angle, Tensor) else math.cos(angle)
 
 
 def rms(tensor: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def _members(optimizer: Optimizer, only: Collection[Tensor] | None) -> list[Memb
     readable = [step for _, step, group in found if not group["capturable"]]
     read = iter(torch.stack(readable).tolist() if readable else ())
     return [
-        Member(part, step, _exact(step) if group["capturable"] else int(next(read)), group)
+        Member(part, step, exact(step) if group["capturable"] else int(next(read)), group)
         for part, step, group in found
     ]
 
@@ -89,7 +89,8 @@ def _found(
             yield part, optimizer.state[parameter]["step"], group
 
 
-def _exact(number: Tensor) -> Tensor:
+def exact(number: Tensor) -> Tensor:
+    """A tensor of one element as a number: without dimensions, in the widest dtype."""
     return number.reshape(()).to(torch.float32 if number.device.type == "mps" else torch.float64)
 
 
@@ -117,7 +118,7 @@ def _plain(optimizer: Optimizer, member: Member, given: dict[str, Any]) -> dict[
 
 def _number(value: Any, default: Any) -> Any:
     if isinstance(value, Tensor):
-        return float(value) if _checks.holds_values(value) else _exact(value)
+        return float(value) if _checks.holds_values(value) else exact(value)
     if isinstance(default, float) and type(value) is int:
         return float(value)
     return value
