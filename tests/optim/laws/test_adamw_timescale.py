@@ -76,7 +76,9 @@ FUNCTIONS = [
     (optimal_batch_size, 1),
     (critical_batch_size, 1),
 ]
-each = pytest.mark.parametrize(("function", "count"), FUNCTIONS, ids=lambda one: str(one))
+each = pytest.mark.parametrize(
+    ("function", "count"), FUNCTIONS, ids=lambda one: getattr(one, "__name__", None)
+)
 
 
 @each
@@ -170,7 +172,11 @@ ACCEPTS: dict[Any, dict[str, Any]] = {
 
 
 @pytest.mark.untyped
-@pytest.mark.parametrize(("function", "message", "error", "change"), refusals(), ids=str)
+@pytest.mark.parametrize(
+    ("function", "message", "error", "change"),
+    refusals(),
+    ids=lambda one: getattr(one, "__name__", None),
+)
 def test_bad_input(
     function: Any, message: str, error: type[Exception], change: dict[str, Any]
 ) -> None:

@@ -165,7 +165,11 @@ ACCEPTS: dict[Any, dict[str, Any]] = {
 
 
 @pytest.mark.untyped
-@pytest.mark.parametrize(("function", "message", "error", "change"), REFUSES, ids=str)
+@pytest.mark.parametrize(
+    ("function", "message", "error", "change"),
+    REFUSES,
+    ids=lambda one: getattr(one, "__name__", None),
+)
 def test_bad_input(
     function: Any, message: str, error: type[Exception], change: dict[str, Any]
 ) -> None:

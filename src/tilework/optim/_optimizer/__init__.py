@@ -24,6 +24,7 @@ needed for a new value; ``_update`` uses operators that take both.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY
 from typing import Any, ClassVar
@@ -45,6 +46,7 @@ from tilework.optim._optimizer.options import (
     fraction,
     function,
     non_negative,
+    non_positive,
     one_of,
     option,
     optional,
@@ -52,6 +54,7 @@ from tilework.optim._optimizer.options import (
     positive,
     rate,
 )
+from tilework.optim._optimizer.step import exact
 from tilework.optim._optimizer.updates import Numbers, Part
 
 __all__ = [
@@ -66,21 +69,26 @@ __all__ = [
     "average_",
     "bias_corrections",
     "check_nesterov",
+    "cos",
     "count",
     "decay_rate",
     "decay_rates",
     "descend",
+    "exact",
     "finite",
     "flag",
     "fraction",
     "function",
     "non_negative",
+    "non_positive",
     "one_of",
     "option",
     "optional",
     "pair",
     "positive",
     "rate",
+    "reset_",
+    "rms",
     "where",
 ]
 
@@ -132,6 +140,8 @@ class Optimizer(Declared, torch.optim.Optimizer):
 
     _elementwise: ClassVar[bool] = True
     """Whether the rule acts on each element alone."""
+    _dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
+    """Of states that have one of their own."""
     _accepts_complex: ClassVar[bool] = False
     """Whether the rule has a meaning for complex parameters, as pairs of real numbers."""
 
@@ -336,7 +346,7 @@ class Optimizer(Declared, torch.optim.Optimizer):
         dtype = group["state_dtype"] or computation_dtype(parameter.dtype)
         for name, shape in spec.items():
             if name not in state:
-                state[name] = _zeros(shape, parameter, dtype)
+                state[name] = _zeros(shape, parameter, self._dtypes.get(name, dtype))
         if group["rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
             spec["compensation"] = PARAMETER
             if "compensation" not in state:
@@ -437,14 +447,21 @@ def average(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
     """``keep * old + (1 - keep) * new``."""
     if isinstance(keep, Tensor):
         return keep * old + (1 - keep) * new
-    return torch.lerp(old, new, 1 - keep)
+    return torch.lerp(old, new.to(old.dtype), 1 - keep)
 
 
 def average_(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
     """The same in place: a step of a running mean."""
     if isinstance(keep, Tensor):
         return old.mul_(keep).add_((1 - keep) * new)
-    return old.lerp_(new, 1 - keep)
+    return old.lerp_(new.to(old.dtype), 1 - keep)
+
+
+def reset_(tensor: Tensor, condition: Any) -> Tensor:
+    """Set a tensor to zero in place if a condition holds, whatever it has been."""
+    if isinstance(condition, Tensor):
+        return tensor.copy_(torch.where(condition, 0.0, tensor))
+    return tensor.zero_() if condition else tensor
 
 
 def descend(p: Tensor, numerator: Tensor, denominator: Tensor, step_size: float | Tensor) -> Tensor:
@@ -455,15 +472,27 @@ def descend(p: Tensor, numerator: Tensor, denominator: Tensor, step_size: float 
 
 
 def where(condition: Any, yes: Any, no: Any) -> Any:
-    """One of two numbers; a tensor where the condition is one."""
+    """One of two numbers or tensors; a tensor where the condition is one."""
     if not isinstance(condition, Tensor):
         return yes if condition else no
     return torch.where(condition, *(_like(number, condition) for number in (yes, no)))
 
 
 def _like(number: Any, condition: Tensor) -> Tensor:
+    if isinstance(number, Tensor):
+        return number
     dtype = torch.float32 if condition.device.type == "mps" else torch.float64
     return torch.as_tensor(number, dtype=dtype, device=condition.device)
+
+
+def cos(angle: Any) -> Any:
+    """The cosine of a number."""
+    return angle.cos() if isinstance(angle, Tensor) else math.cos(angle)
+
+
+def rms(tensor: Tensor) -> Tensor:
+    """The root of the mean square of all elements."""
+    return torch.linalg.vector_norm(tensor) / tensor.numel() ** 0.5
 
 
 def bias_corrections(group: Numbers) -> tuple[Any, Any]:

@@ -93,6 +93,14 @@ def finite(optimizer: str, name: str, value: Any) -> float:
     return float(value)
 
 
+def non_positive(optimizer: str, name: str, value: Any) -> float:
+    """A finite number of at most 0."""
+    _checks.finite(optimizer, name, value)
+    if value > 0:
+        raise _checks.bad_value(optimizer, name, "a number of at most 0", value)
+    return float(value)
+
+
 def positive(optimizer: str, name: str, value: Any) -> float:
     """A finite number above 0."""
     _checks.positive(optimizer, name, value)

@@ -62,7 +62,7 @@ def _members(optimizer: Optimizer, only: Collection[Tensor] | None) -> list[Memb
     readable = [step for _, step, group in found if not group["capturable"]]
     read = iter(torch.stack(readable).tolist() if readable else ())
     return [
-        Member(part, step, _exact(step) if group["capturable"] else int(next(read)), group)
+        Member(part, step, exact(step) if group["capturable"] else int(next(read)), group)
         for part, step, group in found
     ]
 
@@ -90,7 +90,8 @@ def _found(
             yield part, optimizer.state[parameter]["step"], group
 
 
-def _exact(number: Tensor) -> Tensor:
+def exact(number: Tensor) -> Tensor:
+    """A tensor of one element as a number: without dimensions, in the widest dtype."""
     return number.reshape(()).to(torch.float32 if number.device.type == "mps" else torch.float64)
 
 
@@ -116,7 +117,7 @@ def _plain(optimizer: Optimizer, group: dict[str, Any], given: dict[str, Any]) -
 
 def _number(value: Any, default: Any) -> Any:
     if isinstance(value, Tensor):
-        return float(value) if _checks.holds_values(value) else _exact(value)
+        return float(value) if _checks.holds_values(value) else exact(value)
     if isinstance(default, float) and type(value) is int:
         return float(value)
     return value
@@ -194,7 +195,8 @@ def _update(
         call, numbers = updates.apply_compiled, _as_tensors(numbers)
     if not optimizer._elementwise:
         for member in members:
-            call(rule, updates.whole(member.part), numbers, way)
+            if member.part.parameter.numel():
+                call(rule, updates.whole(member.part), numbers, way)
         return
     members = [member for member in members if updates.local(member.part.parameter).numel()]
     if not members:

@@ -70,6 +70,7 @@ def apply(rule: Rule, part: Part, numbers: Numbers, way: Way) -> None:
         return
     if decay is not None:
         new = new - decay * old
+    new = new.to(dtype)  # tensors without dimensions are as wide as numbers
     _write(part, local(old), local(like(new, part.parameter)), numbers, way)
 
 
