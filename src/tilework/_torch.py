@@ -119,6 +119,16 @@ def never_traced(function: Callable[..., None]) -> Callable[..., None]:
     return _disable_dynamo(function)
 
 
+def largest_of_shards(value: Tensor, tensor: Any) -> Tensor:
+    """The largest of the values that the shards of a distributed tensor have."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = [
+        Partial("max") if placement.is_shard() else Replicate() for placement in tensor.placements
+    ]
+    return DTensor.from_local(value, tensor.device_mesh, placements, run_check=False).full_tensor()
+
+
 def replicated(tensor: Tensor, parameter: Any) -> Tensor:
     """A tensor that is alike everywhere, on the mesh of a distributed parameter."""
     from torch.distributed.tensor import DTensor, Replicate

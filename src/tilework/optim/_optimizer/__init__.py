@@ -79,6 +79,7 @@ __all__ = [
     "flag",
     "fraction",
     "function",
+    "largest",
     "non_negative",
     "non_positive",
     "one_of",
@@ -488,6 +489,15 @@ def _like(number: Any, condition: Tensor) -> Tensor:
 def cos(angle: Any) -> Any:
     """The cosine of a number."""
     return angle.cos() if isinstance(angle, Tensor) else math.cos(angle)
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """The largest element of a tensor that is not negative; of a distributed one, of all shards."""
+    if not _checks.is_distributed(tensor):
+        return tensor.amax()
+    local = tensor.to_local()  # type: ignore[attr-defined]
+    value = local.amax() if local.numel() else local.new_zeros(())  # which DTensor cannot tell
+    return _torch.largest_of_shards(value, tensor)
 
 
 def rms(tensor: Tensor) -> Tensor:

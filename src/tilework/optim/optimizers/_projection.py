@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilework.optim._optimizer import Numbers, where
+from tilework.optim._optimizer import Numbers, largest, where
 
 
 def project(p: Tensor, g: Tensor, u: Tensor, group: Numbers) -> tuple[Tensor, Tensor | float]:
@@ -32,4 +32,4 @@ def _without_radius(
     direction = p / (size + eps)
     radial = (direction * u).sum(dims, keepdim=True)
     elements = p.numel() / size.numel()
-    return u - radial * direction, cosine.amax() < group["delta"] / elements**0.5
+    return u - radial * direction, largest(cosine) < group["delta"] / elements**0.5
