@@ -191,7 +191,8 @@ def _update(
     rule = type(optimizer)._update
     call = updates.apply
     if compiled:
-        call, numbers = updates.apply_compiled, _as_tensors(numbers)
+        constants = {name: numbers[name] for name in optimizer._constants}
+        call, numbers = updates.apply_compiled, _as_tensors(numbers) | constants
     if not optimizer._elementwise:
         for member in members:
             call(rule, updates.whole(member.part), numbers, way)

@@ -9,6 +9,7 @@ from tilework.optim.optimizers.lars import LARS
 from tilework.optim.optimizers.lion import Lion
 from tilework.optim.optimizers.scaled_gd import ScaledGD, precondition_low_rank
 from tilework.optim.optimizers.sgdw import SGDW
+from tilework.optim.optimizers.steepest_descent import SteepestDescent
 
 __all__ = [
     "ALRSHB",
@@ -20,5 +21,6 @@ __all__ = [
     "AdamW",
     "Lion",
     "ScaledGD",
+    "SteepestDescent",
     "precondition_low_rank",
 ]
