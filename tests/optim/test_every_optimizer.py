@@ -565,25 +565,25 @@ def test_compiled_steps(sample: Optimized, monkeypatch: pytest.MonkeyPatch) -> N
     )
     updates.compiled.cache_clear()
     try:
-        for options in options_of(sample):
-            for outside in (False, True):
-                torch._dynamo.reset()
-                plain, other = twins(sample, **options)
-                step = compile_(other.step, backend=backend) if outside else other.step
-                if not outside:
-                    assign(other, compiled=True)
-                for count in range(5):
-                    for optimizer in (plain, other):
-                        if optimizer.defaults.get("lr"):
-                            assign(optimizer, lr=0.1 / (count + 1))
-                    give_gradients(plain, other)
-                    sample.step(plain)
-                    step(**({"loss": torch.tensor(LOSS)} if sample.takes_loss else {}))
-                    for one, two in zip(values(plain), values(other), strict=True):
-                        torch.testing.assert_close(one, two)
-                    if count == 2:
-                        graphs.clear()
-                assert not graphs
+        every = options_of(sample)
+        for options, outside in [(every[0], True), *((one, False) for one in every)]:
+            torch._dynamo.reset()
+            plain, other = twins(sample, **options)
+            step = compile_(other.step, backend=backend) if outside else other.step
+            if not outside:
+                assign(other, compiled=True)
+            for count in range(5):
+                for optimizer in (plain, other):
+                    if optimizer.defaults.get("lr"):
+                        assign(optimizer, lr=0.1 / (count + 1))
+                give_gradients(plain, other)
+                sample.step(plain)
+                step(**({"loss": torch.tensor(LOSS)} if sample.takes_loss else {}))
+                for one, two in zip(values(plain), values(other), strict=True):
+                    torch.testing.assert_close(one, two)
+                if count == 2:
+                    graphs.clear()
+            assert not graphs
     finally:
         updates.compiled.cache_clear()
 
