@@ -589,8 +589,8 @@ def test_compiled_steps(sample: Optimized, monkeypatch: pytest.MonkeyPatch) -> N
     )
     updates.compiled.cache_clear()
     try:
-        *rest, last = options_of(sample)
-        for options, outside in [(last, True), *((options, False) for options in (*rest, last))]:
+        every = options_of(sample)
+        for options, outside in [(every[0], True), *((one, False) for one in every)]:
             torch._dynamo.reset()
             plain, other = twins(few, **options)
             step = compile_(other.step, backend=backend) if outside else other.step

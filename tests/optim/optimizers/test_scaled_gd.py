@@ -320,8 +320,22 @@ def test_what_cannot_be_solved_is_nan() -> None:
     grad = torch.ones(2, 2)
     other = torch.tensor([[1.0, float("nan")], [0.0, 1.0]])
     assert precondition_low_rank(grad, other).isnan().all()
-    large = torch.full((1, 2), 2.0**33)  # of rank 1, and the damping is rounded away
-    assert precondition_low_rank(grad, large).isnan().all()
+
+
+def test_a_singular_system_is_nan_by_cholesky_and_a_number_by_lu() -> None:
+    """Where rounding makes a matrix of rank 1 indefinite, Cholesky's factor may be finite."""
+    other = torch.randint(1, 200, (1000, 1, 2)) / 7
+    failed = torch.linalg.cholesky_ex(other.mT @ other).info != 0
+    assert failed.any()
+    grad = torch.ones(1000, 1, 2)
+    assert precondition_low_rank(grad, other, damping=1e-30)[failed].isnan().all()
+    assert precondition_low_rank(grad, other, damping=0.0)[failed].isfinite().any()
+    for damping, expected in ((1e-30, Tensor.isnan), (0.0, lambda p: ~p.isnan())):
+        parameters = [torch.nn.Parameter(matrix) for matrix in other[failed]]
+        for parameter in parameters:
+            parameter.grad = torch.ones(1, 2)
+        ScaledGD(parameters, damping=damping).step()
+        assert any(expected(parameter).all() for parameter in parameters)
 
 
 def test_gradients() -> None:

@@ -202,6 +202,9 @@ class Optimizer(Declared, torch.optim.Optimizer):
         """Whether the step of one parameter depends on the gradients of others."""
         return self._measure is not None
 
+    _constants: ClassVar[tuple[str, ...]] = ()
+    """Options that compiled rules see as Python's numbers: a new value may need a new graph."""
+
     def _native(
         self, parts: Sequence[Part], steps: Sequence[Tensor], group: Numbers, maximize: bool
     ) -> bool:

@@ -192,7 +192,8 @@ def _update(
     rule = type(optimizer)._update
     call = updates.apply
     if compiled:
-        call, numbers = updates.apply_compiled, _as_tensors(numbers)
+        constants = {name: numbers[name] for name in optimizer._constants}
+        call, numbers = updates.apply_compiled, _as_tensors(numbers) | constants
     if not optimizer._elementwise:
         for member in members:
             if member.part.parameter.numel():

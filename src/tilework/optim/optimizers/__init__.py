@@ -16,6 +16,7 @@ from tilework.optim.optimizers.scaled_gd import ScaledGD, precondition_low_rank
 from tilework.optim.optimizers.sgdp import SGDP
 from tilework.optim.optimizers.sgdw import SGDW
 from tilework.optim.optimizers.stable_spam import StableSPAM
+from tilework.optim.optimizers.steepest_descent import SteepestDescent
 
 __all__ = [
     "ALRSHB",
@@ -34,5 +35,6 @@ __all__ = [
     "SGDW",
     "ScaledGD",
     "StableSPAM",
+    "SteepestDescent",
     "precondition_low_rank",
 ]
