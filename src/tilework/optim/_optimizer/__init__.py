@@ -35,7 +35,7 @@ from torch.optim.optimizer import ParamsT
 
 from tilework import _checks, _torch
 from tilework._operators import computation_dtype
-from tilework.optim._optimizer import options, step
+from tilework.optim._optimizer import options, step, updates
 from tilework.optim._optimizer.options import (
     Declared,
     count,
@@ -80,7 +80,9 @@ __all__ = [
     "fraction",
     "function",
     "largest",
+    "length",
     "non_negative",
+    "of_whole",
     "non_positive",
     "one_of",
     "option",
@@ -503,9 +505,32 @@ def largest(tensor: Tensor) -> Tensor:
     return _torch.largest_of_shards(value, tensor)
 
 
+def of_whole(function: Callable[..., Any], tensor: Tensor) -> Any:
+    """What a function of a whole tensor gives; of a distributed one, on every process alike.
+
+    Results of the tensor's shape are placed as the tensor is.
+    """
+    if not _checks.is_distributed(tensor):
+        return function(tensor)
+    results = function(tensor.full_tensor())  # type: ignore[attr-defined]
+
+    def placed(result: Tensor) -> Tensor:
+        if result.shape != tensor.shape:
+            return result
+        return updates.like(_torch.replicated(result, tensor), tensor)
+
+    return tuple(map(placed, results)) if isinstance(results, tuple) else placed(results)
+
+
+def length(tensor: Tensor) -> Tensor:
+    """The Euclidean norm of all elements, of those of all shards too."""
+    norm = torch.linalg.vector_norm(tensor)
+    return norm.full_tensor() if _checks.is_distributed(norm) else norm  # type: ignore[attr-defined]
+
+
 def rms(tensor: Tensor) -> Tensor:
     """The root of the mean square of all elements."""
-    return torch.linalg.vector_norm(tensor) / tensor.numel() ** 0.5
+    return length(tensor) / tensor.numel() ** 0.5
 
 
 def bias_corrections(group: Numbers) -> tuple[Any, Any]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tilework import _checks
@@ -17,6 +16,7 @@ from tilework.optim._optimizer import (
     bias_corrections,
     decay_rates,
     flag,
+    length,
     non_negative,
     option,
     optional,
@@ -114,7 +114,7 @@ class LAMB(Optimizer):
         if p.dim() <= 1 and group["exclude_1d"]:
             return p - group["lr"] * u
         u = u + group["weight_decay"] * p
-        size, length = torch.linalg.vector_norm(p), torch.linalg.vector_norm(u)
+        size, change = length(p), length(u)
         clipped = size if group["clip_norm"] is None else size.clamp(*group["clip_norm"])
-        ratio = (clipped / length).where((size > 0) & (length > 0), 1.0)
+        ratio = (clipped / change).where((size > 0) & (change > 0), 1.0)
         return p - group["lr"] * ratio * u

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tilework.catalog import implements
@@ -15,6 +14,7 @@ from tilework.optim._optimizer import (
     check_nesterov,
     decay_rate,
     flag,
+    length,
     non_negative,
     option,
     positive,
@@ -98,8 +98,8 @@ class LARS(Optimizer):
     def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
         q = group["lr"] * g
         if p.dim() > 1 or not group["exclude_1d"]:
-            size = torch.linalg.vector_norm(p)
-            change = torch.linalg.vector_norm(g) + group["weight_decay"] * size
+            size = length(p)
+            change = length(g) + group["weight_decay"] * size
             ratio = group["trust_coefficient"] * size / (change + group["eps"])
             ratio = ratio.where((size > 0) & (change > 0), 1.0)
             q = group["lr"] * ratio * (g + group["weight_decay"] * p)

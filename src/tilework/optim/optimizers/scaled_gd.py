@@ -11,7 +11,15 @@ from torch import Tensor
 from tilework import _checks
 from tilework._operators import computation_dtype
 from tilework.catalog import implements
-from tilework.optim._optimizer import Numbers, Optimizer, non_negative, one_of, option, rate
+from tilework.optim._optimizer import (
+    Numbers,
+    Optimizer,
+    non_negative,
+    of_whole,
+    one_of,
+    option,
+    rate,
+)
 
 __all__ = ["ScaledGD", "precondition_low_rank"]
 
@@ -137,7 +145,8 @@ class ScaledGD(Optimizer):
         >>> (left @ right.T).sum().backward()
         >>> optimizer.step()
         >>> left.data, right.data
-        (tensor([[ 0.7500], [-0.2500]]), tensor([[1.5000]]))
+        (tensor([[ 0.7500],
+                [-0.2500]]), tensor([[1.5000]]))
 
     Reference:
         Xingyu Xu, Yandi Shen, Yuejie Chi, and Cong Ma. The Power of Preconditioning in
@@ -186,6 +195,8 @@ class ScaledGD(Optimizer):
         lora, is_last = group["layout"] == "lora", parameter is last
         other = (first if is_last else last).detach().to(computation_dtype(parameter.dtype))
         gram = _gram(other.mT if lora and is_last else other)
+        if _checks.is_distributed(gram):
+            gram = gram.full_tensor()  # type: ignore[attr-defined]
         name = "left_gram" if lora and not is_last else "right_gram"
         return super()._state_of(parameter, group) | {name: gram}
 
@@ -196,8 +207,10 @@ class ScaledGD(Optimizer):
     def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
         how = group["damping"], group["definite"]
         if "left_gram" in state:
-            return p - group["lr"] * _solve(state["left_gram"], g, *how)
-        return p - group["lr"] * _solve(state["right_gram"], g.mT, *how).mT
+            change = of_whole(lambda g: _solve(state["left_gram"], g, *how), g)
+        else:
+            change = of_whole(lambda g: _solve(state["right_gram"], g.mT, *how).mT, g)
+        return p - group["lr"] * change
 
 
 def _members(params: Any) -> list[Any]:

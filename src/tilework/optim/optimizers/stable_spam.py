@@ -24,6 +24,7 @@ from tilework.optim._optimizer import (
     exact,
     fraction,
     largest,
+    length,
     non_negative,
     option,
     optional,
@@ -156,7 +157,7 @@ class StableSPAM(DecoupledDecay, Optimizer):
         usual = average_(state["max_ema"], peak, group["theta"]) / group["of_max"]
         g = torch.where(g.abs() > usual, g * (usual / peak), g)
 
-        norm = torch.linalg.vector_norm(g)
+        norm = length(g)
         mean = average_(state["norm_ema"], norm, group["gamma1"]) / group["of_norm"]
         square = average_(state["norm_sq_ema"], norm * norm, group["gamma2"]) / group["of_norm_sq"]
         c = mean / (square.sqrt() + group["eps"])

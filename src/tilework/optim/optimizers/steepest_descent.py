@@ -19,6 +19,7 @@ from tilework.optim._optimizer import (
     decay_rate,
     flag,
     non_negative,
+    of_whole,
     one_of,
     option,
     positive,
@@ -154,4 +155,4 @@ def _direction(g: Tensor, state: dict[str, Tensor], group: Numbers) -> tuple[Ten
         if group["nesterov"]:
             u = average(u, g, group["momentum"])
     options = {name: group[name] for name in ("norm", "method", "steps", "coefficients", "eps")}
-    return dual_direction(u, **options)
+    return of_whole(lambda whole: dual_direction(whole, **options), u)
