@@ -26,10 +26,36 @@ class Choice:
         return self.kind(model.parameters(), rate, **self.options)
 
 
+def steepest(parameters: Parameters, lr: float, **options: Any) -> torch.optim.Optimizer:
+    """Spectral descent for matrices, of a tenth of the rate by signs for what is none."""
+    parameters = list(parameters)
+    matrices = [p for p in parameters if p.dim() >= 2]
+    others = [p for p in parameters if p.dim() < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "norm": "rms"},
+        {"params": others, "norm": "linf", "sensitivity": 10.0},
+    ]
+    return optim.SteepestDescent(groups, lr, **options)
+
+
 ADAM = {"betas": (0.9, 0.99), "eps": 1e-6}
+MOMENTUM = {"momentum": 0.9}
 
 CHOICES = {
     "adamw": Choice(optim.AdamW, 5e-4, ADAM),
-    "lion": Choice(optim.Lion, 1e-4, {"weight_decay": 0.1}),
-    "sgdw": Choice(optim.SGDW, 0.1, {"momentum": 0.9}),
+    "lion": Choice(optim.Lion, 1e-3, {"weight_decay": 0.1}),
+    "sgdw": Choice(optim.SGDW, 0.1, MOMENTUM),
+    "adafactor": Choice(optim.Adafactor, 0.05, {"relative_step": False}),
+    "adam_atan2": Choice(optim.AdamATan2, 2e-3),
+    "adabelief": Choice(optim.AdaBelief, 2e-3),
+    "adamp": Choice(optim.AdamP, 2e-3, ADAM),
+    "sgdp": Choice(optim.SGDP, 0.1, MOMENTUM),
+    "stable_spam": Choice(optim.StableSPAM, 2e-3),
+    "steepest_descent": Choice(steepest, 0.05, MOMENTUM | {"nesterov": True}),
+    "fadam": Choice(optim.FAdam, 2e-3),
+    "lamb": Choice(optim.LAMB, 0.01),
+    "lars": Choice(optim.LARS, 1.0, {"trust_coefficient": 0.02}),
+    "ada_grad_norm": Choice(optim.AdaGradNorm, 1.0),
+    "alrsmag": Choice(optim.ALRSMAG, 0.1, {"lower_bound": 1.0}, takes_loss=True),
+    "alrshb": Choice(optim.ALRSHB, 0.1, {"lower_bound": 1.0}, takes_loss=True),
 }

@@ -29,8 +29,8 @@ def test_the_traffic_counts_the_states_that_there_are(kind: str) -> None:
     parameter.grad = torch.randn(8, 8)
     optimizer = getattr(optim, name)([parameter], lr=0.1, **suite.OPTIONS.get(kind, {}))
     optimizer.step()
-    held = sum(t.numel() for key, t in optimizer.state[parameter].items() if t.dim())
-    assert held == states * 64
+    held = sum(t.numel() for t in optimizer.state[parameter].values())
+    assert states * 64 <= held < states * 64 + 32  # scalars, and Adafactor's rows and columns
     problem = Case(kind, {"T": 2, "E": 32})
     assert suite.traffic(problem, torch.float32) == 4 * 64 * (3 + 2 * states)
 

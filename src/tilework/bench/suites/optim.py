@@ -6,6 +6,7 @@ parameters and states read and written once, and the gradients read once.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -20,14 +21,86 @@ LR, DECAY, EPS = 0.1, 0.1, 1e-8
 
 First = Callable[[Tensor, Tensor], Tensor]
 
+
+def _adam(p: Tensor, g: Tensor, eps: float = EPS) -> Tensor:
+    return p * (1 - LR * DECAY) - LR * g / (g.abs() + eps)
+
+
+def _adabelief(p: Tensor, g: Tensor) -> Tensor:
+    beta1, beta2, eps = 0.9, 0.999, 1e-16
+    belief = ((beta1 * g).square() + eps / (1 - beta2)).sqrt() + eps
+    return p * (1 - LR * DECAY) - LR * g / belief
+
+
+def _adafactor(p: Tensor, g: Tensor) -> Tensor:
+    square = g * g + 1e-30
+    if p.dim() >= 2:
+        row, column = square.mean(-1, keepdim=True), square.mean(-2, keepdim=True)
+        square = row * column / row.mean(-2, keepdim=True)
+    change = g / square.sqrt()
+    change = change / _rms(change).clamp(min=1.0)
+    size = LR * _rms(p).clamp(min=1e-3)
+    return p * (1 - DECAY * size) - size * change
+
+
+def _fadam(p: Tensor, g: Tensor) -> Tensor:
+    scale = g.abs() + (0.01 * _rms(g)).clamp(max=EPS)
+    natural, decayed = (x / scale / _rms(x / scale).clamp(min=1.0) for x in (g, p))
+    return p - LR * (0.1 * natural + DECAY * decayed)
+
+
+def _lamb(p: Tensor, g: Tensor) -> Tensor:
+    change = g / (g.abs() + 1e-6)
+    if p.dim() < 2:
+        return p - LR * change
+    change = change + DECAY * p
+    return p - LR * torch.linalg.vector_norm(p) / torch.linalg.vector_norm(change) * change
+
+
+def _lars(p: Tensor, g: Tensor) -> Tensor:
+    if p.dim() < 2:
+        return p - LR * g
+    ratio = (
+        1e-3
+        * torch.linalg.vector_norm(p)
+        / (torch.linalg.vector_norm(g) + DECAY * torch.linalg.vector_norm(p) + 1e-8)
+    )
+    return p - LR * ratio * (g + DECAY * p)
+
+
+def _stable_spam(p: Tensor, g: Tensor) -> Tensor:
+    return _adam(p, g / (torch.linalg.vector_norm(g) + EPS))
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
 # What each optimizer makes of a parameter and a gradient in its first step, in closed form; and how
-# many states it holds for each element.
-KINDS: dict[str, tuple[str, First, float]] = {
-    "adamw": ("AdamW", lambda p, g: p * (1 - LR * DECAY) - LR * g / (g.abs() + EPS), 2),
+# many states it holds for each element. No weight here is taken to be scale-invariant by AdamP.
+KINDS: dict[str, tuple[str, First, int]] = {
+    "adamw": ("AdamW", _adam, 2),
     "lion": ("Lion", lambda p, g: p * (1 - LR * DECAY) - LR * g.sign(), 1),
     "sgdw": ("SGDW", lambda p, g: p * (1 - LR * DECAY) - LR * g, 1),
+    "adam_atan2": (
+        "AdamATan2",
+        lambda p, g: p * (1 - LR * DECAY) - LR * 1.27 * math.pi / 4 * g.sign(),
+        2,
+    ),
+    "adabelief": ("AdaBelief", _adabelief, 2),
+    "adafactor": ("Adafactor", _adafactor, 0),
+    "stable_spam": ("StableSPAM", _stable_spam, 2),
+    "fadam": ("FAdam", _fadam, 2),
+    "lamb": ("LAMB", _lamb, 2),
+    "lars": ("LARS", _lars, 1),
+    "adamp": ("AdamP", _adam, 2),
+    "sgdp": ("SGDP", lambda p, g: p * (1 - LR * DECAY / (1 - 0.9)) - LR * g, 1),
 }
-OPTIONS: dict[str, dict[str, Any]] = {"sgdw": {"momentum": 0.9}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sgdw": {"momentum": 0.9},
+    "sgdp": {"momentum": 0.9},
+    "adafactor": {"relative_step": False},
+}
 TORCH = {"adamw": "AdamW"}
 
 
@@ -88,7 +161,7 @@ def elements(case: Case) -> int:
 
 
 def flops(case: Case) -> int:
-    """About 12 for each element."""
+    """About 12 for each element, and hardly any next to the traffic."""
     return 12 * elements(case)
 
 
