@@ -6,6 +6,7 @@ from tilework.optim.optimizers.alrshb import ALRSHB
 from tilework.optim.optimizers.alrsmag import ALRSMAG
 from tilework.optim.optimizers.lamb import LAMB
 from tilework.optim.optimizers.lars import LARS
+from tilework.optim.optimizers.lawn import LAWN
 from tilework.optim.optimizers.lion import Lion
 from tilework.optim.optimizers.scaled_gd import ScaledGD, precondition_low_rank
 from tilework.optim.optimizers.sgdw import SGDW
@@ -16,6 +17,7 @@ __all__ = [
     "ALRSMAG",
     "LAMB",
     "LARS",
+    "LAWN",
     "SGDW",
     "AdaGradNorm",
     "AdamW",
