@@ -11,6 +11,7 @@ from tilework.optim.optimizers.alrsmag import ALRSMAG
 from tilework.optim.optimizers.fadam import FAdam
 from tilework.optim.optimizers.lamb import LAMB
 from tilework.optim.optimizers.lars import LARS
+from tilework.optim.optimizers.lawn import LAWN
 from tilework.optim.optimizers.lion import Lion
 from tilework.optim.optimizers.scaled_gd import ScaledGD, precondition_low_rank
 from tilework.optim.optimizers.sgdp import SGDP
@@ -30,9 +31,10 @@ __all__ = [
     "FAdam",
     "LAMB",
     "LARS",
+    "LAWN",
+    "SGDW",
     "Lion",
     "SGDP",
-    "SGDW",
     "ScaledGD",
     "StableSPAM",
     "SteepestDescent",
