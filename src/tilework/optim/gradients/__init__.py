@@ -1,8 +1,29 @@
 """What is done to gradients between the backward pass and the step, and what they tell."""
 
 from tilework.optim.gradients.adaptive_grad_clip import adaptive_grad_clip_
+from tilework.optim.gradients.config_gradient import MomentumConFIG, config_gradient
 from tilework.optim.gradients.dual_direction import dual_direction
 from tilework.optim.gradients.newton_schulz import newton_schulz
 from tilework.optim.gradients.tangent_project import renorm_, tangent_project_
 
 __all__ = ["adaptive_grad_clip_", "dual_direction", "newton_schulz", "renorm_", "tangent_project_"]
+from tilework.optim.gradients.norm_test import (
+    AdaptiveBatchSize,
+    BatchSizeTest,
+    inner_product_test,
+    microbatch_norm_test,
+    norm_test,
+)
+
+__all__ = [
+    "AdaptiveBatchSize",
+    "BatchSizeTest",
+    "MomentumConFIG",
+    "adaptive_grad_clip_",
+    "config_gradient",
+    "dual_direction",
+    "inner_product_test",
+    "microbatch_norm_test",
+    "newton_schulz",
+    "norm_test",
+]
