@@ -4,9 +4,6 @@ from tilework.optim.gradients.adaptive_grad_clip import adaptive_grad_clip_
 from tilework.optim.gradients.config_gradient import MomentumConFIG, config_gradient
 from tilework.optim.gradients.dual_direction import dual_direction
 from tilework.optim.gradients.newton_schulz import newton_schulz
-from tilework.optim.gradients.tangent_project import renorm_, tangent_project_
-
-__all__ = ["adaptive_grad_clip_", "dual_direction", "newton_schulz", "renorm_", "tangent_project_"]
 from tilework.optim.gradients.norm_test import (
     AdaptiveBatchSize,
     BatchSizeTest,
@@ -14,6 +11,7 @@ from tilework.optim.gradients.norm_test import (
     microbatch_norm_test,
     norm_test,
 )
+from tilework.optim.gradients.tangent_project import renorm_, tangent_project_
 
 __all__ = [
     "AdaptiveBatchSize",
@@ -26,4 +24,6 @@ __all__ = [
     "microbatch_norm_test",
     "newton_schulz",
     "norm_test",
+    "renorm_",
+    "tangent_project_",
 ]
