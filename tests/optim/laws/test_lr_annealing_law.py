@@ -259,9 +259,9 @@ def test_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = law.plot(lrs, warmup_steps=100, observed=(steps, losses))
     try:
         lines = {line.get_label(): line.get_xydata() for line in axes.lines}
-        predicted = law.predict(lrs, warmup_steps=100)
+        predicted = law.predict(lrs, warmup_steps=100)[100:]
         np.testing.assert_allclose(lines["predicted"][:, 1], predicted.numpy())
-        np.testing.assert_allclose(lines["predicted"][:, 0], np.arange(1, 2001))
+        np.testing.assert_allclose(lines["predicted"][:, 0], np.arange(101, 2001))
         np.testing.assert_allclose(lines["observed"], [[200, 3.0], [900, 2.5]])
         behind = axes.figure.axes[-1]
         np.testing.assert_allclose(behind.lines[0].get_ydata(), lrs.numpy())

@@ -18,7 +18,7 @@ Observations = tuple[Iterable[Any], Iterable[Any]]  # steps and losses, numbers 
 Curve = tuple[Iterable[Any], Iterable[Any], Iterable[Any]]  # learning rates before these
 _PAPER = implements("Scaling Law with Learning Rate Annealing", year=2024, arxiv="2408.11029")
 _EXPONENTS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5)  # that the fit starts from
-_MAX_STEPS = 200  # of the fit, from each
+_MAX_STEPS = 500  # of the fit, from each
 
 
 @_PAPER
@@ -140,8 +140,8 @@ class LRAnnealingLaw:
     ) -> Any:
         """Draw the predicted losses with matplotlib, on ``ax`` or new axes; returns the Axes.
 
-        The learning rates stand behind, on an axis of their own. Steps and losses that were
-        ``observed`` become points.
+        Those of the warm-up, which the law is not about, are left out. The learning rates stand
+        behind, on an axis of their own. Steps and losses that were ``observed`` become points.
         """
         name = "LRAnnealingLaw.plot"
         try:
@@ -155,14 +155,15 @@ class LRAnnealingLaw:
         if observed is not None:
             places, seen = _check_observations(name, "observed", observed, len(rates))
         if ax is None:
-            ax = pyplot.subplots()[1]
+            ax = pyplot.subplots(layout="constrained")[1]
         steps = range(1, len(rates) + 1)
         behind = ax.twinx()
         behind.plot(steps, rates.numpy(), color="0.75", label="learning rate")
         behind.set(ylabel="learning rate", ylim=(0, None))
         ax.set_zorder(behind.get_zorder() + 1)
         ax.patch.set_visible(False)
-        ax.plot(steps, losses.numpy(), color="#0b6e4f", label="predicted")
+        after = slice(warmup_steps, None)
+        ax.plot(steps[after], losses[after].numpy(), color="#0b6e4f", label="predicted")
         if observed is not None:
             ax.plot(places.numpy(), seen.numpy(), "k.", label="observed")
             ax.legend(loc="upper right")
