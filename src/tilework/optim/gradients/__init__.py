@@ -11,11 +11,13 @@ from tilework.optim.gradients.norm_test import (
     microbatch_norm_test,
     norm_test,
 )
+from tilework.optim.gradients.wta_crs import WTACRSLinear, wta_crs_matmul, wta_crs_sample
 
 __all__ = [
     "AdaptiveBatchSize",
     "BatchSizeTest",
     "MomentumConFIG",
+    "WTACRSLinear",
     "adaptive_grad_clip_",
     "config_gradient",
     "dual_direction",
@@ -23,4 +25,6 @@ __all__ = [
     "microbatch_norm_test",
     "newton_schulz",
     "norm_test",
+    "wta_crs_matmul",
+    "wta_crs_sample",
 ]
