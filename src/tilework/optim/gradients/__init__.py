@@ -12,11 +12,13 @@ from tilework.optim.gradients.norm_test import (
     norm_test,
 )
 from tilework.optim.gradients.tangent_project import renorm_, tangent_project_
+from tilework.optim.gradients.wta_crs import WTACRSLinear, wta_crs_matmul, wta_crs_sample
 
 __all__ = [
     "AdaptiveBatchSize",
     "BatchSizeTest",
     "MomentumConFIG",
+    "WTACRSLinear",
     "adaptive_grad_clip_",
     "config_gradient",
     "dual_direction",
@@ -26,4 +28,6 @@ __all__ = [
     "norm_test",
     "renorm_",
     "tangent_project_",
+    "wta_crs_matmul",
+    "wta_crs_sample",
 ]
