@@ -54,22 +54,22 @@ def _lamb(p: Tensor, g: Tensor) -> Tensor:
     if p.dim() < 2:
         return p - LR * change
     change = change + DECAY * p
-    return p - LR * torch.linalg.vector_norm(p) / torch.linalg.vector_norm(change) * change
+    return p - LR * _length(p) / _length(change) * change
 
 
 def _lars(p: Tensor, g: Tensor) -> Tensor:
     if p.dim() < 2:
         return p - LR * g
-    ratio = (
-        1e-3
-        * torch.linalg.vector_norm(p)
-        / (torch.linalg.vector_norm(g) + DECAY * torch.linalg.vector_norm(p) + 1e-8)
-    )
+    ratio = 1e-3 * _length(p) / (_length(g) + DECAY * _length(p) + 1e-8)
     return p - LR * ratio * (g + DECAY * p)
 
 
+def _length(x: Tensor) -> Tensor:
+    return x.square().sum().sqrt()
+
+
 def _stable_spam(p: Tensor, g: Tensor) -> Tensor:
-    return _adam(p, g / (torch.linalg.vector_norm(g) + EPS))
+    return _adam(p, g / (_length(g) + EPS))
 
 
 def _rms(x: Tensor) -> Tensor:
