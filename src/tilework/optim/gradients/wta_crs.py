@@ -334,8 +334,7 @@ def _sample(mass: Tensor, k: int, generator: torch.Generator | None) -> tuple[Te
     drawn = torch.searchsorted(cumulative, rest * uniform, right=True).clamp(max=n - 1)
     place = slots.where(slots < winners, drawn.where(rest > 0, 0))
     weight = rest / ((k - winners) * ordered[place])
-    weight = weight.where(rest != 0, 0).where(slots >= winners, 1)
-    return order[place], weight
+    return order[place], weight.where(slots >= winners, 1)
 
 
 def _norms(rows: Tensor) -> Tensor:
