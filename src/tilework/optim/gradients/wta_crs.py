@@ -193,8 +193,9 @@ class WTACRSLinear(nn.Linear):
             again takes others from it, and the same ones from torch's own.
 
     Raises:
-        ValueError: An option or a shape is not one of those above; on the CPU, a score is negative.
-        TypeError: An option is of another type, or a tensor is not of a real floating dtype.
+        ValueError: An option, or the shape of ``row_scores``, is not one of those above; on the
+            CPU, a score is negative.
+        TypeError: An option is of another type, or ``row_scores`` not of a real floating dtype.
 
     Example:
         >>> import torch
@@ -333,9 +334,8 @@ def _sample(mass: Tensor, k: int, generator: torch.Generator | None) -> tuple[Te
     winners = is_least.int().argmax()  # the first
     cumulative = ordered.where(rows >= winners, 0).cumsum(0)
     rest = cumulative[-1]
-    own: dict[str, Any] = (
-        {} if generator is None else {"generator": generator}
-    )  # None is not traced
+    # A generator of None is not traced.
+    own: dict[str, Any] = {} if generator is None else {"generator": generator}
     uniform = torch.rand(k, dtype=torch.float64, device=mass.device, **own)
     drawn = torch.searchsorted(cumulative, rest * uniform, right=True).clamp(max=n - 1)
     place = slots.where(slots < winners, drawn.where(rest > 0, 0))
