@@ -95,9 +95,23 @@ class ScaledStdConv2d(nn.Conv2d):
         _checks.positive(_NAME, "gamma", gamma)
         _checks.positive(_NAME, "eps", eps)
         _checks.finite(_NAME, "gain_init", gain_init)
-        sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        super().__init__(*map(_checks.plain, sizes), bias, padding_mode, device, dtype)
-        self.gamma, self.eps, self.gain_init = map(_checks.plain, (gamma, eps, gain_init))
+        plain = _checks.plain
+        super().__init__(
+            plain(in_channels),
+            plain(out_channels),
+            plain(kernel_size),
+            plain(stride),
+            plain(padding),
+            plain(dilation),
+            plain(groups),
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self.gamma: float = plain(gamma)
+        self.eps: float = plain(eps)
+        self.gain_init: float = plain(gain_init)
         self.gain = nn.Parameter(
             torch.full((out_channels, 1, 1, 1), gain_init, device=device, dtype=dtype)
         )
@@ -110,7 +124,8 @@ class ScaledStdConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution with the standardized filters."""
-        return self._conv_forward(input, self._standardized(), self.bias)
+        output: Tensor = self._conv_forward(input, self._standardized(), self.bias)
+        return output
 
     def _standardized(self) -> Tensor:
         weight = self.weight.to(computation_dtype(self.weight.dtype))
@@ -118,9 +133,10 @@ class ScaledStdConv2d(nn.Conv2d):
         fan_in = weight.shape[1:].numel()
         gain = self.gamma * self.gain.to(weight.dtype)
         scale = gain / (fan_in * (variance + self.eps)).sqrt()
-        return ((weight - mean) * scale).to(self.weight.dtype)
+        standardized: Tensor = ((weight - mean) * scale).to(self.weight.dtype)
+        return standardized
 
     def extra_repr(self) -> str:
         """Return what ``nn.Conv2d`` shows, and the layer's own options."""
         own = f"gamma={self.gamma}, eps={self.eps}, gain_init={self.gain_init}"
-        return f"{super().extra_repr()}, {own}"
+        return f"{super().extra_repr()}, {own}"  # type: ignore[no-untyped-call]

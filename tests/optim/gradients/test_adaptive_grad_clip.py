@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from tilework.optim import adaptive_grad_clip_
 
 import processes
+import samples
+from calls import Call, draw
 from helpers import FLOATING, HALF, dtype_name
 
 SHAPES = ((), (1,), (7,), (1, 1), (5, 3), (4, 1, 3), (3, 2, 3, 3))
@@ -255,3 +257,16 @@ def test_bad_input() -> None:
         == 3
     )
     torch.testing.assert_close(weight.grad, torch.full((3, 2), 0.5))
+
+
+def clipped(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    weight, grad = weight.detach().clone(), grad.clone()
+    weight.grad = grad
+    return adaptive_grad_clip_(weight), grad
+
+
+@samples.of(Call)
+def calls() -> list[Call]:
+    return [
+        Call(adaptive_grad_clip_, lambda: {"weight": draw(5, 3), "grad": draw(5, 3)}, by=clipped),
+    ]

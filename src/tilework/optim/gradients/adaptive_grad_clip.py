@@ -100,8 +100,8 @@ def adaptive_grad_clip_(
             count = is_larger.sum()
             place = _place(count)
             counts[place] = counts[place] + count if place in counts else count
-        whole = [c.full_tensor() if _checks.is_distributed(c) else c for c in counts.values()]
-        return torch.stack([count.to(device) for count in whole]).sum()
+        whole = [_whole(count).to(device) for count in counts.values()]
+        return torch.stack(whole).sum()
 
 
 def _with_gradients(parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -119,6 +119,11 @@ def _with_gradients(parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
+def _whole(tensor: Any) -> Tensor:
+    result: Tensor = tensor.full_tensor() if _checks.is_distributed(tensor) else tensor
+    return result
+
+
 def _place(tensor: Any) -> Any:
     is_distributed = _checks.is_distributed(tensor)
     return (tensor.device_mesh, tensor.placements) if is_distributed else tensor.device
@@ -127,9 +132,8 @@ def _place(tensor: Any) -> Any:
 def _norms(tensor: Tensor, order: float) -> Tensor:
     """The norm of each unit, in a shape that broadcasts against the tensor."""
     has_units = tensor.dim() > 1
-    if not has_units and order == math.inf and _checks.is_distributed(tensor):
-        whole: Any = tensor  # a process without elements of a short one has no largest
-        tensor = whole.full_tensor()
+    if not has_units and order == math.inf:  # a process without elements of it has no largest
+        tensor = _whole(tensor)
     norms: Tensor = torch.linalg.vector_norm(
         tensor,
         order,

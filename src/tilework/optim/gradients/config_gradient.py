@@ -113,7 +113,7 @@ def _combine(grads: Tensor, weights: Tensor, length: str) -> Tensor:
         grads.isfinite().all() & weights.isfinite().all()
     )  # the decomposition refuses others
     grads, weights = grads.where(is_finite, 0), weights.where(is_finite, 0)
-    norms = torch.linalg.vector_norm(grads, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(grads, dim=1)
     units = grads / norms.where(norms != 0, 1)[:, None]
     direction = _pseudo_solution(units, weights)
     size = torch.linalg.vector_norm(direction)
@@ -122,7 +122,8 @@ def _combine(grads: Tensor, weights: Tensor, length: str) -> Tensor:
         factor = (grads @ direction).sum()
     else:
         factor = _average(norms, length) * (units @ direction).sum()
-    return (factor * direction).where(is_finite, torch.nan)
+    result: Tensor = (factor * direction).where(is_finite, torch.nan)
+    return result
 
 
 def _pseudo_solution(rows: Tensor, values: Tensor) -> Tensor:
@@ -131,7 +132,8 @@ def _pseudo_solution(rows: Tensor, values: Tensor) -> Tensor:
     u, singular, vh = torch.linalg.svd(triangle.mT, full_matrices=False)
     least = max(rows.shape) * torch.finfo(rows.dtype).eps * singular[:1]
     inverse = (1 / singular).where(singular > least, 0)
-    return basis @ (vh.mT @ (inverse * (u.mT @ values)))
+    solution: Tensor = basis @ (vh.mT @ (inverse * (u.mT @ values)))
+    return solution
 
 
 def _average(norms: Tensor, kind: str) -> Tensor:

@@ -101,7 +101,7 @@ def _iterate(
     a, b, c = coefficients
     wide = computation_dtype(input.dtype)
     dtype = wide if dtype is None else dtype
-    matrix = input.to(torch.promote_types(wide, dtype))
+    matrix: Tensor = input.to(torch.promote_types(wide, dtype))
     matrix = matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp(min=eps)
     matrix = matrix.to(dtype)
     is_tall = input.shape[-2] > input.shape[-1]

@@ -193,8 +193,9 @@ class WTACRSLinear(nn.Linear):
             again takes others from it, and the same ones from torch's own.
 
     Raises:
-        ValueError: An option or a shape is not one of those above; on the CPU, a score is negative.
-        TypeError: An option is of another type, or a tensor is not of a real floating dtype.
+        ValueError: An option, or the shape of ``row_scores``, is not one of those above; on the
+            CPU, a score is negative.
+        TypeError: An option is of another type, or ``row_scores`` not of a real floating dtype.
 
     Example:
         >>> import torch
@@ -227,8 +228,10 @@ class WTACRSLinear(nn.Linear):
         name = type(self).__name__
         _checks.positive_fraction(name, "sample_ratio", sample_ratio)
         _checks.count(name, "min_samples", min_samples)
-        super().__init__(*map(_checks.plain, (in_features, out_features)), bias, device, dtype)
-        self.sample_ratio, self.min_samples = map(_checks.plain, (sample_ratio, min_samples))
+        plain = _checks.plain
+        super().__init__(plain(in_features), plain(out_features), bias, device, dtype)
+        self.sample_ratio: float = plain(sample_ratio)
+        self.min_samples: int = plain(min_samples)
         self.generator = generator
 
     def forward(self, input: Tensor, row_scores: Tensor | None = None) -> Tensor:
@@ -254,7 +257,9 @@ class WTACRSLinear(nn.Linear):
             mass = _norms(flat) if row_scores is None else _norms(flat) * row_scores
             index, weights = _sample(_or_uniform(mass), samples, self.generator)
         kept = _weighted(flat, index, weights)
-        output: Tensor = _SampledLinear.apply(input, weight, bias, kept, index)
+        output: Tensor = _SampledLinear.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, kept, index
+        )
         return output
 
     def _samples(self, rows: int) -> int:
@@ -329,17 +334,17 @@ def _sample(mass: Tensor, k: int, generator: torch.Generator | None) -> tuple[Te
     winners = is_least.int().argmax()  # the first
     cumulative = ordered.where(rows >= winners, 0).cumsum(0)
     rest = cumulative[-1]
-    own = {} if generator is None else {"generator": generator}  # None is not traced
+    # A generator of None is not traced.
+    own: dict[str, Any] = {} if generator is None else {"generator": generator}
     uniform = torch.rand(k, dtype=torch.float64, device=mass.device, **own)
     drawn = torch.searchsorted(cumulative, rest * uniform, right=True).clamp(max=n - 1)
     place = slots.where(slots < winners, drawn.where(rest > 0, 0))
     weight = rest / ((k - winners) * ordered[place])
-    weight = weight.where(rest != 0, 0).where(slots >= winners, 1)
-    return order[place], weight
+    return order[place], weight.where(slots >= winners, 1)
 
 
 def _norms(rows: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=computation_dtype(rows.dtype))
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=computation_dtype(rows.dtype))
     return norms.double()
 
 
