@@ -123,11 +123,12 @@ class Call(samples.Sample):
 
 
 def public_functions() -> dict[str, Callable[..., Any]]:
-    """The functions of tensors by name."""
+    """The functions of tensors by name, but for those that act in place."""
     return {
         entry.object.__name__: entry.object
         for entry in catalog.entries()
         if inspect.isfunction(entry.object)
+        and not entry.object.__name__.endswith("_")
         and "Tensor" in str(inspect.signature(entry.object).parameters)
     }
 
