@@ -38,6 +38,11 @@ def steepest(parameters: Parameters, lr: float, **options: Any) -> torch.optim.O
     return optim.SteepestDescent(groups, lr, **options)
 
 
+def normalized(parameters: Parameters, lr: float, **options: Any) -> torch.optim.Optimizer:
+    """AdamW, which after some steps keeps the norms of matrices."""
+    return optim.LAWN(optim.AdamW(parameters, lr, weight_decay=0.0, **options), free_steps=50)
+
+
 ADAM = {"betas": (0.9, 0.99), "eps": 1e-6}
 MOMENTUM = {"momentum": 0.9}
 
@@ -55,6 +60,7 @@ CHOICES = {
     "fadam": Choice(optim.FAdam, 2e-3),
     "lamb": Choice(optim.LAMB, 0.01),
     "lars": Choice(optim.LARS, 1.0, {"trust_coefficient": 0.02}),
+    "lawn": Choice(normalized, 2e-3, ADAM),
     "ada_grad_norm": Choice(optim.AdaGradNorm, 1.0),
     "alrsmag": Choice(optim.ALRSMAG, 0.1, {"lower_bound": 1.0}, takes_loss=True),
     "alrshb": Choice(optim.ALRSHB, 0.1, {"lower_bound": 1.0}, takes_loss=True),

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from training import QUICK, Run, Settings
 
-SETTINGS = replace(QUICK, steps=400, interval=40)
+SETTINGS = replace(QUICK, steps=300, interval=30)
 FACTOR = 2.0
 SEEDS = 3
 
