@@ -127,6 +127,16 @@ def replicated(tensor: Tensor, parameter: Any) -> Tensor:
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
+def largest(value: Tensor, of: Any) -> Tensor:
+    """The largest of what all shards of a distributed tensor have, alike everywhere."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = of.device_mesh
+    shards = [Partial("max") if p.is_shard() else Replicate() for p in of.placements]
+    result: Tensor = DTensor.from_local(value, mesh, shards, run_check=False).full_tensor()
+    return result
+
+
 def fused_adamw(
     parameters: list[Tensor],
     gradients: list[Tensor],

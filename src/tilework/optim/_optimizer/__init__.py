@@ -35,7 +35,7 @@ from torch.optim.optimizer import ParamsT
 
 from tilework import _checks, _torch
 from tilework._operators import computation_dtype
-from tilework.optim._optimizer import options, step
+from tilework.optim._optimizer import options, step, updates
 from tilework.optim._optimizer.options import (
     Declared,
     count,
@@ -75,6 +75,7 @@ __all__ = [
     "flag",
     "fraction",
     "function",
+    "largest",
     "non_negative",
     "non_positive",
     "one_of",
@@ -381,9 +382,10 @@ def average(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
 
 def average_(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
     """The same in place: a step of a running mean."""
+    new = updates.like(new.to(old.dtype), old)
     if isinstance(keep, Tensor):
         return old.mul_(keep).add_((1 - keep) * new)
-    return old.lerp_(new.to(old.dtype), 1 - keep)
+    return old.lerp_(new, 1 - keep)
 
 
 def reset_(tensor: Tensor, condition: Any) -> Tensor:
@@ -415,6 +417,14 @@ def cos(angle: Any) -> Any:
 def rms(tensor: Tensor) -> Tensor:
     """The root of the mean square of all elements."""
     return torch.linalg.vector_norm(tensor) / tensor.numel() ** 0.5
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """The largest element, none below 0; where a shard is empty, ``amax`` fails."""
+    if not _checks.is_distributed(tensor):
+        return tensor.amax()
+    here = updates.local(tensor)
+    return _torch.largest(here.amax() if here.numel() else here.new_zeros(()), tensor)
 
 
 def bias_corrections(group: Numbers) -> tuple[Any, Any]:

@@ -32,4 +32,4 @@ def _without_radius(
     direction = p / (size + eps)
     radial = (direction * u).sum(dims, keepdim=True)
     elements = p.numel() / size.numel()
-    return u - radial * direction, cosine.amax() < group["delta"] / elements**0.5
+    return u - radial * direction, (cosine < group["delta"] / elements**0.5).all()

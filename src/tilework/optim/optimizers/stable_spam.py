@@ -23,6 +23,7 @@ from tilework.optim._optimizer import (
     decay_rates,
     exact,
     fraction,
+    largest,
     non_negative,
     option,
     optional,
@@ -151,9 +152,9 @@ class StableSPAM(DecoupledDecay, Optimizer):
 
     @staticmethod
     def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
-        largest = g.abs().amax()
-        usual = average_(state["max_ema"], largest, group["theta"]) / group["of_max"]
-        g = torch.where(g.abs() > usual, g * (usual / largest), g)
+        most = largest(g.abs())
+        usual = average_(state["max_ema"], most, group["theta"]) / group["of_max"]
+        g = torch.where(g.abs() > usual, g * (usual / most), g)
 
         norm = torch.linalg.vector_norm(g)
         mean = average_(state["norm_ema"], norm, group["gamma1"]) / group["of_norm"]
