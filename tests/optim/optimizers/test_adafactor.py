@@ -110,6 +110,22 @@ def test_is_that_of_transformers(shape: tuple[int, ...], options: dict[str, Any]
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("warmup_init", [False, True])
+def test_late_steps_shrink_as_those_of_transformers(warmup_init: bool) -> None:
+    start = torch.randn(5, 3, dtype=torch.float64)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizer = Adafactor([ours], warmup_init=warmup_init)
+    other = transformers.Adafactor([theirs], warmup_init=warmup_init)
+    for _ in range(3):
+        draw_gradients([ours])
+        theirs.grad = ours.grad
+        optimizer.step()
+        other.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+        optimizer.state[ours]["step"].fill_(40_000)
+        other.state[theirs]["step"] = 40_000
+
+
 def test_squares_of_rank_one_need_no_more_than_rows_and_columns() -> None:
     start = torch.randn(4, 3, dtype=torch.float64)
     factored, flat = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.reshape(-1))

@@ -109,6 +109,15 @@ def test_what_is_projected_decays_less(kind: Any, row_by_row: bool | None) -> No
     torch.testing.assert_close(changes[1] - changes[0], -0.1 * factor * before)
 
 
+@EITHER
+def test_no_gradient_is_at_right_angles(kind: Any) -> None:
+    parameter = torch.nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
+    before = parameter.detach().clone()
+    parameter.grad = torch.zeros_like(parameter)
+    kind([parameter], lr=1.0, weight_decay=0.1, wd_ratio=0.25).step()
+    torch.testing.assert_close(parameter.detach(), before * (1 - 0.1 * 0.25))
+
+
 @given(st.integers(0, 2**16))
 def test_no_delta_is_adamw_and_sgdw(seed: int) -> None:
     torch.manual_seed(seed)

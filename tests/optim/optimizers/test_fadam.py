@@ -107,6 +107,15 @@ def test_zero_gradients_give_no_nan(options: dict[str, Any], capturable: bool) -
         assert torch.equal(parameter[:, 0], before[:, 0])
 
 
+def test_zero_gradients_have_the_largest_epsilon() -> None:
+    """Weights decay by it."""
+    parameter = torch.nn.Parameter(torch.randn(4, dtype=torch.float64))
+    before = parameter.detach().clone()
+    parameter.grad = torch.zeros_like(parameter)
+    FAdam([parameter], lr=0.1, weight_decay=0.5, eps=4.0, clip=1e6).step()
+    torch.testing.assert_close(parameter.detach(), before * (1 - 0.1 * 0.5 / 4))
+
+
 def test_the_information_is_stored() -> None:
     """It is the mean of all squares, if the mean keeps nearly all of itself."""
     parameter = torch.nn.Parameter(torch.randn(5, dtype=torch.float64))

@@ -458,9 +458,10 @@ def average(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
 
 def average_(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
     """The same in place: a step of a running mean."""
+    new = updates.like(new.to(old.dtype), old)
     if isinstance(keep, Tensor):
         return old.mul_(keep).add_((1 - keep) * new)
-    return old.lerp_(new.to(old.dtype), 1 - keep)
+    return old.lerp_(new, 1 - keep)
 
 
 def reset_(tensor: Tensor, condition: Any) -> Tensor:

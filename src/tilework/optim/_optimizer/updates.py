@@ -147,8 +147,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A distributed tensor placed as its parameter is."""
-    if not is_distributed(parameter) or tensor.placements == parameter.placements:  # type: ignore[attr-defined]
+    """A distributed tensor placed as its parameter is, or whole where that is a plain one."""
+    if not is_distributed(parameter):
+        return tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    if tensor.placements == parameter.placements:  # type: ignore[attr-defined]
         return tensor
     return tensor.redistribute(parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
 

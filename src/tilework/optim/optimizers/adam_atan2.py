@@ -97,7 +97,6 @@ class AdamATan2(DecoupledDecay, Optimizer):
         beta1, beta2 = group["betas"]
         m = average_(state["exp_avg"], g, beta1)
         v = average_(state["exp_avg_sq"], g * g, beta2)
-        turn = torch.atan(
-            m / (group["scale"] * v.sqrt())
-        )  # atan2 rounds the last elements otherwise
+        # atan2 of torch rounds the last elements of a tensor otherwise than the others
+        turn = torch.atan(m / (group["scale"] * v.sqrt()))
         return p - group["lr"] * group["a"] * turn.where(m != 0, 0.0)
