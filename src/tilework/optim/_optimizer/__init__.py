@@ -170,6 +170,9 @@ class Optimizer(Declared, torch.optim.Optimizer):
     _measures_each_group: ClassVar[bool] = False
     """Whether these are sums over the parameters of the group."""
 
+    _kernel: ClassVar[str | None] = None
+    """The name of the rule in ``triton.py``, beside an ``_update`` that has a kernel."""
+
     def _native(
         self, parts: Sequence[Part], steps: Sequence[Tensor], group: Numbers, maximize: bool
     ) -> bool:
@@ -299,22 +302,23 @@ class Optimizer(Declared, torch.optim.Optimizer):
             _take(self, torch.compiler.is_compiling())
         return loss
 
-    def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The states of a parameter, those made that are missing."""
+    def _state_of(
+        self, parameter: Tensor, group: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The counter and the states of a parameter, those made that are missing."""
         state = self.state[parameter]
+        spec = self._states(parameter, group)
+        if group["rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
+            spec = {**spec, "compensation": PARAMETER}
         if "step" not in state:
             device = parameter.device if group["capturable"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        spec = dict(self._states(parameter, group))
-        dtype = group["state_dtype"] or computation_dtype(parameter.dtype)
-        for name, shape in spec.items():
-            if name not in state:
-                state[name] = _zeros(shape, parameter, dtype)
-        if group["rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
-            spec["compensation"] = PARAMETER
-            if "compensation" not in state:
-                state["compensation"] = _zeros(PARAMETER, parameter, torch.bfloat16)
-        return {name: state[name] for name in spec}
+        if not state.keys() >= spec.keys():
+            dtype = group["state_dtype"] or computation_dtype(parameter.dtype)
+            for name in spec.keys() - state.keys():
+                kept = torch.bfloat16 if name == "compensation" else dtype
+                state[name] = _zeros(spec[name], parameter, kept)
+        return state["step"], {name: state[name] for name in spec}
 
 
 @_torch.never_traced

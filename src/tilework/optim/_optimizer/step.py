@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,9 +25,13 @@ class Member(NamedTuple):
 
     part: Part
     step: Tensor
-    t: Any
-    """The number of its steps with this one: an int, or a tensor if reading would synchronize."""
+    t: int | None
+    """The number of its steps with this one; None if reading it would synchronize."""
     group: dict[str, Any]
+
+    def number(self) -> Any:
+        """The number of its steps, a tensor if reading it would synchronize."""
+        return _exact(self.step) if self.t is None else self.t
 
 
 def take(
@@ -44,12 +50,20 @@ def take(
     kinds: dict[Any, list[Member]] = defaultdict(list)
     for member in members:
         kinds[_kind(member)].append(member)
-    for kind in kinds.values():
-        numbers = _plain(optimizer, kind[0], given)
-        numbers |= totals.get(id(kind[0].group), {})
+
+    def numbers_of(member: Member, t: Any) -> dict[str, Any]:
+        group = member.group
+        numbers = _plain(optimizer, group, given) | totals.get(id(group), {}) | {"t": t}
         numbers |= optimizer._numbers(numbers)
-        numbers["decay"] = optimizer._decay(numbers)
-        _update(optimizer, kind, numbers, compiled or kind[0].group["compiled"])
+        return numbers | {"decay": optimizer._decay(numbers)}
+
+    for kind in kinds.values():
+        compile_ = compiled or kind[0].group["compiled"]
+        if not compile_ and _has_kernel(optimizer, kind[0]):
+            kind = _launch(optimizer, kind, numbers_of)
+        together = [kind] if kind and kind[0].t is not None else [[member] for member in kind]
+        for some in together:
+            _update(optimizer, some, numbers_of(some[0], some[0].number()), compile_)
 
 
 def _members(optimizer: Optimizer, only: Collection[Tensor] | None) -> list[Member]:
@@ -61,7 +75,7 @@ def _members(optimizer: Optimizer, only: Collection[Tensor] | None) -> list[Memb
     readable = [step for _, step, group in found if not group["capturable"]]
     read = iter(torch.stack(readable).tolist() if readable else ())
     return [
-        Member(part, step, _exact(step) if group["capturable"] else int(next(read)), group)
+        Member(part, step, None if group["capturable"] else int(next(read)), group)
         for part, step, group in found
     ]
 
@@ -71,7 +85,6 @@ def _found(
 ) -> Iterator[tuple[Part, Tensor, dict[str, Any]]]:
     position = -1
     for group in optimizer.param_groups:
-        stochastic = group["rounding"] == "stochastic"
         for parameter in group["params"]:
             position += 1
             gradient = parameter.grad
@@ -81,12 +94,72 @@ def _found(
                 raise TypeError(
                     f"{type(optimizer).__name__}: gradients must be dense, got {gradient.layout}"
                 )
-            states = optimizer._state_of(parameter, group)
-            places = None
-            if stochastic and parameter.dtype == torch.bfloat16:
-                places = updates.places_of(parameter)
-            part = Part(parameter, gradient, states, places, position)
-            yield part, optimizer.state[parameter]["step"], group
+            step, states = optimizer._state_of(parameter, group)
+            yield Part(parameter, gradient, states, None, position), step, group
+
+
+def _is_stochastic(member: Member) -> bool:
+    return (
+        member.group["rounding"] == "stochastic" and member.part.parameter.dtype == torch.bfloat16
+    )
+
+
+def _placed(member: Member) -> Part:
+    """The part, with the places of its elements if rounding asks for them."""
+    part = member.part
+    if not _is_stochastic(member):
+        return part
+    return part._replace(places=updates.places_of(part.parameter))
+
+
+_KERNEL_DEVICES = ("cuda",)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _kernel_rule(optimizer: type[Optimizer]) -> str | None:
+    """The kernel's name of a rule; None for a class that has it from another and overrides it."""
+    owner = next(kind for kind in optimizer.__mro__ if "_update" in vars(kind))
+    name: str | None = vars(owner).get("_kernel")
+    return name
+
+
+def _has_kernel(optimizer: Optimizer, member: Member) -> bool:
+    """Whether there is a kernel that updates many tensors in one launch."""
+    return (
+        member.group["foreach"] is None
+        and member.part.parameter.device.type in _KERNEL_DEVICES
+        and _kernel_rule(type(optimizer)) is not None
+        and _has_triton()
+    )
+
+
+def _launch(
+    optimizer: Optimizer, kind: list[Member], numbers_of: Callable[[Member, Any], Numbers]
+) -> list[Member]:
+    """Update by a kernel what it can find; return the others."""
+    from tilework.optim._optimizer import triton
+
+    name = _kernel_rule(type(optimizer))
+    assert name is not None
+    first = kind[0]
+    found = [(member, updates.dense(member.part, _is_stochastic(member))) for member in kind]
+    for aligned in (True, False):  # which load and store otherwise
+        some = [(member, one) for member, one in found if one and one.aligned == aligned]
+        if some:
+            t: Any = first.t
+            if t is None:
+                t = torch.stack([member.step for member, _ in some]).double()
+            triton.launch(name, [one for _, one in some], numbers_of(first, t), _way(first))
+    return [member for member, one in found if one is None]
+
+
+def _way(member: Member) -> Way:
+    group = member.group
+    return Way(group.get("maximize", False), group["rounding"], group["seed"])
 
 
 def _exact(number: Tensor) -> Tensor:
@@ -95,24 +168,21 @@ def _exact(number: Tensor) -> Tensor:
 
 def _kind(member: Member) -> Any:
     """What is updated together: alike in all but its elements."""
-    part, t = member.part, member.t
-    dtypes = tuple(state.dtype for state in part.states.values())
+    part = member.part
     return (
         id(member.group),
-        id(t) if isinstance(t, Tensor) else t,
+        member.t,
         part.parameter.dtype,
         part.parameter.device,
         part.gradient.dtype,
-        dtypes,
+        *[state.dtype for state in part.states.values()],
     )
 
 
-def _plain(optimizer: Optimizer, member: Member, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a group as numbers, the count, and what is given."""
-    options = {
-        name: _number(member.group[name], default) for name, default in optimizer.defaults.items()
-    }
-    return options | {"t": member.t} | given
+def _plain(optimizer: Optimizer, group: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group as numbers, and what is given."""
+    values = {name: _number(group[name], default) for name, default in optimizer.defaults.items()}
+    return values | given
 
 
 def _number(value: Any, default: Any) -> Any:
@@ -154,7 +224,7 @@ def _totals(
         dtype = computation_dtype(part.parameter.dtype)
         states = updates.computed_states(part.states, dtype)
         gradient = updates.computed_gradient(part.gradient, dtype, group.get("maximize", False))
-        numbers = _plain(optimizer, member, given)
+        numbers = _plain(optimizer, group, given) | {"t": member.number()}
         measured = optimizer._measure(part.parameter.to(dtype), gradient, states, numbers)
         updates.keep_states(part.states, states)
         total = totals[id(group)]
@@ -170,20 +240,19 @@ def _totals(
 def _update(
     optimizer: Optimizer, members: list[Member], numbers: dict[str, Any], compiled: bool
 ) -> None:
-    group = members[0].group
-    way = Way(group.get("maximize", False), group["rounding"], group["seed"])
+    group, way = members[0].group, _way(members[0])
     rule = type(optimizer)._update
     call = updates.apply
     if compiled:
         call, numbers = updates.apply_compiled, _as_tensors(numbers)
     if not optimizer._elementwise:
         for member in members:
-            call(rule, updates.whole(member.part), numbers, way)
+            call(rule, updates.whole(_placed(member)), numbers, way)
         return
     members = [member for member in members if updates.local(member.part.parameter).numel()]
     if not members:
         return
-    parts = [updates.flat(member.part) for member in members]
+    parts = [updates.flat(_placed(member)) for member in members]
     if not compiled and group["foreach"] is None and not isinstance(numbers["t"], Tensor):
         steps = [member.step for member in members]
         if _is_plain(parts) and optimizer._native(parts, steps, numbers, way.maximize):

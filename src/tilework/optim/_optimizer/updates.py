@@ -7,6 +7,7 @@ rule sees a whole tensor at a time.
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,18 @@ class Part(NamedTuple):
     """Of each element in its whole parameter, in row-major order; where rounding is stochastic."""
     position: Any
     """Of the parameter in the optimizer, an int or a tensor."""
+
+
+class Dense(NamedTuple):
+    """A part whose elements lie one after another, as a kernel finds it."""
+
+    part: Part
+    place: int
+    """Of its first element in its whole parameter; the others come after it."""
+    addresses: tuple[int, ...]
+    """Of parameter, gradient and states."""
+    aligned: bool
+    """Whether these are multiples of 16."""
 
 
 class Way(NamedTuple):
@@ -194,6 +207,39 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def dense(part: Part, stochastic: bool) -> Dense | None:
+    """The same elements as a kernel finds them; None where they do not lie dense and in order."""
+    place = 0
+    if stochastic:
+        first = first_place(part.parameter)
+        if first is None:
+            return None
+        place = first
+    if not _is_dense(part):
+        part = flat(part)
+        part = part._replace(gradient=part.gradient.resolve_neg().contiguous())
+        if not _is_dense(part):
+            return None
+    addresses = (
+        part.parameter.data_ptr(),
+        part.gradient.data_ptr(),
+        *[state.data_ptr() for state in part.states.values()],
+    )
+    return Dense(part, place, addresses, not functools.reduce(operator.or_, addresses) % 16)
+
+
+_PLAIN = Tensor, torch.nn.Parameter
+
+
+def _is_dense(part: Part) -> bool:
+    tensors = part.parameter, part.gradient, *part.states.values()
+    return (
+        all(type(tensor) in _PLAIN and tensor.is_contiguous() for tensor in tensors)
+        and not part.gradient.is_neg()
+        and not part.parameter.is_complex()
+    )
+
+
 def blocks(part: Part, size: int) -> Iterator[Part]:
     """A flat part in pieces."""
     elements = part.parameter.numel()
@@ -248,6 +294,20 @@ def scatter(joined: Part, parts: Sequence[Part]) -> None:
     torch._foreach_copy_([part.parameter for part in parts], torch.split(joined.parameter, sizes))
     for name, state in joined.states.items():
         torch._foreach_copy_([part.states[name] for part in parts], torch.split(state, sizes))
+
+
+def first_place(parameter: Tensor) -> int | None:
+    """The first of these, where the others follow it as the elements lie; otherwise None."""
+    here = local(parameter)
+    if not here.is_contiguous():
+        return None
+    if not is_distributed(parameter):
+        return 0
+    wide = [dim for dim, size in enumerate(here.shape) if size > 1]
+    if any(here.shape[dim] < parameter.shape[dim] for dim in wide[1:]):
+        return None
+    strides = [math.prod(parameter.shape[dim + 1 :]) for dim in range(parameter.dim())]
+    return sum(map(operator.mul, _torch.global_offset(parameter), strides))
 
 
 def places_of(parameter: Tensor) -> Tensor:
