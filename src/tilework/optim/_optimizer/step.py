@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,13 +70,14 @@ def take(
 def _members(optimizer: Optimizer, only: Collection[Tensor] | None) -> list[Member]:
     """The parameters that have a gradient, their steps counted with this one."""
     found = list(_found(optimizer, only))
-    if not found:
-        return []
-    torch._foreach_add_([step for _, step, _ in found], 1)
-    readable = [step for _, step, group in found if not group["capturable"]]
-    read = iter(torch.stack(readable).tolist() if readable else ())
+    on_device = [step for _, step, group in found if group["capturable"]]
+    if on_device:
+        torch._foreach_add_(on_device, 1)
+    on_host = [step for _, step, group in found if not group["capturable"]]
+    if on_host:  # a number would become a tensor for each
+        torch._foreach_add_(on_host, torch.ones(()), alpha=1)
     return [
-        Member(part, step, None if group["capturable"] else int(next(read)), group)
+        Member(part, step, None if group["capturable"] else int(step.item()), group)
         for part, step, group in found
     ]
 
@@ -143,18 +145,31 @@ def _launch(
     """Update by a kernel what it can find; return the others."""
     from tilework.optim._optimizer import triton
 
-    name = _kernel_rule(type(optimizer))
-    assert name is not None
-    first = kind[0]
-    found = [(member, updates.dense(member.part, _is_stochastic(member))) for member in kind]
-    for aligned in (True, False):  # which load and store otherwise
-        some = [(member, one) for member, one in found if one and one.aligned == aligned]
-        if some:
-            t: Any = first.t
-            if t is None:
-                t = torch.stack([member.step for member, _ in some]).double()
-            triton.launch(name, [one for _, one in some], numbers_of(first, t), _way(first))
-    return [member for member, one in found if one is None]
+    rule = _kernel_rule(type(optimizer))
+    assert rule is not None
+    places: list[int | None] = [0] * len(kind)
+    if _is_stochastic(kind[0]):
+        places = [updates.first_place(member.part.parameter) for member in kind]
+    left: list[Member] = []
+    ready: list[tuple[Member, Part, int]] = []
+    parts = updates.dense([member.part for member in kind])
+    for member, part, place in zip(kind, parts, places, strict=True):
+        if part is None or place is None:
+            left.append(member)
+        else:
+            ready.append((member, part, place))
+    if ready:
+        t: Any = kind[0].t
+        if t is None:
+            t = torch.stack([member.step for member, _, _ in ready]).double()
+        triton.launch(
+            rule,
+            [part for _, part, _ in ready],
+            [place for _, _, place in ready],
+            numbers_of(kind[0], t),
+            _way(kind[0]),
+        )
+    return left
 
 
 def _way(member: Member) -> Way:
@@ -175,8 +190,11 @@ def _kind(member: Member) -> Any:
         part.parameter.dtype,
         part.parameter.device,
         part.gradient.dtype,
-        *[state.dtype for state in part.states.values()],
+        *map(_DTYPE, part.states.values()),
     )
+
+
+_DTYPE = operator.attrgetter("dtype")
 
 
 def _plain(optimizer: Optimizer, group: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

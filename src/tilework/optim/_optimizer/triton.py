@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tilework import _triton
 from tilework._triton import Tuned
-from tilework.optim._optimizer.updates import Dense, Numbers, Way
+from tilework.optim._optimizer import updates
+from tilework.optim._optimizer.updates import Numbers, Part, Way
 
 
 class Tile(NamedTuple):
@@ -113,15 +114,18 @@ def _column(table_ptr, tensors, program):
 
 
 @triton.jit
-def _pointers(addresses_ptr, tensors, DTYPES, ALIGNED):
+def _pointers(addresses_ptr, tensors, DTYPES):
+    """To a tensor of each dtype, the same as multiples of 16, and whether they are that."""
     pointers = ()
+    multiples = ()
+    bits = tl.load(addresses_ptr)
     for index in tl.static_range(len(DTYPES)):
         address = tl.load(addresses_ptr + index * tensors)
-        pointer = address.to(tl.pointer_type(DTYPES[index]))
-        if ALIGNED:
-            pointer = tl.multiple_of(pointer, 16)
-        pointers += (pointer,)
-    return pointers
+        bits |= address
+        pointers += (address.to(tl.pointer_type(DTYPES[index])),)
+        multiple = address.to(tl.pointer_type(DTYPES[index]))
+        multiples += (tl.multiple_of(multiple, 16),)
+    return pointers, multiples, bits % 16 == 0
 
 
 @triton.jit
@@ -132,7 +136,7 @@ def _numbers(numbers, row, dtype, COUNT):
             found += (tl.load(numbers + row * (COUNT + 1) + index).to(dtype),)
     else:
         for index in tl.static_range(len(numbers)):
-            found += (tl.to_tensor(numbers[index]).to(dtype),)
+            found += (tl.full((), numbers[index], dtype),)
     return found
 
 
@@ -227,7 +231,6 @@ def step_kernel(
     DECAYS: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     ROUNDING: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """At most so many blocks of one tensor.
@@ -239,41 +242,43 @@ def step_kernel(
     ``numbers`` are those of the rule and the decay: numbers of 32 bits, or where ``COUNT`` is not
     0 a pointer to so many for each tensor, each time with the number of the step after them.
 
-    Where the addresses are ``ALIGNED``, loads and stores are of 16 bytes, which a mask may not cut:
-    what is left of a tensor, fewer than ``UNCUT`` elements, is a tile of its own.
+    Where all addresses are multiples of 16, loads and stores are of 16 bytes, which a mask may not
+    cut: what is then left of a tensor, fewer than ``UNCUT`` elements, is a tile of its own.
     """
     program = tl.program_id(0)
     row = _column(table_ptr, tensors, program)
     column_ptr = table_ptr + row
     start = (program - tl.load(column_ptr)) * (blocks * BLOCK)
     end = tl.minimum(start + blocks * BLOCK, tl.load(column_ptr + tensors))
-    pointers = _pointers(column_ptr + 4 * tensors, tensors, DTYPES, ALIGNED)
+    pointers, multiples, are_multiples = _pointers(column_ptr + 4 * tensors, tensors, DTYPES)
     dtype: tl.constexpr = tl.float64 if DTYPES[0] == tl.float64 else tl.float32
     computed = _numbers(numbers, row, dtype, COUNT)
     if COUNT > 0:
         step = tl.load(numbers + row * (COUNT + 1) + COUNT).to(tl.int64)
     place = tl.load(column_ptr + 2 * tensors)
     counter = place, step, tl.load(column_ptr + 3 * tensors), seed
-    REST: tl.constexpr = min(UNCUT, BLOCK)
-    whole = end // REST * REST
-    for first in range(start, whole, BLOCK):
+    if are_multiples:
+        whole = end // UNCUT * UNCUT
+        for first in range(start, whole, BLOCK):
+            _tile(
+                multiples,
+                computed,
+                first,
+                whole,
+                counter,
+                RULE,
+                DECAYS,
+                MAXIMIZE,
+                ROUNDING,
+                BLOCK,
+            )
+        start = tl.maximum(start, whole)
+    REST: tl.constexpr = BLOCK // 4  # an element of each thread
+    for first in range(start, end, REST):
         _tile(
             pointers,
             computed,
             first,
-            whole,
-            counter,
-            RULE,
-            DECAYS,
-            MAXIMIZE,
-            ROUNDING,
-            BLOCK,
-        )
-    if whole < end:
-        _tile(
-            pointers,
-            computed,
-            whole,
             end,
             counter,
             RULE,
@@ -308,52 +313,54 @@ RULES = {
 }
 
 
-def launch(name: str, dense: Sequence[Dense], numbers: Numbers, way: Way) -> None:
-    """Update tensors of the same dtypes, on one device, by a rule."""
+def launch(
+    name: str, parts: Sequence[Part], places: Sequence[int], numbers: Numbers, way: Way
+) -> None:
+    """Update dense parts of the same dtypes, on one device, by a rule.
+
+    ``places`` are those of their first elements in the whole parameters.
+    """
     rule = RULES[name]
-    first = dense[0].part
-    device, dtype = first.parameter.device, first.parameter.dtype
+    parameter, gradient, states, _, _ = parts[0]
+    device, dtype = parameter.device, parameter.dtype
     tile = TILES.choose(_triton.architecture(device))
-    sizes = [one.part.parameter.numel() for one in dense]
+    sizes = [part.parameter.numel() for part in parts]
     share = sum(sizes) // (tile.block * PROGRAMS * _triton.multiprocessors(device))
     blocks = max(1, min(tile.blocks, share))
-    programs = [triton.cdiv(size, blocks * tile.block) for size in sizes]
-    ends = list(itertools.accumulate(programs))
+    ends = list(itertools.accumulate(-(-size // (blocks * tile.block)) for size in sizes))
     if not ends[-1]:
         return
     rows = (
-        (0, *ends[:-1]),
+        [0, *ends[:-1]],
         sizes,
-        [one.place for one in dense],
-        [one.part.position for one in dense],
-        *zip(*(one.addresses for one in dense), strict=True),
+        places,
+        [part.position for part in parts],
+        *updates.addresses(parts),
     )
     decay = numbers["decay"]
     given: Any = *rule.numbers(numbers), 0.0 if decay is None else decay
     step, count = numbers["t"], 0
     if dtype == torch.float64 or any(isinstance(number, Tensor) for number in (*given, step)):
         count = len(given)
-        given, step = _in_memory((*given, step), len(dense), device), None
-    tensors = first.parameter, first.gradient, *first.states.values()
+        given, step = _in_memory((*given, step), len(parts), device), None
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         step_kernel[(ends[-1],)](
             _table(device, tuple(itertools.chain.from_iterable(rows))),
             given,
-            len(dense),
+            len(parts),
             blocks,
             step,
             way.seed,
             RULE=rule.function,
-            DTYPES=tuple(_DTYPES[tensor.dtype] for tensor in tensors),
+            DTYPES=tuple(_DTYPES[one.dtype] for one in (parameter, gradient, *states.values())),
             COUNT=count,
             DECAYS=decay is not None,
             MAXIMIZE=way.maximize,
             ROUNDING=way.rounding if dtype == torch.bfloat16 else "nearest",
-            ALIGNED=dense[0].aligned,
             BLOCK=tile.block,
             num_warps=tile.num_warps,
         )
-    torch.autograd.graph.increment_version([one.part.parameter for one in dense])
+    torch.autograd.graph.increment_version([part.parameter for part in parts])
 
 
 def _in_memory(numbers: Sequence[Any], tensors: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ rule sees a whole tensor at a time.
 """
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,18 +34,6 @@ class Part(NamedTuple):
     """Of each element in its whole parameter, in row-major order; where rounding is stochastic."""
     position: Any
     """Of the parameter in the optimizer, an int or a tensor."""
-
-
-class Dense(NamedTuple):
-    """A part whose elements lie one after another, as a kernel finds it."""
-
-    part: Part
-    place: int
-    """Of its first element in its whole parameter; the others come after it."""
-    addresses: tuple[int, ...]
-    """Of parameter, gradient and states."""
-    aligned: bool
-    """Whether these are multiples of 16."""
 
 
 class Way(NamedTuple):
@@ -207,37 +196,46 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def dense(part: Part, stochastic: bool) -> Dense | None:
-    """The same elements as a kernel finds them; None where they do not lie dense and in order."""
-    place = 0
-    if stochastic:
-        first = first_place(part.parameter)
-        if first is None:
-            return None
-        place = first
-    if not _is_dense(part):
-        part = flat(part)
-        part = part._replace(gradient=part.gradient.resolve_neg().contiguous())
-        if not _is_dense(part):
-            return None
-    addresses = (
-        part.parameter.data_ptr(),
-        part.gradient.data_ptr(),
-        *[state.data_ptr() for state in part.states.values()],
-    )
-    return Dense(part, place, addresses, not functools.reduce(operator.or_, addresses) % 16)
+def dense(parts: Sequence[Part]) -> list[Part | None]:
+    """Parts of one dtype, each one after another in memory as kernels find it, or else None."""
+    if _are_dense(parts):
+        return list(parts)
+    return [part if _are_dense([part]) else _made_dense(part) for part in parts]
 
 
-_PLAIN = Tensor, torch.nn.Parameter
+def _made_dense(part: Part) -> Part | None:
+    part = flat(part)
+    part = part._replace(gradient=part.gradient.resolve_neg().contiguous())
+    return part if _are_dense([part]) else None
 
 
-def _is_dense(part: Part) -> bool:
-    tensors = part.parameter, part.gradient, *part.states.values()
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def _are_dense(parts: Sequence[Part]) -> bool:
+    if parts[0].parameter.is_complex():
+        return False
+    tensors = list(itertools.chain.from_iterable(columns(parts)))
+    gradients = [part.gradient for part in parts]
     return (
-        all(type(tensor) in _PLAIN and tensor.is_contiguous() for tensor in tensors)
-        and not part.gradient.is_neg()
-        and not part.parameter.is_complex()
+        set(map(type, tensors)) <= _PLAIN
+        and all(map(Tensor.is_contiguous, tensors))
+        and not any(map(Tensor.is_neg, gradients))
     )
+
+
+def columns(parts: Sequence[Part]) -> list[Sequence[Tensor]]:
+    """The parameters, the gradients, and the states of each name."""
+    return [
+        [part.parameter for part in parts],
+        [part.gradient for part in parts],
+        *zip(*(part.states.values() for part in parts), strict=True),
+    ]
+
+
+def addresses(parts: Sequence[Part]) -> list[list[int]]:
+    """Of the same."""
+    return [list(map(Tensor.data_ptr, column)) for column in columns(parts)]
 
 
 def blocks(part: Part, size: int) -> Iterator[Part]:
