@@ -95,7 +95,6 @@ def lion(p, g, states, numbers):
     weight1, weight2, lr = numbers
     c = _lerp(states[0], g, weight1)
     sign = (c > 0).to(c.dtype) - (c < 0).to(c.dtype)
-    sign = tl.where(c == c, sign, c)  # of nan it is nan
     return p - lr * sign, (_lerp(states[0], g, weight2),)
 
 
@@ -115,27 +114,29 @@ def _column(table_ptr, tensors, program):
 
 @triton.jit
 def _pointers(addresses_ptr, tensors, DTYPES):
-    """To a tensor of each dtype, the same as multiples of 16, and whether they are that."""
+    """To tensors of some dtypes, the same as multiples of 16, and whether they are that."""
     pointers = ()
     multiples = ()
     bits = tl.load(addresses_ptr)
     for index in tl.static_range(len(DTYPES)):
         address = tl.load(addresses_ptr + index * tensors)
         bits |= address
-        pointers += (address.to(tl.pointer_type(DTYPES[index])),)
+        pointer = address.to(tl.pointer_type(DTYPES[index]))
+        pointers += (pointer,)
         multiple = address.to(tl.pointer_type(DTYPES[index]))
         multiples += (tl.multiple_of(multiple, 16),)
     return pointers, multiples, bits % 16 == 0
 
 
 @triton.jit
-def _numbers(numbers, row, dtype, COUNT):
+def _numbers(numbers, row_ptr, dtype):
+    """Of these, and from memory where there is None."""
     found = ()
-    if COUNT > 0:
-        for index in tl.static_range(COUNT):
-            found += (tl.load(numbers + row * (COUNT + 1) + index).to(dtype),)
-    else:
-        for index in tl.static_range(len(numbers)):
+    for index in tl.static_range(len(numbers)):
+        if numbers[index] is None:
+            found += (tl.load(row_ptr).to(dtype),)
+            row_ptr += 1
+        else:
             found += (tl.full((), numbers[index], dtype),)
     return found
 
@@ -151,6 +152,7 @@ def _load(pointers, offsets, mask, dtype):
 @triton.jit
 def _nearest(value, dtype):
     if INTERPRETED and dtype == tl.bfloat16:  # it would cut the bits off
+        value = value.to(tl.float32)
         bits = value.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
@@ -188,8 +190,10 @@ def _tile(
     """The elements from the first to the end, at most a block.
 
     ``counter`` has what random numbers depend on: the place of the tensor's first element, the
-    step, the position and the seed.
+    step, the
+    position and the seed.
     """
+    first = tl.full((), first, tl.int64)
     lanes = tl.arange(0, BLOCK)
     mask = first + lanes < end
     dtype: tl.constexpr = numbers[0].dtype
@@ -221,6 +225,7 @@ def _tile(
 def step_kernel(
     table_ptr,
     numbers,
+    memory_ptr,
     tensors,
     blocks,
     step,
@@ -239,8 +244,8 @@ def step_kernel(
     of the first of these in the whole parameter, the parameter's position, and the addresses of
     parameter, gradient and states, which are of ``DTYPES``.
 
-    ``numbers`` are those of the rule and the decay: numbers of 32 bits, or where ``COUNT`` is not
-    0 a pointer to so many for each tensor, each time with the number of the step after them.
+    ``numbers`` are those of the rule and the decay. One that is None, and likewise the step, has a
+    place in memory, in which each tensor has a row of ``COUNT``, in the same order.
 
     Where all addresses are multiples of 16, loads and stores are of 16 bytes, which a mask may not
     cut: what is then left of a tensor, fewer than ``UNCUT`` elements, is a tile of its own.
@@ -252,9 +257,10 @@ def step_kernel(
     end = tl.minimum(start + blocks * BLOCK, tl.load(column_ptr + tensors))
     pointers, multiples, are_multiples = _pointers(column_ptr + 4 * tensors, tensors, DTYPES)
     dtype: tl.constexpr = tl.float64 if DTYPES[0] == tl.float64 else tl.float32
-    computed = _numbers(numbers, row, dtype, COUNT)
-    if COUNT > 0:
-        step = tl.load(numbers + row * (COUNT + 1) + COUNT).to(tl.int64)
+    row_ptr = None if memory_ptr is None else memory_ptr + row * COUNT
+    computed = _numbers(numbers, row_ptr, dtype)
+    if step is None:
+        step = tl.load(row_ptr + COUNT - 1).to(tl.int64)
     place = tl.load(column_ptr + 2 * tensors)
     counter = place, step, tl.load(column_ptr + 3 * tensors), seed
     if are_multiples:
@@ -338,22 +344,24 @@ def launch(
         *updates.addresses(parts),
     )
     decay = numbers["decay"]
-    given: Any = *rule.numbers(numbers), 0.0 if decay is None else decay
-    step, count = numbers["t"], 0
-    if dtype == torch.float64 or any(isinstance(number, Tensor) for number in (*given, step)):
-        count = len(given)
-        given, step = _in_memory((*given, step), len(parts), device), None
+    values = *rule.numbers(numbers), 0.0 if decay is None else decay, numbers["t"]
+    # Kernels take numbers of 32 bits.
+    in_memory = [isinstance(value, Tensor) or dtype == torch.float64 for value in values]
+    *given, step = (
+        None if there else value for value, there in zip(values, in_memory, strict=True)
+    )
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         step_kernel[(ends[-1],)](
             _table(device, tuple(itertools.chain.from_iterable(rows))),
-            given,
+            tuple(given),
+            _in_memory(list(itertools.compress(values, in_memory)), len(parts), device),
             len(parts),
             blocks,
             step,
             way.seed,
             RULE=rule.function,
             DTYPES=tuple(_DTYPES[one.dtype] for one in (parameter, gradient, *states.values())),
-            COUNT=count,
+            COUNT=sum(in_memory),
             DECAYS=decay is not None,
             MAXIMIZE=way.maximize,
             ROUNDING=way.rounding if dtype == torch.bfloat16 else "nearest",
@@ -363,8 +371,10 @@ def launch(
     torch.autograd.graph.increment_version([part.parameter for part in parts])
 
 
-def _in_memory(numbers: Sequence[Any], tensors: int, device: torch.device) -> Tensor:
+def _in_memory(numbers: Sequence[Any], tensors: int, device: torch.device) -> Tensor | None:
     """A row of float64 for each tensor; made there, so that a CUDA graph makes it again."""
+    if not numbers:
+        return None
     columns = [
         number.to(torch.float64).expand(tensors)
         if isinstance(number, Tensor)

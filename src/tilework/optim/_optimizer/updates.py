@@ -193,7 +193,7 @@ def _row_major(tensor: Tensor) -> Tensor:
 
 def _real(tensor: Tensor) -> Tensor:
     tensor = local(tensor)
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def dense(parts: Sequence[Part]) -> list[Part | None]:
@@ -301,8 +301,8 @@ def first_place(parameter: Tensor) -> int | None:
         return None
     if not is_distributed(parameter):
         return 0
-    wide = [dim for dim, size in enumerate(here.shape) if size > 1]
-    if any(here.shape[dim] < parameter.shape[dim] for dim in wide[1:]):
+    outer = next((dim for dim, size in enumerate(here.shape) if size > 1), here.dim())
+    if here.shape[outer + 1 :] != parameter.shape[outer + 1 :]:
         return None
     strides = [math.prod(parameter.shape[dim + 1 :]) for dim in range(parameter.dim())]
     return sum(map(operator.mul, _torch.global_offset(parameter), strides))
