@@ -310,15 +310,27 @@ class Optimizer(Declared, torch.optim.Optimizer):
         spec = self._states(parameter, group)
         if group["rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
             spec = {**spec, "compensation": PARAMETER}
+        try:
+            return state["step"], {name: state[name] for name in spec}
+        except KeyError:  # in the first step
+            self._make_states(state, spec, parameter, group)
+            return state["step"], {name: state[name] for name in spec}
+
+    def _make_states(
+        self,
+        state: dict[str, Any],
+        spec: Mapping[str, str | tuple[int, ...]],
+        parameter: Tensor,
+        group: Mapping[str, Any],
+    ) -> None:
         if "step" not in state:
             device = parameter.device if group["capturable"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        if not state.keys() >= spec.keys():
-            dtype = group["state_dtype"] or computation_dtype(parameter.dtype)
-            for name in spec.keys() - state.keys():
+        dtype = group["state_dtype"] or computation_dtype(parameter.dtype)
+        for name, shape in spec.items():
+            if name not in state:
                 kept = torch.bfloat16 if name == "compensation" else dtype
-                state[name] = _zeros(spec[name], parameter, kept)
-        return state["step"], {name: state[name] for name in spec}
+                state[name] = _zeros(shape, parameter, kept)
 
 
 @_torch.never_traced
