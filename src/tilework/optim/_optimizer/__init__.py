@@ -302,19 +302,26 @@ class Optimizer(Declared, torch.optim.Optimizer):
             _take(self, torch.compiler.is_compiling())
         return loss
 
-    def _state_of(
-        self, parameter: Tensor, group: Mapping[str, Any]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The counter and the states of a parameter, those made that are missing."""
+    def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The states of a parameter, those made that are missing."""
         state = self.state[parameter]
         spec = self._states(parameter, group)
         if group["rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
             spec = {**spec, "compensation": PARAMETER}
         try:
-            return state["step"], {name: state[name] for name in spec}
+            return {name: state[name] for name in spec}
         except KeyError:  # in the first step
             self._make_states(state, spec, parameter, group)
-            return state["step"], {name: state[name] for name in spec}
+            return {name: state[name] for name in spec}
+
+    def _counter_of(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """The number of a parameter's steps, made where it is missing."""
+        state = self.state[parameter]
+        if "step" not in state:
+            device = parameter.device if group["capturable"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        step: Tensor = state["step"]
+        return step
 
     def _make_states(
         self,
@@ -323,9 +330,6 @@ class Optimizer(Declared, torch.optim.Optimizer):
         parameter: Tensor,
         group: Mapping[str, Any],
     ) -> None:
-        if "step" not in state:
-            device = parameter.device if group["capturable"] else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         dtype = group["state_dtype"] or computation_dtype(parameter.dtype)
         for name, shape in spec.items():
             if name not in state:

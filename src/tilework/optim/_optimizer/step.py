@@ -96,7 +96,8 @@ def _found(
                 raise TypeError(
                     f"{type(optimizer).__name__}: gradients must be dense, got {gradient.layout}"
                 )
-            step, states = optimizer._state_of(parameter, group)
+            step = optimizer._counter_of(parameter, group)
+            states = optimizer._state_of(parameter, group)
             yield Part(parameter, gradient, states, None, position), step, group
 
 
