@@ -9,11 +9,15 @@ and what is there already is not trained again. The table and the figure are mad
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Annotated
+
+# Threads that spin while they wait stall each other where other programs keep the CPUs busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
 
 import torch
 import typer

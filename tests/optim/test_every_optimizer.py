@@ -342,6 +342,12 @@ def test_rounding_is_of_bfloat16_alone(sample: Optimized, rounding: str) -> None
         assert_same(values(plain), values(other))
 
 
+def in_float32(sample: Optimized, narrow: Any) -> Any:
+    """What the same rule does, by no operator of PyTorch's that rounds otherwise."""
+    parameters = [torch.nn.Parameter(p.detach().float()) for p in every_parameter(narrow)]
+    return sample.function(parameters, **(sample.accepts | {"foreach": False}))
+
+
 def by_random123(counter: list[int], key: list[int]) -> int:
     """Philox4x32-10 on unsigned integers, after the paper of the Random123 library."""
     words, keys = [np.uint64(word) for word in counter], list(key)
@@ -369,9 +375,7 @@ def test_stochastic_rounding_is_that_of_the_counter(
         sample.parameters(torch.bfloat16),
         **(sample.accepts | {"rounding": "stochastic", "seed": seed, "foreach": foreach}),
     )
-    exact = sample.function(
-        [torch.nn.Parameter(p.detach().float()) for p in every_parameter(narrow)], **sample.accepts
-    )
+    exact = in_float32(sample, narrow)
     for t in (1, 2):
         give_gradients(narrow)
         for parameter, twin in zip(every_parameter(narrow), every_parameter(exact), strict=True):
@@ -396,9 +400,7 @@ def test_kahan_keeps_what_rounding_takes(sample: Optimized) -> None:
     narrow = sample.function(
         sample.parameters(torch.bfloat16), **(sample.accepts | {"rounding": "kahan"})
     )
-    exact = sample.function(
-        [torch.nn.Parameter(p.detach().float()) for p in every_parameter(narrow)], **sample.accepts
-    )
+    exact = in_float32(sample, narrow)
     kept = [torch.zeros(p.shape) for p in every_parameter(narrow)]
     for _ in range(3):
         give_gradients(narrow)
