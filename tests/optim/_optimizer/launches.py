@@ -28,8 +28,8 @@ def _call(
     if rounding == "kahan":
         states["compensation"] = parameter.clone()
     t = torch.ones(1, dtype=torch.float64) if capturable else 3
-    numbers: dict[str, Any] = {"betas": (0.9, 0.99), "lr": 0.1, "eps": 1e-8, "t": t, "decay": 0.01}
-    numbers |= {"step_size": 0.1 * t, "root": 0.5}
+    numbers: dict[str, Any] = {"betas": (0.9, 0.99), "lr": 0.1, "t": t, "decay": 0.01}
+    numbers |= {"step_size": 0.1 * t, "floor": 5e-9}
     parts = [Part(parameter, parameter.clone(), states, None, 0)]
     triton.launch(name.split()[0], parts, [0], numbers, Way(capturable, rounding, 0))
 
