@@ -1,6 +1,6 @@
 """Train the small demo model while some gradients are a thousand times too large.
 
-    python examples/demo/spikes.py runs/sweep.jsonl --out runs/spikes.jsonl
+    python examples/demo/spikes.py runs/sweep.jsonl --page benchmarks/optimizers.md
 
 In one step of twenty the gradient of one parameter is multiplied by a thousand, after the gradients
 were clipped by their norm. AdamW and Stable-SPAM each run at the rate that ``sweep.py`` found best
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from sweep import SEEDS, SETTINGS, read, summaries, trained
+from sweep import SEEDS, SETTINGS, Row, fill, of, read, summaries, trained
 from training import Run
 
 SHARE, SIZE = 0.05, 1e3
@@ -42,36 +42,42 @@ def with_spikes(seed: int) -> Callable[[Run], None]:
     return prepare
 
 
+def table(clean: list[Row], spiked: list[Row]) -> str:
+    """In Markdown, of what ``sweep.py`` wrote and of the rows with spikes."""
+    rates = {one.name: one.rate for one in summaries(clean)}
+    lines = ["| optimizer | without spikes | with spikes |", "| --- | --- | --- |"]
+    for name in NAMES:
+        runs = [
+            [of(rows, name, seed)[rates[name]].validation for seed in range(SEEDS)]
+            for rows in (clean, spiked)
+        ]
+        cells = [f"{mean(values):.3f} ± {stdev(values):.3f}" for values in runs]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(
     sweep: Annotated[Path, typer.Argument(help="What sweep.py wrote.")],
     out: Annotated[Path, typer.Option(help="Rows, one for each training.")] = Path(
         "runs/spikes.jsonl"
     ),
+    page: Annotated[Path | None, typer.Option(help="Where to write the table.")] = None,
 ) -> None:
     """Train, and print a table."""
-    rates = {one.name: one.rate for one in summaries(read(sweep))}
-    rows = read(out)
+    clean, rows = read(sweep), read(out)
+    rates = {one.name: one.rate for one in summaries(clean)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    print("| optimizer | without spikes | with spikes |\n| --- | --- | --- |")
-    clean = read(sweep)
     for name in NAMES:
-        spiked = []
         for seed in range(SEEDS):
-            found = [row for row in rows if (row.optimizer, row.seed) == (name, seed)]
-            if not found:
-                settings = replace(SETTINGS, optimizer=name, learning_rate=rates[name], seed=seed)
-                found = [trained(settings, with_spikes(seed))]
-                rows += found
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(found[0])) + "\n")
-            spiked.append(found[0].validation)
-        plain = [
-            row.validation
-            for row in clean
-            if row.optimizer == name and row.rate == rates[name] and row.seed < SEEDS
-        ]
-        cells = [f"{mean(values):.3f} ± {stdev(values):.3f}" for values in (plain, spiked)]
-        print(f"| {name} | {' | '.join(cells)} |")
+            if of(rows, name, seed):
+                continue
+            settings = replace(SETTINGS, optimizer=name, learning_rate=rates[name], seed=seed)
+            rows.append(trained(settings, with_spikes(seed)))
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(rows[-1])) + "\n")
+    print(table(clean, rows))
+    if page is not None:
+        fill(page, "spikes", table(clean, rows))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Train the small demo model with every optimizer, each at the best of some learning rates.
 
-    python examples/demo/sweep.py --out runs/sweep.jsonl
+    python examples/demo/sweep.py --out runs/sweep.jsonl --page benchmarks/optimizers.md
 
 Rates a factor of 2 apart are tried, beginning with the demo's, until the best one has worse ones
 on both sides; with that one other seeds follow. A row for each training is appended to the file,
-and what is there already is not trained again. The table and the figure are made from the rows.
+and what is there already is not trained again. The table and the figure are made from the rows; a
+page has the table between ``<!-- sweep -->`` and ``<!-- end -->``.
 """
 
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -182,11 +184,18 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def fill(page: Path, name: str, text: str) -> None:
+    """Write a table into its block of a page."""
+    block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    page.write_text(block.sub(rf"\1\n{text}\n\2", page.read_text(encoding="utf-8")), "utf-8")
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Rows, one for each training.")] = Path(
         "runs/sweep.jsonl"
     ),
     figure: Annotated[Path | None, typer.Option(help="Where to draw the curves.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Where to write the table.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Optimizers; all by default.")] = None,
 ) -> None:
     """Train with every optimizer, and print a table."""
@@ -200,6 +209,8 @@ def main(
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
     print(table(rows))
+    if page is not None:
+        fill(page, "sweep", table(rows))
     if figure is not None:
         plot(rows, figure)
 

@@ -86,11 +86,12 @@ def _found(
     optimizer: Optimizer, only: Collection[Tensor] | None
 ) -> Iterator[tuple[Part, Tensor, dict[str, Any]]]:
     position = -1
+    named = None if only is None else set(map(id, only))
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             position += 1
             gradient = parameter.grad
-            if gradient is None or (only is not None and not any(parameter is p for p in only)):
+            if gradient is None or (named is not None and id(parameter) not in named):
                 continue
             if gradient.layout != torch.strided:
                 raise TypeError(
