@@ -29,6 +29,10 @@ MATRIX_INSTRUCTION = {
 }
 
 
+WIDE_LOAD = r"ld\.global\S*\.(?:v4\.\w32|v2\.\w64)|global_load_dwordx4"
+"""Of 16 bytes by each thread."""
+
+
 def compiled(path: str | Path) -> list[dict[str, Any]]:
     """Reports of all kernels that the launches in a file lead to, on every architecture."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -94,6 +98,7 @@ def resources(arch: str, kernel: Any) -> dict[str, Any]:
             "shared": kernel.metadata.shared,
             "matrix": len(re.findall(MATRIX_INSTRUCTION[arch], text)),
             "matrix of sm_80": 0,
+            "wide loads": len(re.findall(WIDE_LOAD, text)),
         }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -111,6 +116,7 @@ def resources(arch: str, kernel: Any) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "matrix": len(re.findall(MATRIX_INSTRUCTION[arch], kernel.asm["ptx"])),
         "matrix of sm_80": len(re.findall(MATRIX_INSTRUCTION["sm_80"], kernel.asm["ptx"])),
+        "wide loads": len(re.findall(WIDE_LOAD, kernel.asm["ptx"])),
     }
 
 

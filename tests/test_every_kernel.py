@@ -38,6 +38,8 @@ from tilework.losses._classes.logits.common import LogitStats
 from tilework.losses._classes.logits.operators import logit_stats
 from tilework.norms import layer_norm, rms_norm
 from tilework.norms._row_norm import tiled as norm_tiled
+from tilework.optim import AdamW, Lion
+from tilework.optim._optimizer import step
 
 from helpers import HALF, assert_exact, dtype_name
 
@@ -196,6 +198,25 @@ def normalized(function: Callable[..., Any], **options: Any) -> Callable[..., An
     return call
 
 
+def stepped(kind: Any, **options: Any) -> Callable[..., list[Tensor]]:
+    """A step of parameters and gradients, and the states after it."""
+
+    def call(values: Tensor, implementation: str) -> list[Tensor]:
+        pairs = [one.chunk(2) for one in values.detach().clone().split((6, 14, 74))]
+        parameters = [torch.nn.Parameter(p) for p, _ in pairs]
+        for parameter, (_, gradient) in zip(parameters, pairs, strict=True):
+            parameter.grad = gradient
+        optimizer = kind(parameters, lr=0.1, weight_decay=0.1, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            if implementation == "triton":
+                patch.setattr(step, "_KERNEL_DEVICES", ("cpu",))
+            optimizer.step()
+        states = [optimizer.state[p][name] for p in parameters for name in optimizer.state[p]]
+        return [*[p.detach() for p in parameters], *[state for state in states if state.dim()]]
+
+    return call
+
+
 CALLS: dict[str, KernelCall] = {
     "attention_lse": KernelCall(
         attended,
@@ -240,6 +261,8 @@ CALLS: dict[str, KernelCall] = {
     "layer_norm": KernelCall(
         lambda: normal((21, 37), (21, 37), (37,), (37,)), normalized(layer_norm)
     ),
+    "adamw": KernelCall(lambda: normal((94,)), stepped(AdamW, amsgrad=True), differentiable=False),
+    "lion": KernelCall(lambda: normal((94,)), stepped(Lion), differentiable=False),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 
@@ -250,7 +273,7 @@ def sources() -> dict[str, list[str]]:
     root = Path(tilework.__file__).parent
     found = {}
     for path in sorted(root.rglob("*.py")):
-        names = re.findall(r"^@triton\.jit\ndef (\w+_kernel)\(", path.read_text(), re.M)
+        names = re.findall(r"^@triton\.jit(?:\(.*\))?\ndef (\w+_kernel)\(", path.read_text(), re.M)
         if names:
             parts = path.relative_to(root.parent).with_suffix("").parts
             found[".".join(parts).removesuffix(".__init__")] = names

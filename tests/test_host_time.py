@@ -12,4 +12,5 @@ def test_prints_a_time_for_each_call() -> None:
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     times = {line[:33].strip(): float(line.split()[-2]) for line in output.splitlines()}
     assert {"rms_norm", "layer_norm, with gradients", "rms_norm, backward"} < times.keys()
+    assert {"AdamW, 200 tensors", "torch's AdamW, foreach"} < times.keys()
     assert all(0 < microseconds < 1e5 for microseconds in times.values())

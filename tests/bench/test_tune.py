@@ -28,6 +28,7 @@ SIZES = {
     "block_sparse_decode": {"B": 2, "S": 256, "H": 4, "G": 2, "E": 16, "K": 3},
     "block_pooled_attention": {"L": 64, "H": 2, "E": 16, "B": 16},
     "losses": {"N": 20, "C": 100},
+    "optim": {"T": 3, "E": 1000},
 }
 # No kernel takes blocks that are no power of 2. Those of norms follow from limits, and others are
 # at most what a small problem has.

@@ -109,6 +109,7 @@ KERNELS = {
             "TILES.pool": "sum of blocks",
         },
     ),
+    **_kernels("optim._optimizer.triton", "optim", {"TILES": "adamw"}, candidate="tilework"),
 }
 
 

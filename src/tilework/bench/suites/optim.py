@@ -279,6 +279,13 @@ SUITE = Suite(
             package="heavyball",
             distribution="heavyball",
         ),
+        Candidate(
+            "bitsandbytes",
+            _peer("bitsandbytes.optim", {"adamw": "AdamW", "lion": "Lion"}),
+            package="bitsandbytes",
+            distribution="bitsandbytes",
+            devices=("cuda",),
+        ),
     ),
     composition="torch foreach",
     truth=truth,

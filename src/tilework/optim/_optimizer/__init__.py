@@ -207,6 +207,9 @@ class Optimizer(Declared, torch.optim.Optimizer):
     _constants: ClassVar[tuple[str, ...]] = ()
     """Options that compiled rules see as Python's numbers: a new value may need a new graph."""
 
+    _kernel: ClassVar[str | None] = None
+    """The name of the rule in ``triton.py``, beside an ``_update`` that has a kernel."""
+
     def _native(
         self, parts: Sequence[Part], steps: Sequence[Tensor], group: Numbers, maximize: bool
     ) -> bool:
@@ -345,19 +348,36 @@ class Optimizer(Declared, torch.optim.Optimizer):
     def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """The states of a parameter, those made that are missing."""
         state = self.state[parameter]
+        spec = self._states(parameter, group)
+        if group["rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
+            spec = {**spec, "compensation": PARAMETER}
+        try:
+            return {name: state[name] for name in spec}
+        except KeyError:  # in the first step
+            self._make_states(state, spec, parameter, group)
+            return {name: state[name] for name in spec}
+
+    def _counter_of(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """The number of a parameter's steps, made where it is missing."""
+        state = self.state[parameter]
         if "step" not in state:
             device = parameter.device if group["capturable"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        spec = dict(self._states(parameter, group))
+        step: Tensor = state["step"]
+        return step
+
+    def _make_states(
+        self,
+        state: dict[str, Any],
+        spec: Mapping[str, str | tuple[int, ...]],
+        parameter: Tensor,
+        group: Mapping[str, Any],
+    ) -> None:
         dtype = group["state_dtype"] or computation_dtype(parameter.dtype)
         for name, shape in spec.items():
             if name not in state:
-                state[name] = _zeros(shape, parameter, self._dtypes.get(name, dtype))
-        if group["rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
-            spec["compensation"] = PARAMETER
-            if "compensation" not in state:
-                state["compensation"] = _zeros(PARAMETER, parameter, torch.bfloat16)
-        return {name: state[name] for name in spec}
+                kept = torch.bfloat16 if name == "compensation" else self._dtypes.get(name, dtype)
+                state[name] = _zeros(shape, parameter, kept)
 
 
 def _evaluated(closure: Callable[[], Any] | None) -> Any:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import operator
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,9 +26,13 @@ class Member(NamedTuple):
 
     part: Part
     step: Tensor
-    t: Any
-    """The number of its steps with this one: an int, or a tensor if reading would synchronize."""
+    t: int | None
+    """The number of its steps with this one; None if reading it would synchronize."""
     group: dict[str, Any]
+
+    def number(self) -> Any:
+        """The number of its steps, a tensor if reading it would synchronize."""
+        return exact(self.step) if self.t is None else self.t
 
 
 def take(
@@ -44,25 +51,34 @@ def take(
     kinds: dict[Any, list[Member]] = defaultdict(list)
     for member in members:
         kinds[_kind(member)].append(member)
-    for kind in kinds.values():
-        group = kind[0].group
-        numbers = _plain(optimizer, group, given) | totals.get(id(group), {}) | {"t": kind[0].t}
-        numbers = _on(kind[0].part.parameter.device, numbers)
+
+    def numbers_of(member: Member, t: Any) -> dict[str, Any]:
+        group = member.group
+        numbers = _plain(optimizer, group, given) | totals.get(id(group), {}) | {"t": t}
+        numbers = _on(member.part.parameter.device, numbers)
         numbers |= optimizer._numbers(numbers)
-        numbers["decay"] = optimizer._decay(numbers)
-        _update(optimizer, kind, numbers, compiled or kind[0].group["compiled"])
+        return numbers | {"decay": optimizer._decay(numbers)}
+
+    for kind in kinds.values():
+        compile_ = compiled or kind[0].group["compiled"]
+        if not compile_ and _has_kernel(optimizer, kind[0]):
+            kind = _launch(optimizer, kind, numbers_of)
+        together = [kind] if kind and kind[0].t is not None else [[member] for member in kind]
+        for some in together:
+            _update(optimizer, some, numbers_of(some[0], some[0].number()), compile_)
 
 
 def _members(optimizer: Optimizer, only: Collection[Tensor] | None) -> list[Member]:
     """The parameters that have a gradient, their steps counted with this one."""
     found = list(_found(optimizer, only))
-    if not found:
-        return []
-    torch._foreach_add_([step for _, step, _ in found], 1)
-    readable = [step for _, step, group in found if not group["capturable"]]
-    read = iter(torch.stack(readable).tolist() if readable else ())
+    on_device = [step for _, step, group in found if group["capturable"]]
+    if on_device:
+        torch._foreach_add_(on_device, 1)
+    on_host = [step for _, step, group in found if not group["capturable"]]
+    if on_host:  # a number would become a tensor for each
+        torch._foreach_add_(on_host, torch.ones(()), alpha=1)
     return [
-        Member(part, step, exact(step) if group["capturable"] else int(next(read)), group)
+        Member(part, step, None if group["capturable"] else int(step.item()), group)
         for part, step, group in found
     ]
 
@@ -72,7 +88,6 @@ def _found(
 ) -> Iterator[tuple[Part, Tensor, dict[str, Any]]]:
     position = -1
     for group in optimizer.param_groups:
-        stochastic = group["rounding"] == "stochastic"
         for parameter in group["params"]:
             position += 1
             gradient = parameter.grad
@@ -82,12 +97,86 @@ def _found(
                 raise TypeError(
                     f"{type(optimizer).__name__}: gradients must be dense, got {gradient.layout}"
                 )
+            step = optimizer._counter_of(parameter, group)
             states = optimizer._state_of(parameter, group)
-            places = None
-            if stochastic and parameter.dtype == torch.bfloat16:
-                places = updates.places_of(parameter)
-            part = Part(parameter, gradient, states, places, position)
-            yield part, optimizer.state[parameter]["step"], group
+            yield Part(parameter, gradient, states, None, position), step, group
+
+
+def _is_stochastic(member: Member) -> bool:
+    return (
+        member.group["rounding"] == "stochastic" and member.part.parameter.dtype == torch.bfloat16
+    )
+
+
+def _placed(member: Member) -> Part:
+    """The part, with the places of its elements if rounding asks for them."""
+    part = member.part
+    if not _is_stochastic(member):
+        return part
+    return part._replace(places=updates.places_of(part.parameter))
+
+
+_KERNEL_DEVICES = ("cuda",)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _kernel_rule(optimizer: type[Optimizer]) -> str | None:
+    """The kernel's name of a rule; None for a class that has it from another and overrides it."""
+    owner = next(kind for kind in optimizer.__mro__ if "_update" in vars(kind))
+    name: str | None = vars(owner).get("_kernel")
+    return name
+
+
+def _has_kernel(optimizer: Optimizer, member: Member) -> bool:
+    """Whether there is a kernel that updates many tensors in one launch."""
+    return (
+        member.group["foreach"] is None
+        and member.part.parameter.device.type in _KERNEL_DEVICES
+        and _kernel_rule(type(optimizer)) is not None
+        and _has_triton()
+    )
+
+
+def _launch(
+    optimizer: Optimizer, kind: list[Member], numbers_of: Callable[[Member, Any], Numbers]
+) -> list[Member]:
+    """Update by a kernel what it can find; return the others."""
+    from tilework.optim._optimizer import triton
+
+    rule = _kernel_rule(type(optimizer))
+    assert rule is not None
+    places: list[int | None] = [0] * len(kind)
+    if _is_stochastic(kind[0]):
+        places = [updates.first_place(member.part.parameter) for member in kind]
+    left: list[Member] = []
+    ready: list[tuple[Member, Part, int]] = []
+    parts = updates.dense([member.part for member in kind])
+    for member, part, place in zip(kind, parts, places, strict=True):
+        if part is None or place is None:
+            left.append(member)
+        else:
+            ready.append((member, part, place))
+    if ready:
+        t: Any = kind[0].t
+        if t is None:
+            t = torch.stack([member.step for member, _, _ in ready]).double()
+        triton.launch(
+            rule,
+            [part for _, part, _ in ready],
+            [place for _, _, place in ready],
+            numbers_of(kind[0], t),
+            _way(kind[0]),
+        )
+    return left
+
+
+def _way(member: Member) -> Way:
+    group = member.group
+    return Way(group.get("maximize", False), group["rounding"], group["seed"])
 
 
 def exact(number: Tensor) -> Tensor:
@@ -97,16 +186,18 @@ def exact(number: Tensor) -> Tensor:
 
 def _kind(member: Member) -> Any:
     """What is updated together: alike in all but its elements."""
-    part, t = member.part, member.t
-    dtypes = tuple(state.dtype for state in part.states.values())
+    part = member.part
     return (
         id(member.group),
-        id(t) if isinstance(t, Tensor) else t,
+        member.t,
         part.parameter.dtype,
         part.parameter.device,
         part.gradient.dtype,
-        dtypes,
+        *map(_DTYPE, part.states.values()),
     )
+
+
+_DTYPE = operator.attrgetter("dtype")
 
 
 def _plain(optimizer: Optimizer, group: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +259,7 @@ def _totals(
             part.parameter.to(dtype),
             updates.computed_gradient(part.gradient, dtype, member.group.get("maximize", False)),
             updates.computed_states(part.states, dtype),
-            numbers[key] | {"t": member.t},
+            numbers[key] | {"t": member.number()},
         )
         for name, value in measured.items():
             if _checks.is_distributed(value):
@@ -187,8 +278,7 @@ def _totals(
 def _update(
     optimizer: Optimizer, members: list[Member], numbers: dict[str, Any], compiled: bool
 ) -> None:
-    group = members[0].group
-    way = Way(group.get("maximize", False), group["rounding"], group["seed"])
+    group, way = members[0].group, _way(members[0])
     rule = type(optimizer)._update
     call = updates.apply
     if compiled:
@@ -197,12 +287,12 @@ def _update(
     if not optimizer._elementwise:
         for member in members:
             if member.part.parameter.numel():
-                call(rule, updates.whole(member.part), numbers, way)
+                call(rule, updates.whole(_placed(member)), numbers, way)
         return
     members = [member for member in members if updates.local(member.part.parameter).numel()]
     if not members:
         return
-    parts = [updates.flat(member.part) for member in members]
+    parts = [updates.flat(_placed(member)) for member in members]
     if not compiled and group["foreach"] is None and not isinstance(numbers["t"], Tensor):
         steps = [member.step for member in members]
         if _is_plain(parts) and optimizer._native(parts, steps, numbers, way.maximize):

@@ -6,7 +6,9 @@ rule sees a whole tensor at a time.
 """
 
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -195,7 +197,49 @@ def _row_major(tensor: Tensor) -> Tensor:
 
 def _real(tensor: Tensor) -> Tensor:
     tensor = local(tensor)
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def dense(parts: Sequence[Part]) -> list[Part | None]:
+    """Parts of one dtype, each one after another in memory as kernels find it, or else None."""
+    if _are_dense(parts):
+        return list(parts)
+    return [part if _are_dense([part]) else _made_dense(part) for part in parts]
+
+
+def _made_dense(part: Part) -> Part | None:
+    part = flat(part)
+    part = part._replace(gradient=part.gradient.resolve_neg().contiguous())
+    return part if _are_dense([part]) else None
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def _are_dense(parts: Sequence[Part]) -> bool:
+    if parts[0].parameter.is_complex():
+        return False
+    tensors = list(itertools.chain.from_iterable(columns(parts)))
+    gradients = [part.gradient for part in parts]
+    return (
+        set(map(type, tensors)) <= _PLAIN
+        and all(map(Tensor.is_contiguous, tensors))
+        and not any(map(Tensor.is_neg, gradients))
+    )
+
+
+def columns(parts: Sequence[Part]) -> list[Sequence[Tensor]]:
+    """The parameters, the gradients, and the states of each name."""
+    return [
+        [part.parameter for part in parts],
+        [part.gradient for part in parts],
+        *zip(*(part.states.values() for part in parts), strict=True),
+    ]
+
+
+def addresses(parts: Sequence[Part]) -> list[list[int]]:
+    """Of the same."""
+    return [list(map(Tensor.data_ptr, column)) for column in columns(parts)]
 
 
 def blocks(part: Part, size: int) -> Iterator[Part]:
@@ -252,6 +296,20 @@ def scatter(joined: Part, parts: Sequence[Part]) -> None:
     torch._foreach_copy_([part.parameter for part in parts], torch.split(joined.parameter, sizes))
     for name, state in joined.states.items():
         torch._foreach_copy_([part.states[name] for part in parts], torch.split(state, sizes))
+
+
+def first_place(parameter: Tensor) -> int | None:
+    """The first of these, where the others follow it as the elements lie; otherwise None."""
+    here = local(parameter)
+    if not here.is_contiguous():
+        return None
+    if not is_distributed(parameter):
+        return 0
+    outer = next((dim for dim, size in enumerate(here.shape) if size > 1), here.dim())
+    if here.shape[outer + 1 :] != parameter.shape[outer + 1 :]:
+        return None
+    strides = [math.prod(parameter.shape[dim + 1 :]) for dim in range(parameter.dim())]
+    return sum(map(operator.mul, _torch.global_offset(parameter), strides))
 
 
 def places_of(parameter: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ class AdamW(DecoupledDecay, Optimizer):
     amsgrad: bool = option(False, flag)
 
     _accepts_complex = True
+    _kernel = "adamw"
 
     def _states(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         names = ("exp_avg", "exp_avg_sq") + ("max_exp_avg_sq",) * group["amsgrad"]

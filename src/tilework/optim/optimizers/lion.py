@@ -72,6 +72,7 @@ class Lion(DecoupledDecay, Optimizer):
     weight_decay: float = option(0.0, non_negative)
 
     _accepts_complex = True
+    _kernel = "lion"
 
     def _states(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         return {"exp_avg": PARAMETER}
