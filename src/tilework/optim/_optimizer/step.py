@@ -76,7 +76,7 @@ def _members(optimizer: Optimizer, only: Collection[Tensor] | None) -> list[Memb
         torch._foreach_add_(on_device, 1)
     on_host = [step for _, step, group in found if not group["capturable"]]
     if on_host:  # a number would become a tensor for each
-        torch._foreach_add_(on_host, torch.ones(()), alpha=1)
+        torch._foreach_add_(on_host, torch.ones((), device="cpu"), alpha=1)
     return [
         Member(part, step, None if group["capturable"] else int(step.item()), group)
         for part, step, group in found
