@@ -11,6 +11,7 @@ from tilework.optim._optimizer.updates import Part, Way
 STATES = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "adamw amsgrad": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    "adabelief": ("exp_avg", "exp_avg_var"),
     "lion": ("exp_avg",),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,8 +29,9 @@ def _call(
     if rounding == "kahan":
         states["compensation"] = parameter.clone()
     t = torch.ones(1, dtype=torch.float64) if capturable else 3
-    numbers: dict[str, Any] = {"betas": (0.9, 0.99), "lr": 0.1, "t": t, "decay": 0.01}
-    numbers |= {"step_size": 0.1 * t, "floor": 5e-9}
+    numbers: dict[str, Any] = {"betas": (0.9, 0.99), "lr": 0.1, "eps": 1e-8, "t": t, "decay": 0.01}
+    numbers |= {"step_size": 0.1 * t, "floor": 1e-8 * t, "root": 0.5, "adapts": 1.0}
+    numbers |= {"weight_decouple": True}
     parts = [Part(parameter, parameter.clone(), states, None, 0)]
     triton.launch(name.split()[0], parts, [0], numbers, Way(capturable, rounding, 0))
 

@@ -90,6 +90,18 @@ def adamw(p, g, states, numbers):
 
 
 @triton.jit
+def adabelief(p, g, states, numbers):
+    """As ``AdaBelief._update``; the last number is the decay that is part of the gradient."""
+    weight1, weight2, step_size, root, eps, adapts, decay = numbers
+    g += tl.where(decay == 0, 0.0, decay * p)
+    m = _lerp(states[0], g, weight1)
+    surprise = g - m
+    s = _lerp(states[1], surprise * surprise, weight2) + eps
+    scale = tl.where(adapts == 1, _sqrt(s) / root + eps, 1.0)
+    return p - step_size * (m / scale), (m, s)
+
+
+@triton.jit
 def lion(p, g, states, numbers):
     """As ``Lion._update``."""
     weight1, weight2, lr = numbers
@@ -308,12 +320,19 @@ def _weights(group: Numbers) -> tuple[float, float]:
     return 1 - beta1, 1 - beta2
 
 
-def _of_adamw(group: Numbers) -> tuple[Any, ...]:
-    return (*_weights(group), group["step_size"], group["floor"])
-
-
 RULES = {
-    "adamw": Rule(adamw, _of_adamw),
+    "adamw": Rule(adamw, lambda group: (*_weights(group), group["step_size"], group["floor"])),
+    "adabelief": Rule(
+        adabelief,
+        lambda group: (
+            *_weights(group),
+            group["step_size"],
+            group["root"],
+            group["eps"],
+            group["adapts"],
+            0.0 if group["weight_decouple"] else group["weight_decay"],
+        ),
+    ),
     "lion": Rule(lion, lambda group: (*_weights(group), group["lr"])),
 }
 

@@ -101,6 +101,7 @@ class AdaBelief(DecoupledDecay, Optimizer):
     rectify: bool = option(False, flag)
 
     _accepts_complex = True
+    _kernel = "adabelief"
 
     def _check(self, group: Mapping[str, Any]) -> None:
         if group["decouple_lr"] and not group["weight_decouple"]:
