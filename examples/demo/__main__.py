@@ -156,7 +156,7 @@ def report(paths: dict[str, Path], settings: Settings) -> None:
     console.print(f"Written to {out}: curves.png, sample.txt and the checkpoints.")
     one, other = (run["validation"][-1][1] for run in runs.values())
     difference = abs(one - other)
-    allowed = TOLERANCE[settings.device]
+    allowed = TOLERANCE[settings.device] * CHOICES[settings.optimizer].amplifies
     agree = difference <= allowed  # False for nan
     console.print(
         f"Validation losses {'agree' if agree else 'DISAGREE'}: they differ by {difference:.1e} "

@@ -20,6 +20,8 @@ class Choice:
     rate: float
     options: dict[str, Any] = field(default_factory=dict)
     takes_loss: bool = False
+    amplifies: float = 1.0
+    """How much further than by AdamW rounding errors let two exact models part."""
 
     def make(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
         """The optimizer of a model's parameters."""
@@ -49,19 +51,19 @@ MOMENTUM = {"momentum": 0.9}
 CHOICES = {
     "adamw": Choice(optim.AdamW, 5e-4, ADAM),
     "lion": Choice(optim.Lion, 1e-3, {"weight_decay": 0.1}),
-    "sgdw": Choice(optim.SGDW, 0.1, MOMENTUM),
-    "adafactor": Choice(optim.Adafactor, 0.05, {"relative_step": False}),
-    "adam_atan2": Choice(optim.AdamATan2, 2e-3),
+    "sgdw": Choice(optim.SGDW, 0.2, MOMENTUM),
+    "adafactor": Choice(optim.Adafactor, 0.1, {"relative_step": False}),
+    "adam_atan2": Choice(optim.AdamATan2, 4e-3),
     "adabelief": Choice(optim.AdaBelief, 2e-3),
     "adamp": Choice(optim.AdamP, 2e-3, ADAM),
-    "sgdp": Choice(optim.SGDP, 0.1, MOMENTUM),
+    "sgdp": Choice(optim.SGDP, 0.2, MOMENTUM),
     "stable_spam": Choice(optim.StableSPAM, 2e-3),
-    "steepest_descent": Choice(steepest, 0.05, MOMENTUM | {"nesterov": True}),
+    "steepest_descent": Choice(steepest, 0.025, MOMENTUM | {"nesterov": True}),
     "fadam": Choice(optim.FAdam, 2e-3),
-    "lamb": Choice(optim.LAMB, 0.01),
-    "lars": Choice(optim.LARS, 1.0, {"trust_coefficient": 0.02}),
-    "lawn": Choice(normalized, 2e-3, ADAM),
-    "ada_grad_norm": Choice(optim.AdaGradNorm, 1.0),
-    "alrsmag": Choice(optim.ALRSMAG, 0.1, {"lower_bound": 1.0}, takes_loss=True),
-    "alrshb": Choice(optim.ALRSHB, 0.1, {"lower_bound": 1.0}, takes_loss=True),
+    "lamb": Choice(optim.LAMB, 0.02),
+    "lars": Choice(optim.LARS, 0.5, {"trust_coefficient": 0.02}),
+    "lawn": Choice(normalized, 4e-3, ADAM),
+    "ada_grad_norm": Choice(optim.AdaGradNorm, 4.0),
+    "alrsmag": Choice(optim.ALRSMAG, 0.2, {"lower_bound": 1.0}, takes_loss=True, amplifies=50.0),
+    "alrshb": Choice(optim.ALRSHB, 0.1, {"lower_bound": 1.0}, takes_loss=True, amplifies=50.0),
 }

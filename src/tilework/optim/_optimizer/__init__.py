@@ -81,6 +81,7 @@ __all__ = [
     "function",
     "largest",
     "length",
+    "move",
     "non_negative",
     "of_whole",
     "non_positive",
@@ -489,6 +490,13 @@ def reset_(tensor: Tensor, condition: Any) -> Tensor:
     if isinstance(condition, Tensor):
         return tensor.copy_(torch.where(condition, 0.0, tensor))
     return tensor.zero_() if condition else tensor
+
+
+def move(p: Tensor, direction: Tensor, size: float | Tensor) -> Tensor:
+    """``p - size * direction``."""
+    if isinstance(size, Tensor):
+        return p - size * direction
+    return torch.sub(p, direction, alpha=size)
 
 
 def descend(p: Tensor, numerator: Tensor, denominator: Tensor, step_size: float | Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from tilework.optim._optimizer import (
     average,
     average_,
     decay_rates,
+    move,
     non_negative,
     option,
     rate,
@@ -80,6 +81,6 @@ class Lion(DecoupledDecay, Optimizer):
     @staticmethod
     def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
         beta1, beta2 = group["betas"]
-        direction = average(state["exp_avg"], g, beta1).sign()
+        direction = average(state["exp_avg"], g, beta1).sign_()
         average_(state["exp_avg"], g, beta2)
-        return p - group["lr"] * direction
+        return move(p, direction, group["lr"])

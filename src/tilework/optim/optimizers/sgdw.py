@@ -15,6 +15,7 @@ from tilework.optim._optimizer import (
     decay_rate,
     flag,
     fraction,
+    move,
     non_negative,
     option,
     rate,
@@ -99,4 +100,4 @@ class SGDW(DecoupledDecay, Optimizer):
         if "momentum_buffer" in state:
             b = state["momentum_buffer"].mul_(group["momentum"]).add_(group["fresh"] * g)
             u = g + group["momentum"] * b if group["nesterov"] else b
-        return p - group["lr"] * u
+        return move(p, u, group["lr"])
