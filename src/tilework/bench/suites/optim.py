@@ -64,6 +64,25 @@ def _lars(p: Tensor, g: Tensor) -> Tensor:
     return p - LR * ratio * (g + DECAY * p)
 
 
+def _projected(p: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, float]:
+    """As AdamP and SGDP take whole matrices to be scale-invariant; all channels never are here."""
+    size = _length(p)
+    is_orthogonal = (g * p).sum().abs() / (_length(g) * size) < 0.1 / p.numel() ** 0.5
+    if p.dim() < 2 or not is_orthogonal:
+        return u, 1.0
+    return u - p * (p * u).sum() / size.square(), 0.1
+
+
+def _adamp(p: Tensor, g: Tensor) -> Tensor:
+    u, factor = _projected(p, g, g / (g.abs() + EPS))
+    return p * (1 - LR * DECAY * factor) - LR * u
+
+
+def _sgdp(p: Tensor, g: Tensor) -> Tensor:
+    u, factor = _projected(p, g, g)
+    return p * (1 - LR * DECAY * factor / (1 - 0.9)) - LR * u
+
+
 def _length(x: Tensor) -> Tensor:
     return x.square().sum().sqrt()
 
@@ -77,7 +96,7 @@ def _rms(x: Tensor) -> Tensor:
 
 
 # What each optimizer makes of a parameter and a gradient in its first step, in closed form; and how
-# many states it holds for each element. No weight here is taken to be scale-invariant by AdamP.
+# many states it holds for each element.
 KINDS: dict[str, tuple[str, First, int]] = {
     "adamw": ("AdamW", _adam, 2),
     "lion": ("Lion", lambda p, g: p * (1 - LR * DECAY) - LR * g.sign(), 1),
@@ -93,8 +112,8 @@ KINDS: dict[str, tuple[str, First, int]] = {
     "fadam": ("FAdam", _fadam, 2),
     "lamb": ("LAMB", _lamb, 2),
     "lars": ("LARS", _lars, 1),
-    "adamp": ("AdamP", _adam, 2),
-    "sgdp": ("SGDP", lambda p, g: p * (1 - LR * DECAY / (1 - 0.9)) - LR * g, 1),
+    "adamp": ("AdamP", _adamp, 2),
+    "sgdp": ("SGDP", _sgdp, 1),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "sgdw": {"momentum": 0.9},

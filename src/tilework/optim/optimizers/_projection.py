@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilework.optim._optimizer import Numbers, largest, where
+from tilework.optim._optimizer import Numbers, largest, length, where
 
 
 def project(p: Tensor, g: Tensor, u: Tensor, group: Numbers) -> tuple[Tensor, Tensor | float]:
@@ -25,8 +25,8 @@ def _without_radius(
 ) -> tuple[Tensor, Tensor]:
     """The step without its part along the weights over some dimensions, and whether it is meant."""
     eps = group["eps"]
-    size = torch.linalg.vector_norm(p, dim=dims, keepdim=True)
-    steepness = torch.linalg.vector_norm(g, dim=dims, keepdim=True)
+    size = length(p, dims)
+    steepness = length(g, dims)
     product = (g * p).sum(dims, keepdim=True).abs()
     cosine = product / (steepness.clamp(min=eps) * size.clamp(min=eps))
     direction = p / (size + eps)
