@@ -11,18 +11,16 @@ from torch import Tensor
 from tilework.optim import AdaBelief
 
 import samples
-from optim.samples import Optimized, Options, draw_gradients
+from optim.samples import Optimized, Options, decay, draw_gradients
 
 
 def definition(p: Tensor, g: Tensor, state: dict[str, Tensor], options: Options, t: int) -> Tensor:
     beta1, beta2 = options["betas"]
-    eps, decay = options["eps"], options["weight_decay"]
-    zeros = torch.zeros_like(p)
-    rest = p
-    if not options["weight_decouple"]:
-        g = g + decay * p
-        if not options["decouple_lr"]:  # that of the table does not apply
-            rest = p + float(options["lr"]) * decay * p
+    eps, zeros, rest = options["eps"], torch.zeros_like(p), p
+    if options["weight_decouple"]:
+        rest = p - decay(options) * p
+    else:
+        g = g + options["weight_decay"] * p
     m = state["exp_avg"] = beta1 * state.get("exp_avg", zeros) + (1 - beta1) * g
     s = beta2 * state.get("exp_avg_var", zeros) + (1 - beta2) * (g - m) ** 2 + eps
     state["exp_avg_var"] = s
@@ -52,6 +50,7 @@ def optimizers() -> list[Optimized]:
                 {"lr": 0.02, "weight_decay": 0.1, "decouple_lr": True, "reference_lr": 0.1},
             ),
             is_complex=True,
+            standard_decay=False,
             refuses=(
                 (
                     "decouple_lr must be False",

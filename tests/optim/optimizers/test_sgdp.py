@@ -7,7 +7,7 @@ from tilework.optim import SGDP
 
 import samples
 from optim.optimizers.test_adamp import projected
-from optim.samples import Optimized, Options
+from optim.samples import Optimized, Options, draw_gradients
 
 
 def definition(p: Tensor, g: Tensor, state: dict[str, Tensor], options: Options, t: int) -> Tensor:
@@ -39,6 +39,18 @@ def optimizers() -> list[Optimized]:
             ),
         )
     ]
+
+
+def test_the_buffer_is_not_projected() -> None:
+    parameter = torch.nn.Parameter(torch.randn(4, 3))
+    optimizer = SGDP([parameter], lr=0.1, momentum=0.5, delta=1e6)
+    expected = torch.zeros(4, 3)
+    for _ in range(3):
+        draw_gradients([parameter])
+        assert parameter.grad is not None
+        expected = 0.5 * expected + parameter.grad
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[parameter]["momentum_buffer"], expected)
 
 
 def test_dampening_acts_from_the_first_step() -> None:

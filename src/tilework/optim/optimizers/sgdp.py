@@ -78,6 +78,10 @@ class SGDP(Optimizer):
         >>> weight.data
         tensor([[3.4000, 3.7000]])
 
+    Deviations:
+        Without ``nesterov`` the released code projects in place what is its buffer too. Here the
+        buffer keeps the momentum as it is, as in the paper.
+
     Reference:
         Byeongho Heo, Sanghyuk Chun, Seong Joon Oh, and others. AdamP: Slowing Down the Slowdown for
         Momentum Optimizers on Scale-invariant Weights. 2020. arXiv:2006.08217.

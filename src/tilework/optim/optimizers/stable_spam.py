@@ -74,7 +74,7 @@ class StableSPAM(DecoupledDecay, Optimizer):
             - \eta\, \frac{m / (1 - \beta_1^k)}{\sqrt{v / (1 - \beta_2^k)} + \epsilon}
 
     With ``total_steps`` = :math:`T`, both :math:`\beta_1` and :math:`\gamma_1` are multiplied by a
-    cosine from 1 to ``eta_min``, :math:`q = \texttt{eta\_min} + (1 - \texttt{eta\_min})
+    cosine from 1 towards ``eta_min``, :math:`q = \texttt{eta\_min} + (1 - \texttt{eta\_min})
     (1 + \cos(\pi \min(t, T) / (T + 1))) / 2`.
 
     Args:
@@ -88,7 +88,7 @@ class StableSPAM(DecoupledDecay, Optimizer):
         theta: What the mean of the largest element keeps of itself, from 0 to below 1.
         reset_interval: The number of steps from one reset to the next, at least 0; 0 is none.
         total_steps: The number of steps of the cosine, at least 1; None is without it.
-        eta_min: Where the cosine ends, from 0 to 1.
+        eta_min: What the cosine falls to, from 0 to 1.
         <shared>
 
     Raises:
