@@ -206,6 +206,7 @@ def _plain(optimizer: Optimizer, group: dict[str, Any], given: dict[str, Any]) -
 def _number(value: Any, default: Any) -> Any:
     if isinstance(value, Tensor):
         return float(value) if _checks.holds_values(value) else exact(value)
+    value = _checks.plain(value)
     if isinstance(default, float) and type(value) is int:
         return float(value)
     return value
