@@ -64,7 +64,7 @@ class Optimized(samples.Sample):
             yield lambda: self.function([group], **self.accepts)
 
 
-def draw_gradients(parameters: Sequence[Tensor], like: Tensor | None = None) -> None:
+def draw_gradients(parameters: Sequence[Tensor]) -> None:
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, dtype=torch.float64).to(parameter.dtype)
 

@@ -533,6 +533,8 @@ def test_complex_parameters_are_pairs(sample: Optimized) -> None:
         assert all(
             state.is_complex() for name, state in whole.state[complex_].items() if name != "step"
         )
+        with pytest.raises(ValueError, match="params must not be lazily conjugated"):
+            sample.function([torch.nn.Parameter(complex_.detach().conj())], **options)
         with pytest.raises(ValueError, match="state_dtype must be None for complex"):
             sample.function([complex_], **(options | {"state_dtype": torch.float32}))
 

@@ -36,6 +36,15 @@ def test_what_is_not_dense_stays_as_it_is() -> None:
     assert updates.flat(transposed).parameter.shape == (3, 4)
 
 
+def test_lazily_conjugated_parameters_are_refused() -> None:
+    """Their real numbers would be a copy, and the step lost; such gradients are read."""
+    parameter = torch.randn(3, dtype=torch.complex64)
+    with pytest.raises(RuntimeError, match="view_as_real"):
+        updates.flat(part(parameter.conj()))
+    flat = updates.flat(part(parameter)._replace(gradient=parameter.conj()))
+    assert torch.equal(flat.gradient, torch.view_as_real(parameter.conj_physical()).reshape(-1))
+
+
 def test_batches_hold_no_more_than_they_may() -> None:
     parts = [part(torch.randn(size)) for size in (3, 3, 3, 4, 1)]
     batches = list(updates.batches(parts, 6))

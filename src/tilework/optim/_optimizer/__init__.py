@@ -74,6 +74,7 @@ __all__ = [
     "decay_rate",
     "decay_rates",
     "descend",
+    "evaluated",
     "exact",
     "finite",
     "flag",
@@ -272,6 +273,8 @@ class Optimizer(Declared, torch.optim.Optimizer):
             raise ValueError(f"{self._name}: params must be leaf tensors, got one that is computed")
         if not (parameter.is_floating_point() or parameter.is_complex()):
             raise _checks.bad_type(self._name, "params", "of floating dtypes", parameter)
+        if parameter.is_conj():  # its real numbers would be a copy, and the step lost
+            raise ValueError(f"{self._name}: params must not be lazily conjugated")
         if parameter.is_complex():
             if not self._accepts_complex:
                 raise _checks.bad_type(self._name, "params", "real", parameter)
@@ -341,7 +344,7 @@ class Optimizer(Declared, torch.optim.Optimizer):
         Returns:
             What ``closure`` returned, or None.
         """
-        loss = _evaluated(closure)
+        loss = evaluated(closure)
         if not self._in_backward:
             _take(self, torch.compiler.is_compiling())
         return loss
@@ -381,7 +384,8 @@ class Optimizer(Declared, torch.optim.Optimizer):
                 state[name] = _zeros(shape, parameter, kept)
 
 
-def _evaluated(closure: Callable[[], Any] | None) -> Any:
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """What a closure returns, which needs gradients; None without one."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -418,7 +422,7 @@ class LossOptimizer(Optimizer):
         """
         if (closure is None) == (loss is None):
             raise ValueError(f"{self._name}: either closure or loss must be given")
-        result = _evaluated(closure)
+        result = evaluated(closure)
         loss = self._checked_loss(result if loss is None else loss)
         if not self._in_backward:
             _take(self, torch.compiler.is_compiling(), loss=loss)
@@ -554,7 +558,7 @@ def of_whole(function: Callable[..., Any], tensor: Tensor) -> Any:
 def length(tensor: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     """The Euclidean norm of all elements, those of all shards too, or over some dimensions.
 
-    PyTorch's own norm adds up one after another on the CPU, and loses four digits in millions.
+    PyTorch's own adds up one after another on the CPU, and loses digits in large tensors.
     """
     if dims is not None:
         return tensor.square().sum(dims, keepdim=True).sqrt()

@@ -60,8 +60,9 @@ def take(
 
     for kind in kinds.values():
         compile_ = compiled or kind[0].group["compiled"]
-        if not compile_ and _has_kernel(optimizer, kind[0]):
-            kind = _launch(optimizer, kind, numbers_of)
+        rule = None if compile_ else _kernel_of(optimizer, kind[0])
+        if rule is not None:
+            kind = _launch(rule, kind, numbers_of)
         together = [kind] if kind and kind[0].t is not None else [[member] for member in kind]
         for some in together:
             _update(optimizer, some, numbers_of(some[0], some[0].number()), compile_)
@@ -131,24 +132,20 @@ def _kernel_rule(optimizer: type[Optimizer]) -> str | None:
     return name
 
 
-def _has_kernel(optimizer: Optimizer, member: Member) -> bool:
-    """Whether there is a kernel that updates many tensors in one launch."""
-    return (
-        member.group["foreach"] is None
-        and member.part.parameter.device.type in _KERNEL_DEVICES
-        and _kernel_rule(type(optimizer)) is not None
-        and _has_triton()
-    )
+def _kernel_of(optimizer: Optimizer, member: Member) -> str | None:
+    """The rule of a kernel that updates many tensors in one launch, if there is one."""
+    on_device = member.part.parameter.device.type in _KERNEL_DEVICES
+    if member.group["foreach"] is not None or not on_device or not _has_triton():
+        return None
+    return _kernel_rule(type(optimizer))
 
 
 def _launch(
-    optimizer: Optimizer, kind: list[Member], numbers_of: Callable[[Member, Any], Numbers]
+    rule: str, kind: list[Member], numbers_of: Callable[[Member, Any], Numbers]
 ) -> list[Member]:
     """Update by a kernel what it can find; return the others."""
     from tilework.optim._optimizer import triton
 
-    rule = _kernel_rule(type(optimizer))
-    assert rule is not None
     places: list[int | None] = [0] * len(kind)
     if _is_stochastic(kind[0]):
         places = [updates.first_place(member.part.parameter) for member in kind]

@@ -100,13 +100,12 @@ def keep_states(states: Mapping[str, Tensor], computed: Mapping[str, Tensor]) ->
 
 def _write(part: Part, old: Tensor, new: Tensor, numbers: Numbers, way: Way) -> None:
     parameter = local(part.parameter)
-    if parameter.dtype != torch.bfloat16 or way.rounding == "nearest":
-        parameter.copy_(new)
-    elif way.rounding == "stochastic":
+    if part.places is not None:
         step = numbers["t"]
         step = step.long() if isinstance(step, Tensor) else int(step)
-        assert part.places is not None
         parameter.copy_(rounding.stochastic(new, part.places, step, part.position, way.seed))
+    elif parameter.dtype != torch.bfloat16 or way.rounding != "kahan":
+        parameter.copy_(new)
     else:
         compensation = local(part.states["compensation"])
         stored, lacking = rounding.compensated(old, new, compensation.to(old.dtype))
@@ -170,7 +169,7 @@ def flat(part: Part) -> Part:
     """
     parameter, gradient, states, places, position = part
     if is_distributed(parameter) or parameter.is_complex():
-        gradient = _real(like(gradient, parameter))
+        gradient = _real(local(like(gradient, parameter)).resolve_conj())
         parameter = _real(parameter)
         states = {name: _real(state) for name, state in states.items()}
     if parameter.is_contiguous() and all(state.is_contiguous() for state in states.values()):
@@ -199,7 +198,7 @@ def _row_major(tensor: Tensor) -> Tensor:
 
 def _real(tensor: Tensor) -> Tensor:
     tensor = local(tensor)
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def dense(parts: Sequence[Part]) -> list[Part | None]:

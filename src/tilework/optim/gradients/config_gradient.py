@@ -214,8 +214,7 @@ class MomentumConFIG:
         self._counts = [0] * self.num_losses
         self._step = 0
         self._exp_avgs: list[Tensor] = []  # one for each loss, from the first gradient on
-        self._previous: Tensor | None = None
-        self._exp_avg_sq: Tensor | None = None
+        self._running: tuple[Tensor, Tensor] | None = None  # the previous mean, the squares
 
     @torch.no_grad()
     def update(self, index: int, grad: Tensor) -> Tensor:
@@ -240,18 +239,16 @@ class MomentumConFIG:
         else:
             zeros = torch.zeros_like(grad, dtype=computation_dtype(grad.dtype))
             self._exp_avgs = [zeros] * self.num_losses
-            self._previous = self._exp_avg_sq = zeros
+            self._running = zeros, zeros
         # The states are never changed in place: a ``state_dict`` stays as it was.
         self._counts[index] += 1
         old = self._exp_avgs[index]
         self._exp_avgs[index] = old.lerp(grad.to(old.dtype), 1 - self.betas[0])
-        if 0 in self._counts:
+        if self._running is None or 0 in self._counts:
             return torch.zeros_like(grad)
-        return self._update().to(grad.dtype)
+        return self._update(*self._running).to(grad.dtype)
 
-    def _update(self) -> Tensor:
-        assert self._previous is not None
-        assert self._exp_avg_sq is not None
+    def _update(self, previous: Tensor, exp_avg_sq: Tensor) -> Tensor:
         beta1, beta2 = self.betas
         self._step += 1
         means = [
@@ -260,19 +257,20 @@ class MomentumConFIG:
         ]
         combined = config_gradient(means)
         mean = (1 - beta1**self._step) * combined
-        gradient = (mean - beta1 * self._previous) / (1 - beta1)
-        self._previous = mean
-        self._exp_avg_sq = self._exp_avg_sq.lerp(gradient.square(), 1 - beta2)
-        return combined / ((self._exp_avg_sq / (1 - beta2**self._step)).sqrt() + self.eps)
+        gradient = (mean - beta1 * previous) / (1 - beta1)
+        exp_avg_sq = exp_avg_sq.lerp(gradient.square(), 1 - beta2)
+        self._running = mean, exp_avg_sq
+        return combined / ((exp_avg_sq / (1 - beta2**self._step)).sqrt() + self.eps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts and averages, which :meth:`load_state_dict` takes."""
+        previous, exp_avg_sq = self._running or (None, None)
         return {
             "counts": list(self._counts),
             "step": self._step,
             "exp_avgs": list(self._exp_avgs),
-            "previous": self._previous,
-            "exp_avg_sq": self._exp_avg_sq,
+            "previous": previous,
+            "exp_avg_sq": exp_avg_sq,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -286,5 +284,5 @@ class MomentumConFIG:
         self._counts = list(counts)
         self._step = state_dict["step"]
         self._exp_avgs = list(state_dict["exp_avgs"])
-        self._previous = state_dict["previous"]
-        self._exp_avg_sq = state_dict["exp_avg_sq"]
+        running = state_dict["previous"], state_dict["exp_avg_sq"]
+        self._running = None if running[0] is None else running

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework.catalog import implements
-from tilework.optim._optimizer import flag
+from tilework.optim._optimizer import evaluated, flag
 from tilework.optim.gradients.tangent_project import unit_and_norm
 
 __all__ = ["LAWN"]
@@ -154,10 +154,7 @@ class LAWN(torch.optim.Optimizer):
         Returns:
             What ``closure`` returned, or None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         if self.step_count < self.free_steps:
             self.optimizer.step()
         else:
