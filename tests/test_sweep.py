@@ -32,10 +32,11 @@ def row(sweep: Any, rate: float, validation: float, seed: int = 0) -> Any:
     return sweep.Row("adamw", rate, seed, 300, validation, 5.0, 8.0, [(300, validation)])
 
 
-def test_rates_are_tried_until_the_best_has_worse_ones_beside_it(demo: Any) -> None:
+@pytest.mark.parametrize("part", [4, 0.25])
+def test_rates_are_tried_until_the_best_has_worse_ones_beside_it(demo: Any, part: float) -> None:
     sweep = demo["sweep"]
     rows: list[Any] = []
-    best = 4 * sweep.CHOICES["adamw"].rate
+    best = part * sweep.CHOICES["adamw"].rate
     while (settings := sweep.next_training(rows, "adamw")) is not None:
         assert len(rows) < 20
         distance = abs(math.log2(settings.learning_rate / best))
