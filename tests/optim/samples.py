@@ -33,6 +33,8 @@ class Optimized(samples.Sample):
     elementwise: bool = True
     together: bool = False
     """Whether the step needs all gradients: ``definition`` takes and returns lists."""
+    rounds_alike: bool = True
+    """Whether the result of an element does not depend on where it lies among others."""
     takes_groups: bool = True
     """Whether any parameters make a group."""
     takes_loss: bool = False

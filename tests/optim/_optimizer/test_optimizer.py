@@ -1,6 +1,8 @@
 """The base of optimizers, by toys that show what no optimizer has alone."""
 
 import copy
+import gc
+import itertools
 from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Any
@@ -14,7 +16,9 @@ from tilework.optim._optimizer import (
     DecoupledDecay,
     Numbers,
     Optimizer,
+    dot,
     function,
+    largest,
     option,
     optional,
     rate,
@@ -132,6 +136,46 @@ def test_numbers_choose_as_tensors_do() -> None:
         chosen = where(torch.tensor(t) > 1, 0.1, torch.tensor(0.2))
         assert chosen.dtype == torch.float64
         assert float(chosen) == pytest.approx(where(t > 1, 0.1, 0.2))
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (40, 3), (5, 4, 6), (3, 50)])
+@pytest.mark.parametrize("block", [6, 64, 2**17])
+def test_products_are_summed_in_blocks(
+    shape: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(updates, "CPU", updates.CPU._replace(block=block))
+    a, b = torch.randn(2, *shape, dtype=torch.float64)
+    torch.testing.assert_close(dot(a, b), torch.einsum("...,...->...", a, b).sum())
+    for count in range(1, len(shape) + 1):
+        for dims in itertools.combinations(range(len(shape)), count):
+            expected = a.multiply(b).numpy().sum(dims, keepdims=True)
+            torch.testing.assert_close(dot(a, b, dims), torch.from_numpy(expected))
+
+
+def test_the_largest_may_be_negative() -> None:
+    assert largest(torch.tensor([1.0, -3.0, 2.0])) == 3
+    assert largest(torch.tensor([1.0, -3.0, 4.0])) == 4
+    assert largest(torch.tensor([1.0, torch.nan])).isnan()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_step_leaves_the_garbage_collector_as_it_was(enabled: bool) -> None:
+    seen = []
+
+    def transform(gradient: Tensor) -> Tensor:
+        seen.append(gc.isenabled())
+        raise ValueError("transform")
+
+    optimizer = Mapped([parameter(1.0)], transform=transform)
+    before = gc.isenabled()
+    try:
+        gc.enable() if enabled else gc.disable()
+        with pytest.raises(ValueError, match="transform"):
+            optimizer.step()
+        assert seen == [False]
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable() if before else gc.disable()
 
 
 @pytest.mark.untyped

@@ -35,6 +35,7 @@ def optimizers() -> list[Optimized]:
                 {"lr": 0.02, "weight_decay": 0.1, "decouple_lr": True, "reference_lr": 0.1},
             ),
             is_complex=True,
+            rounds_alike=False,  # torch.atan2 differs in the last elements of a tensor
             refuses=(
                 ("a must be a finite number of at least 0", ValueError, {"a": -1.0}),
                 ("b must be a finite number of at least 0", ValueError, {"b": -1.0}),

@@ -67,6 +67,7 @@ __all__ = [
     "Part",
     "average",
     "average_",
+    "average_square_",
     "bias_corrections",
     "check_nesterov",
     "cos",
@@ -74,6 +75,7 @@ __all__ = [
     "decay_rate",
     "decay_rates",
     "descend",
+    "dot",
     "evaluated",
     "exact",
     "finite",
@@ -489,6 +491,14 @@ def average_(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
     return old.lerp_(new, 1 - keep)
 
 
+def average_square_(old: Tensor, new: Tensor, keep: float | Tensor) -> Tensor:
+    """A step of a running mean of squares, in place."""
+    if isinstance(keep, Tensor):
+        return average_(old, new * new, keep)
+    new = updates.like(new.to(old.dtype), old)
+    return old.mul_(keep).addcmul_(new, new, value=1 - keep)
+
+
 def reset_(tensor: Tensor, condition: Any) -> Tensor:
     """Set a tensor to zero in place if a condition holds, whatever it has been."""
     if isinstance(condition, Tensor):
@@ -499,14 +509,14 @@ def reset_(tensor: Tensor, condition: Any) -> Tensor:
 def move(p: Tensor, direction: Tensor, size: float | Tensor) -> Tensor:
     """``p - size * direction``."""
     if isinstance(size, Tensor):
-        return p - size * direction
+        return torch.addcmul(p, direction, size.to(p.dtype), value=-1)
     return torch.sub(p, direction, alpha=size)
 
 
 def descend(p: Tensor, numerator: Tensor, denominator: Tensor, step_size: float | Tensor) -> Tensor:
     """``p - step_size * numerator / denominator``."""
     if isinstance(step_size, Tensor):
-        return p - step_size * (numerator / denominator)
+        return move(p, numerator / denominator, step_size)
     return torch.addcdiv(p, numerator, denominator, value=-step_size)
 
 
@@ -530,12 +540,14 @@ def cos(angle: Any) -> Any:
 
 
 def largest(tensor: Tensor) -> Tensor:
-    """The largest element of a tensor that is not negative; of a distributed one, of all shards."""
-    if not _checks.is_distributed(tensor):
-        return tensor.amax()
-    local = tensor.to_local()  # type: ignore[attr-defined]
-    value = local.amax() if local.numel() else local.new_zeros(())  # which DTensor cannot tell
-    return _torch.largest_of_shards(value, tensor)
+    """The largest absolute value of a tensor; of a distributed one, of all shards."""
+    local = updates.local(tensor)
+    if local.numel():
+        low, high = local.aminmax()
+        value = torch.maximum(-low, high)
+    else:
+        value = local.new_zeros(())  # which DTensor cannot tell
+    return _torch.largest_of_shards(value, tensor) if _checks.is_distributed(tensor) else value
 
 
 def of_whole(function: Callable[..., Any], tensor: Tensor) -> Any:
@@ -555,14 +567,32 @@ def of_whole(function: Callable[..., Any], tensor: Tensor) -> Any:
     return tuple(map(placed, results)) if isinstance(results, tuple) else placed(results)
 
 
-def length(tensor: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
-    """The Euclidean norm of all elements, those of all shards too, or over some dimensions.
+def dot(a: Tensor, b: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """The sum of the products of all elements, or over some dimensions, which stay with size 1.
 
-    PyTorch's own adds up one after another on the CPU, and loses digits in large tensors.
+    Dimensions are counted from the first. PyTorch's own norms and products add up one after another
+    on the CPU, and lose digits in large tensors.
     """
-    if dims is not None:
-        return tensor.square().sum(dims, keepdim=True).sqrt()
-    norm = tensor.square().sum().sqrt()
+
+    def summed(a: Tensor, b: Tensor) -> Tensor:
+        products = a * b
+        return products.sum() if dims is None else products.sum(dims, keepdim=True)
+
+    rows = updates.rows_of_block(a)
+    if rows is not None:
+        parts = [
+            summed(*pieces)
+            for pieces in zip(torch.split(a, rows), torch.split(b, rows), strict=True)
+        ]
+        if dims is not None and 0 not in dims:
+            return torch.cat(parts)
+        return torch.stack(parts).sum(0)
+    return summed(a, b)
+
+
+def length(tensor: Tensor) -> Tensor:
+    """The Euclidean norm of all elements, those of all shards too."""
+    norm = dot(tensor, tensor).sqrt()
     return norm.full_tensor() if _checks.is_distributed(norm) else norm  # type: ignore[attr-defined]
 
 

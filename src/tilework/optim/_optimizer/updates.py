@@ -59,6 +59,17 @@ CPU = Sizes(2**14, 2**17, 2**17)
 OTHER = Sizes(2**20, 2**24, 2**62)
 
 
+def rows_of_block(tensor: Tensor) -> int | None:
+    """How many rows of a large tensor, along its first dimension, stay in a CPU's cache.
+
+    None where it is not large, or not computed in blocks.
+    """
+    rows = CPU.block * len(tensor) // tensor.numel() if tensor.dim() and tensor.numel() else 0
+    if not 0 < rows < len(tensor) or is_distributed(tensor) or tensor.device.type != "cpu":
+        return None
+    return None if torch.compiler.is_compiling() else rows
+
+
 def apply(rule: Rule, part: Part, numbers: Numbers, way: Way) -> None:
     """Compute what a rule makes of a part, and write it into the part's tensors."""
     dtype = computation_dtype(part.parameter.dtype)
@@ -203,21 +214,22 @@ def _real(tensor: Tensor) -> Tensor:
 
 def dense(parts: Sequence[Part]) -> list[Part | None]:
     """Parts of one dtype, each one after another in memory as kernels find it, or else None."""
-    if _are_dense(parts):
+    if are_dense(parts):
         return list(parts)
-    return [part if _are_dense([part]) else _made_dense(part) for part in parts]
+    return [part if are_dense([part]) else _made_dense(part) for part in parts]
 
 
 def _made_dense(part: Part) -> Part | None:
     part = flat(part)
     part = part._replace(gradient=part.gradient.resolve_neg().contiguous())
-    return part if _are_dense([part]) else None
+    return part if are_dense([part]) else None
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
-def _are_dense(parts: Sequence[Part]) -> bool:
+def are_dense(parts: Sequence[Part]) -> bool:
+    """Whether the elements of each lie one after another, as kernels find them."""
     if parts[0].parameter.is_complex():
         return False
     tensors = list(itertools.chain.from_iterable(columns(parts)))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilework.optim._optimizer import Numbers, largest, length, where
+from tilework.optim._optimizer import Numbers, dot, largest, where
 
 
 def project(p: Tensor, g: Tensor, u: Tensor, group: Numbers) -> tuple[Tensor, Tensor | float]:
@@ -14,22 +14,18 @@ def project(p: Tensor, g: Tensor, u: Tensor, group: Numbers) -> tuple[Tensor, Te
     """
     if p.dim() < 2:
         return u, 1.0
-    for_channels, channels = _without_radius(p, g, u, tuple(range(1, p.dim())), group)
-    for_layer, layer = _without_radius(p, g, u, tuple(range(p.dim())), group)
-    u = torch.where(channels, for_channels, torch.where(layer, for_layer, u))
-    return u, where(channels | layer, group["wd_ratio"], 1.0)
+    dims = tuple(range(1, p.dim()))
+    products = [dot(*pair, dims) for pair in ((p, p), (g, g), (g, p), (u, p))]
+    channels, of_channels = _radial(products, p.numel() // len(p), group)
+    layer, of_layer = _radial([each.sum() for each in products], p.numel(), group)
+    radial = torch.where(channels, of_channels, torch.where(layer, of_layer, 0.0))
+    return u - radial * p, where(channels | layer, group["wd_ratio"], 1.0)
 
 
-def _without_radius(
-    p: Tensor, g: Tensor, u: Tensor, dims: tuple[int, ...], group: Numbers
-) -> tuple[Tensor, Tensor]:
-    """The step without its part along the weights over some dimensions, and whether it is meant."""
+def _radial(products: list[Tensor], elements: int, group: Numbers) -> tuple[Tensor, Tensor]:
+    """Whether the step is to lose its part along the weights, and what that is in their units."""
+    pp, gg, gp, up = products
     eps = group["eps"]
-    size = length(p, dims)
-    steepness = length(g, dims)
-    product = (g * p).sum(dims, keepdim=True).abs()
-    cosine = product / (steepness.clamp(min=eps) * size.clamp(min=eps))
-    direction = p / (size + eps)
-    radial = (direction * u).sum(dims, keepdim=True)
-    elements = p.numel() / size.numel()
-    return u - radial * direction, largest(cosine) < group["delta"] / elements**0.5
+    size = pp.sqrt()
+    cosine = gp.abs() / (gg.sqrt().clamp(min=eps) * size.clamp(min=eps))
+    return largest(cosine) < group["delta"] / elements**0.5, up / (size + eps) ** 2

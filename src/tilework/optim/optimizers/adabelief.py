@@ -13,8 +13,10 @@ from tilework.optim._optimizer import (
     Numbers,
     Optimizer,
     average_,
+    average_square_,
     bias_corrections,
     decay_rates,
+    descend,
     flag,
     non_negative,
     option,
@@ -134,7 +136,7 @@ class AdaBelief(DecoupledDecay, Optimizer):
         if not group["weight_decouple"]:
             g = g + group["weight_decay"] * p
         m = average_(state["exp_avg"], g, beta1)
-        surprise = g - m
-        s = average_(state["exp_avg_var"], surprise * surprise, beta2).add_(group["eps"])
-        scale = s.sqrt() / group["root"] + group["eps"]
-        return p - group["step_size"] * (m / where(group["adapts"] == 1, scale, 1.0))
+        s = average_square_(state["exp_avg_var"], g - m, beta2).add_(group["eps"])
+        scale = s.sqrt().div_(group["root"]).add_(group["eps"])
+        scale = where(group["adapts"] == 1, scale, scale.new_ones(()))
+        return descend(p, m, scale, group["step_size"])

@@ -13,6 +13,7 @@ from tilework.optim._optimizer import (
     Optimizer,
     average,
     average_,
+    dot,
     flag,
     non_negative,
     non_positive,
@@ -137,20 +138,22 @@ class Adafactor(Optimizer):
     @staticmethod
     def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
         beta2, (eps1, eps2) = group["beta2"], group["eps"]
-        square = g * g + eps1
         if "exp_avg_sq" in state:
-            u = g * average_(state["exp_avg_sq"], square, beta2).rsqrt()
+            u = g * average_(state["exp_avg_sq"], g * g + eps1, beta2).rsqrt()
         else:
-            row = average(state["exp_avg_sq_row"], square.mean(-1), beta2)
-            column = average(state["exp_avg_sq_col"], square.mean(-2), beta2)
+            rows, columns = g.dim() - 2, g.dim() - 1
+            of_rows = dot(g, g, (columns,)).squeeze(columns) / g.shape[columns] + eps1
+            of_columns = dot(g, g, (rows,)).squeeze(rows) / g.shape[rows] + eps1
+            row = average(state["exp_avg_sq_row"], of_rows, beta2)
+            column = average(state["exp_avg_sq_col"], of_columns, beta2)
             state["exp_avg_sq_row"], state["exp_avg_sq_col"] = row, column
             row = row / row.mean(-1, keepdim=True)
-            u = g * row.rsqrt().unsqueeze(-1) * column.rsqrt().unsqueeze(-2)
-        u = u / (rms(u) / group["clip_threshold"]).clamp(min=1.0)
+            u = (g * row.rsqrt().unsqueeze(-1)).mul_(column.rsqrt().unsqueeze(-2))
         alpha = group["rho"]
         if group["scale_parameter"]:
             alpha = alpha * rms(p).clamp(min=eps2)
-        u = alpha * u
+        size = alpha / (rms(u) / group["clip_threshold"]).clamp(min=1.0)
+        u = u.mul_(size)
         if "exp_avg" in state:
             u = average_(state["exp_avg"], u, group["beta1"])
-        return p - group["weight_decay"] * alpha * p - u
+        return p * (1 - group["weight_decay"] * alpha) - u

@@ -14,8 +14,10 @@ from tilework.optim._optimizer import (
     Numbers,
     Optimizer,
     average_,
+    average_square_,
     bias_corrections,
     decay_rates,
+    move,
     non_negative,
     option,
     rate,
@@ -96,7 +98,6 @@ class AdamATan2(DecoupledDecay, Optimizer):
     def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
         beta1, beta2 = group["betas"]
         m = average_(state["exp_avg"], g, beta1)
-        v = average_(state["exp_avg_sq"], g * g, beta2)
-        # atan2 of torch rounds the last elements of a tensor otherwise than the others
-        turn = torch.atan(m / (group["scale"] * v.sqrt()))
-        return p - group["lr"] * group["a"] * turn.where(m != 0, 0.0)
+        v = average_square_(state["exp_avg_sq"], g, beta2)
+        turn = torch.atan2(m, v.sqrt().mul_(group["scale"]))
+        return move(p, turn, group["lr"] * group["a"])

@@ -13,9 +13,11 @@ from tilework.optim._optimizer import (
     Optimizer,
     average,
     average_,
+    average_square_,
     bias_corrections,
     decay_rates,
     flag,
+    move,
     non_negative,
     option,
     rate,
@@ -109,8 +111,8 @@ class AdamP(Optimizer):
     def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
         beta1, beta2 = group["betas"]
         m = average_(state["exp_avg"], g, beta1)
-        v = average_(state["exp_avg_sq"], g * g, beta2)
+        v = average_square_(state["exp_avg_sq"], g, beta2)
         if group["nesterov"]:
             m = average(m, g, beta1)
-        u, factor = project(p, g, m / (v.sqrt() / group["root"] + group["eps"]), group)
-        return p - group["lr"] * group["weight_decay"] * factor * p - group["step_size"] * u
+        u, factor = project(p, g, m / v.sqrt().div_(group["root"]).add_(group["eps"]), group)
+        return move(p * (1 - group["lr"] * group["weight_decay"] * factor), u, group["step_size"])

@@ -13,7 +13,9 @@ from tilework.optim._optimizer import (
     Numbers,
     Optimizer,
     average_,
+    average_square_,
     decay_rates,
+    move,
     non_negative,
     option,
     positive,
@@ -103,14 +105,14 @@ class FAdam(Optimizer):
 
     @staticmethod
     def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
-        def clipped(x: Tensor) -> Tensor:
-            return x / (rms(x) / group["clip"]).clamp(min=1.0)
+        def clip(x: Tensor) -> Tensor:
+            return x.div_((rms(x) / group["clip"]).clamp(min=1.0))
 
-        fim = average_(state["fim"], g * g, group["beta2"])
+        fim = average_square_(state["fim"], g, group["beta2"])
         size = rms(g)
         eps = torch.where(size > 0, (group["eps2"] * size).clamp(max=group["eps"]), group["eps"])
         root = fim.sqrt() if group["is_root"] else fim ** group["p"]
-        scale = root + eps ** (2 * group["p"])
+        scale = root.add_(eps ** (2 * group["p"]))
         scale = scale.where(scale != 0, torch.inf)
-        m = average_(state["exp_avg"], clipped(g / scale), group["betas"][0])
-        return p - group["lr"] * (m + group["weight_decay"] * clipped(p / scale))
+        m = average_(state["exp_avg"], clip(g / scale), group["betas"][0])
+        return move(move(p, m, group["lr"]), clip(p / scale), group["lr"] * group["weight_decay"])

@@ -13,10 +13,12 @@ from tilework.optim._optimizer import (
     Numbers,
     Optimizer,
     average_,
+    average_square_,
     bias_corrections,
     decay_rates,
     flag,
     length,
+    move,
     non_negative,
     option,
     optional,
@@ -108,13 +110,13 @@ class LAMB(Optimizer):
     @staticmethod
     def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
         beta1, beta2 = group["betas"]
-        m = average_(state["exp_avg"], g, beta1) / group["correction"]
-        v = average_(state["exp_avg_sq"], g * g, beta2)
-        u = m / (v.sqrt() / group["root"] + group["eps"])
+        m = average_(state["exp_avg"], g, beta1)
+        v = average_square_(state["exp_avg_sq"], g, beta2)
+        u = m / v.sqrt().div_(group["root"]).add_(group["eps"]).mul_(group["correction"])
         if p.dim() <= 1 and group["exclude_1d"]:
-            return p - group["lr"] * u
-        u = u + group["weight_decay"] * p
+            return move(p, u, group["lr"])
+        u = move(u, p, -group["weight_decay"])
         size, change = length(p), length(u)
         clipped = size if group["clip_norm"] is None else size.clamp(*group["clip_norm"])
         ratio = (clipped / change).where((size > 0) & (change > 0), 1.0)
-        return p - group["lr"] * ratio * u
+        return move(p, u, group["lr"] * ratio)

@@ -15,6 +15,7 @@ from tilework.optim._optimizer import (
     decay_rate,
     flag,
     length,
+    move,
     non_negative,
     option,
     positive,
@@ -96,12 +97,13 @@ class LARS(Optimizer):
 
     @staticmethod
     def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
-        q = group["lr"] * g
+        ratio, direction = 1.0, g
         if p.dim() > 1 or not group["exclude_1d"]:
             size = length(p)
             change = length(g) + group["weight_decay"] * size
             ratio = group["trust_coefficient"] * size / (change + group["eps"])
             ratio = ratio.where((size > 0) & (change > 0), 1.0)
-            q = group["lr"] * ratio * (g + group["weight_decay"] * p)
+            direction = move(g, p, -group["weight_decay"])
+        q = direction * (group["lr"] * ratio)
         b = state["momentum_buffer"].mul_(group["momentum"]).add_(q)
         return p - (q + group["momentum"] * b if group["nesterov"] else b)

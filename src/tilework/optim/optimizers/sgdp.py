@@ -14,6 +14,7 @@ from tilework.optim._optimizer import (
     decay_rate,
     flag,
     fraction,
+    move,
     non_negative,
     option,
     rate,
@@ -105,6 +106,6 @@ class SGDP(Optimizer):
     @staticmethod
     def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
         lr, momentum = group["lr"], group["momentum"]
-        b = state["momentum_buffer"].mul_(momentum).add_((1 - group["dampening"]) * g)
+        b = state["momentum_buffer"].mul_(momentum).add_(g * (1 - group["dampening"]))
         u, factor = project(p, g, g + momentum * b if group["nesterov"] else b, group)
-        return p - lr * group["weight_decay"] * factor / (1 - momentum) * p - lr * u
+        return move(p * (1 - lr * group["weight_decay"] * factor / (1 - momentum)), u, lr)

@@ -16,11 +16,13 @@ from tilework.optim._optimizer import (
     Numbers,
     Optimizer,
     average_,
+    average_square_,
     bias_corrections,
     cos,
     count,
     decay_rate,
     decay_rates,
+    descend,
     exact,
     fraction,
     largest,
@@ -153,7 +155,7 @@ class StableSPAM(DecoupledDecay, Optimizer):
 
     @staticmethod
     def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: Numbers) -> Tensor:
-        peak = largest(g.abs())
+        peak = largest(g)
         usual = average_(state["max_ema"], peak, group["theta"]) / group["of_max"]
         g = torch.where(g.abs() > usual, g * (usual / peak), g)
 
@@ -168,7 +170,7 @@ class StableSPAM(DecoupledDecay, Optimizer):
         k = state["moment_step"].add_(1)
         beta1, beta2 = group["betas"]
         m = average_(state["exp_avg"], g, beta1)
-        v = average_(state["exp_avg_sq"], g * g, beta2)
+        v = average_square_(state["exp_avg_sq"], g, beta2)
         correction1, correction2 = bias_corrections({"betas": group["betas"], "t": exact(k)})
-        scale = (v / correction2).sqrt() + group["eps"]
-        return p - group["lr"] / correction1 * (m / scale)
+        scale = (v / correction2).sqrt_().add_(group["eps"])
+        return descend(p, m, scale, group["lr"] / correction1)
