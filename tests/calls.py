@@ -122,13 +122,18 @@ class Call(samples.Sample):
         }
 
 
+ONCE = tuple(f"tilework.quant.{theme}." for theme in ("grids", "rounding", "statistics", "storage"))
+"""Modules of functions that run once on trained weights, and not in a forward pass."""
+
+
 def public_functions() -> dict[str, Callable[..., Any]]:
-    """The functions of tensors by name, but for those that act in place."""
+    """The functions of tensors by name, but for those that act in place, or run once."""
     return {
         entry.object.__name__: entry.object
         for entry in catalog.entries()
         if inspect.isfunction(entry.object)
         and not entry.object.__name__.endswith("_")
+        and not entry.object.__module__.startswith(ONCE)
         and "Tensor" in str(inspect.signature(entry.object).parameters)
     }
 

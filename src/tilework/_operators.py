@@ -11,7 +11,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar, get_type_hints
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ Gradients = Mapping[str, Tensor | None]
 Needed = frozenset[str]
 """The names of the arguments whose gradients are needed."""
 
+P = ParamSpec("P")
 T = TypeVar("T")
 HALF = (torch.float16, torch.bfloat16)
 
@@ -61,18 +62,19 @@ def is_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def without_autocast(function: Callable[..., T]) -> Callable[..., T]:
+def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
     """Keep autocast from lowering the products inside; what comes first begins with a tensor."""
 
     @functools.wraps(function)
-    def run(first: Any, *args: Any) -> T:
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if not _torch.autocast_is_active():
-            return function(first, *args)
+            return function(*args, **kwargs)
+        first: Any = next(iter((*args, *kwargs.values())))
         device = (first if isinstance(first, Tensor) else first[0]).device.type
         if not is_autocast(device):
-            return function(first, *args)
+            return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
-            return function(first, *args)
+            return function(*args, **kwargs)
 
     return run
 

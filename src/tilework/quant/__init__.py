@@ -1,3 +1,18 @@
-"""Quantization: grids, rounding algorithms, layers, calibration. Empty so far."""
+"""Quantization: grids, rounding algorithms, layers, calibration."""
 
-__all__: list[str] = []
+from tilework.quant import grids, rotations, rounding, statistics, storage, training
+from tilework.quant.grids import *
+from tilework.quant.rotations import *
+from tilework.quant.rounding import *
+from tilework.quant.statistics import *
+from tilework.quant.storage import *
+from tilework.quant.training import *
+
+__all__ = [
+    *grids.__all__,
+    *storage.__all__,
+    *statistics.__all__,
+    *rounding.__all__,
+    *training.__all__,
+    *rotations.__all__,
+]

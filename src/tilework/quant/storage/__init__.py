@@ -1,0 +1,10 @@
+"""Codes and what they stand for."""
+
+from tilework.quant.storage.pack_codes import pack_codes, unpack_codes
+from tilework.quant.storage.quantized_tensor import QuantizedTensor
+
+__all__ = [
+    "QuantizedTensor",
+    "pack_codes",
+    "unpack_codes",
+]

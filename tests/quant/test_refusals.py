@@ -1,0 +1,97 @@
+"""Bad input of the functions of weights."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from quant.refusals import AXES, GRIDS, HESSIANS, WEIGHTS, weight_and_hessian
+
+from tilework.quant import (
+    dequantize_affine,
+    fit_grid,
+    gptq_quantize,
+    ldlq_quantize,
+    quantize_affine,
+    rtn_quantize,
+)
+
+import samples
+
+
+@dataclass(frozen=True)
+class Quantizer(samples.Sample):
+    """A function of weights, by what it refuses."""
+
+
+_WEIGHT = {"weight": torch.ones(2, 3)}
+_GRID = {"scale": torch.ones(2, 1), "zero_point": torch.zeros(2, 1)}
+_SHAPES: samples.Refusals = (
+    (r"scale must be of shape \(2, 1\)", ValueError, {"scale": torch.ones(2)}),
+    (r"zero_point must be of shape \(2, 1\)", ValueError, {"zero_point": torch.ones(1, 2)}),
+    ("scale must be a floating-point tensor", TypeError, {"scale": torch.ones(2, 1).long()}),
+    (r"scale must be of shape \(2, 2\)", ValueError, {"group_size": 2}),
+)
+
+
+@samples.of(Quantizer)
+def quantizers() -> list[Quantizer]:
+    return [
+        Quantizer(fit_grid, accepts=_WEIGHT, refuses=WEIGHTS + GRIDS + AXES),
+        Quantizer(quantize_affine, accepts=_WEIGHT | _GRID, refuses=WEIGHTS + GRIDS + _SHAPES),
+        Quantizer(
+            dequantize_affine,
+            accepts={"codes": torch.ones(2, 3, dtype=torch.uint8)} | _GRID,
+            refuses=(
+                *AXES,
+                *_SHAPES,
+                ("codes must be an integer tensor", TypeError, {"codes": torch.ones(2, 3)}),
+                ("codes must be an integer", TypeError, {"codes": torch.ones(2, 3).bool()}),
+                ("codes must be a non-empty", ValueError, {"codes": torch.ones(3).long()}),
+            ),
+        ),
+        Quantizer(
+            rtn_quantize,
+            accepts=_WEIGHT,
+            refuses=(
+                *WEIGHTS,
+                *GRIDS,
+                *AXES,
+                ("scale must be of", ValueError, {"grid": (torch.ones(1, 1), torch.ones(1, 1))}),
+                ("mse must be False", ValueError, {"grid": tuple(_GRID.values()), "mse": True}),
+            ),
+        ),
+        Quantizer(
+            gptq_quantize,
+            accepts=weight_and_hessian(),
+            refuses=(
+                *WEIGHTS,
+                *GRIDS,
+                *HESSIANS,
+                ("scales must be one of 'fresh'", ValueError, {"scales": "new"}),
+                ("block_size must be an int of at least 1", ValueError, {"block_size": 0}),
+            ),
+        ),
+        Quantizer(
+            ldlq_quantize,
+            accepts=weight_and_hessian(),
+            refuses=(
+                *WEIGHTS,
+                *GRIDS,
+                *HESSIANS,
+                ("rounding must be one of 'nearest'", ValueError, {"rounding": "up"}),
+                ("greedy_passes must be an int of at", ValueError, {"greedy_passes": -1}),
+                (
+                    "greedy_passes must be 0 with stochastic rounding",
+                    ValueError,
+                    {"greedy_passes": 1, "rounding": "stochastic"},
+                ),
+                ("scale must be of", ValueError, {"grid": (torch.ones(2, 2), torch.ones(2, 2))}),
+            ),
+        ),
+    ]
+
+
+@pytest.mark.untyped
+@samples.every_refusal(Quantizer)
+def test_refuses(sample: Quantizer, refusal: samples.Refusal) -> None:
+    sample.check_refusal(refusal)
