@@ -91,6 +91,9 @@ def test_a_grid_that_is_given() -> None:
         other = ldlq_quantize(weight, hessian, bits=3, grid=(rows[0], rows[1]))
         assert torch.equal(one.codes, other.codes[: len(rows_of_weight)])
         torch.testing.assert_close(one.dequantize(), other.dequantize()[: len(rows_of_weight)])
+    wide = ldlq_quantize(weight.float(), hessian.float(), bits=3, grid=whole)
+    assert wide.scale.dtype == torch.float64
+    assert wide.dequantize().dtype == torch.float32
 
 
 def greedy(weight: Tensor, values: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -69,10 +69,16 @@ def sorted_by_importance(hessian: Tensor) -> Tensor:
 
 
 def prepare(
-    name: str, weight: Tensor, hessian: Tensor, damp: float, *, act_order: bool = False
+    name: str,
+    weight: Tensor,
+    hessian: Tensor,
+    damp: float,
+    *,
+    act_order: bool = False,
+    grid: tuple[Tensor, ...] = (),
 ) -> Problem:
     """Damp and factorize; columns whose input is never on are zero and stand for themselves."""
-    dtype = computed(weight, hessian)
+    dtype = computed(weight, hessian, *grid)
     columns = weight.to(dtype).mT.contiguous()
     hessian = hessian.to(dtype).clone()
     order = sorted_by_importance(hessian) if act_order else None
@@ -99,7 +105,7 @@ def prepare(
 
 
 def blocks(columns: int, length: int, group_size: int | None = None) -> Iterator[tuple[int, int]]:
-    """Blocks of at most a length that no group crosses unless it is longer, then no block it."""
+    """Blocks of at most a length; short groups lie within a block, long ones have their own."""
     if group_size is None:
         group_size = length
     outer = max(length // group_size, 1) * group_size

@@ -28,8 +28,8 @@ class GridRounding:
         rounded: Callable[[Tensor], Tensor] = torch.round,
     ) -> None:
         columns = problem.columns
-        self._is_one = grid is not None and tuple(grid[0].shape) == (1, 1)
         count, rows = columns.shape
+        self._is_of_all = grid is not None and grid[0].numel() == 1
         self._problem = problem
         self._bits = bits
         self._group_size = group_size
@@ -50,8 +50,7 @@ class GridRounding:
         places = list(range(count))
         if problem.order is not None and self._fitting == "static":
             places = problem.order.tolist()
-        one_for_all = len(self._scale) == 1
-        self._groups = [0 if one_for_all else place // self._size for place in places]
+        self._groups = [0 if self._is_of_all else place // self._size for place in places]
 
     def begin(self, start: int, stop: int, current: Current) -> None:
         """Fit the grids of groups that begin in the block, where they are of its beginning."""
@@ -75,11 +74,9 @@ class GridRounding:
         """Round a column, and keep its codes."""
         if self._fitting == "fresh" and position % self._size == 0:
             end = self._end(position)
-            inside = end - position <= len(following)
-            self._fit(
-                position,
-                following[: end - position] if inside else self._current(position, end),
-            )
+            is_here = end - position <= len(following)
+            columns = following[: end - position] if is_here else self._current(position, end)
+            self._fit(position, columns)
         return self.round(position, following[0])
 
     def round(self, position: int, column: Tensor) -> Tensor:
@@ -112,14 +109,13 @@ class GridRounding:
             group_index[order] = torch.tensor(self._groups, device=order.device)
         scale, zero_point = self._scale.mT.contiguous(), self._zero_point.mT.contiguous()
         codes = self._problem.restored(self._codes)
-        is_one = self._is_one
         return QuantizedTensor(
             codes,
             scale,
             zero_point,
             bits=self._bits,
-            group_size=None if is_one else self._group_size,
-            axis="tensor" if is_one else "out",
+            group_size=None if self._is_of_all else self._group_size,
+            axis="tensor" if self._is_of_all else "out",
             group_index=group_index,
             dtype=dtype,
         )

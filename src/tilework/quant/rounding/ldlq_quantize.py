@@ -124,7 +124,7 @@ def ldlq_quantize(
         )
         return values.add_(noise).floor_()
 
-    problem = prepare(name, weight, hessian, damp)
+    problem = prepare(name, weight, hessian, damp, grid=grid or ())
     rule = GridRounding(
         problem,
         bits=bits,
