@@ -1,7 +1,7 @@
 """Weights as codes, with the grids that these are levels of."""
 
-from dataclasses import KW_ONLY, dataclass, fields, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,25 +10,15 @@ from tilework import _checks
 from tilework.catalog import without_paper
 from tilework.quant._arguments import check_bits, check_codes, check_granularity, check_grid
 from tilework.quant._groups import spread
+from tilework.quant.storage._stored import Stored, Transform
 from tilework.quant.storage.pack_codes import pack_codes, unpack_codes
 
 __all__ = ["QuantizedTensor"]
 
 
-@runtime_checkable
-class Transform(Protocol):
-    """What was done to weights before they were quantized."""
-
-    def inverse(self, weight: Tensor) -> Tensor:
-        """Undo it."""
-
-    def to(self, device: torch.device | str) -> "Transform":
-        """The same on a device."""
-
-
 @without_paper("what rounding algorithms return and layers store")
 @dataclass(frozen=True, eq=False, repr=False)
-class QuantizedTensor:
+class QuantizedTensor(Stored):
     r"""Quantized weights: codes and the grids that they are levels of.
 
     The entry in row :math:`o` and column :math:`j` of the weights is
@@ -123,16 +113,6 @@ class QuantizedTensor:
         """Of the weights: (out, in)."""
         return self.codes.shape
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors lie."""
-        return self.codes.device
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that it holds, by name; those of the transform apart."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weights that the codes stand for.
 
@@ -194,20 +174,6 @@ class QuantizedTensor:
         codes = unpack_codes(packed, bits, shape[1])
         _checks.shape("QuantizedTensor", "packed", packed, (shape[0], packed.shape[-1]))
         return cls(codes, scale, zero_point, bits=bits, **options)
-
-    def to(self, device: torch.device | str) -> "QuantizedTensor":
-        """The same on a device.
-
-        Args:
-            device: Where its tensors are to lie.
-
-        Returns:
-            A copy; itself where all lies there.
-        """
-        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
-        if self.transform is not None:
-            moved["transform"] = self.transform.to(device)
-        return replace(self, **moved)
 
     def __repr__(self) -> str:
         """In one line, without values."""
