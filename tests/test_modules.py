@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tilework import attention, catalog, losses, norms, optim
+from tilework import attention, catalog, losses, norms, optim, quant
 from tilework._options import StatefulModule
 from tilework.norms._layer import NormLayer
 
@@ -55,6 +55,7 @@ ARGUMENTS: dict[type[nn.Module], Callable[[], tuple[tuple[Any, ...], dict[str, A
     norms.PartialRMSNorm: lambda: ((8,), {"fraction": 0.5}),
     norms.RMSNorm: lambda: ((8,), {"weight_offset": 1.0}),
     norms.ScaledStdConv2d: lambda: ((2, 4, 3), {"gamma": 1.5, "gain_init": 0.5}),
+    quant.QuantLinear: lambda: ((quant.rtn_quantize(torch.rand(2, 3)),), {}),
     optim.WTACRSLinear: lambda: ((4, 3), {"sample_ratio": 0.5, "min_samples": 2}),
 }
 
@@ -75,6 +76,8 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def given(module: nn.Module) -> set[str]:
     """Buffers that are the caller's, which torch's rules hold for."""
+    if isinstance(module, quant.QuantLinear):
+        return {name for name, _ in module.named_buffers()}
     if not dataclasses.is_dataclass(module):
         return set()
     fields = dataclasses.fields(module)

@@ -23,7 +23,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, dataclass_transform
 
 import torch
@@ -143,6 +143,16 @@ class OptionsModule(Options, nn.Module):
                 self.register_buffer(field.name, value)
 
 
+def unround(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Give buffers that a cast went through the values back that it may have rounded."""
+    for name, old in before.items():
+        after = module._buffers[name]
+        assert after is not None
+        dtype = torch.promote_types(old.dtype, after.dtype)
+        source = after if old.is_meta else old
+        module._buffers[name] = source.to(after.device, dtype)
+
+
 class StatefulModule(OptionsModule):
     """A module with states of its own, which :meth:`reset_parameters` makes anew.
 
@@ -186,12 +196,7 @@ class StatefulModule(OptionsModule):
             if field.metadata.get("exact") and (value := self._buffers[field.name]) is not None
         }
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in exact.items():
-            after = getattr(self, name)
-            dtype = torch.promote_types(before.dtype, after.dtype)
-            if not before.is_meta:
-                after = before.to(after.device)
-            self._buffers[name] = after.to(dtype)
+        unround(self, exact)
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -1,7 +1,8 @@
 """Quantization: grids, rounding algorithms, layers, calibration."""
 
-from tilework.quant import grids, rotations, rounding, statistics, storage, training
+from tilework.quant import grids, layers, rotations, rounding, statistics, storage, training
 from tilework.quant.grids import *
+from tilework.quant.layers import *
 from tilework.quant.rotations import *
 from tilework.quant.rounding import *
 from tilework.quant.statistics import *
@@ -13,6 +14,7 @@ __all__ = [
     *storage.__all__,
     *statistics.__all__,
     *rounding.__all__,
+    *layers.__all__,
     *training.__all__,
     *rotations.__all__,
 ]

@@ -10,7 +10,7 @@ from tilework import _checks
 from tilework.catalog import without_paper
 from tilework.quant._arguments import check_bits, check_codes, check_granularity, check_grid
 from tilework.quant._groups import spread
-from tilework.quant.storage._stored import Stored, Transform
+from tilework.quant.storage._stored import StoredWeights, Transform
 from tilework.quant.storage.pack_codes import pack_codes, unpack_codes
 
 __all__ = ["QuantizedTensor"]
@@ -18,7 +18,7 @@ __all__ = ["QuantizedTensor"]
 
 @without_paper("what rounding algorithms return and layers store")
 @dataclass(frozen=True, eq=False, repr=False)
-class QuantizedTensor(Stored):
+class QuantizedTensor(StoredWeights):
     r"""Quantized weights: codes and the grids that they are levels of.
 
     The entry in row :math:`o` and column :math:`j` of the weights is
