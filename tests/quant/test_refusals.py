@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from quant.refusals import AXES, GRIDS, HESSIANS, WEIGHTS, weight_and_hessian
 
 from tilework.quant import (
     dequantize_affine,
@@ -16,6 +15,7 @@ from tilework.quant import (
 )
 
 import samples
+from quant.refusals import AXES, GRIDS, HESSIANS, WEIGHTS, weight_and_hessian
 
 
 @dataclass(frozen=True)

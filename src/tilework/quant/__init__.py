@@ -1,8 +1,9 @@
 """Quantization: grids, rounding algorithms, layers, calibration."""
 
-from tilework.quant import grids, layers, rotations, rounding, statistics, storage, training
+from tilework.quant import grids, layers, models, rotations, rounding, statistics, storage, training
 from tilework.quant.grids import *
 from tilework.quant.layers import *
+from tilework.quant.models import *
 from tilework.quant.rotations import *
 from tilework.quant.rounding import *
 from tilework.quant.statistics import *
@@ -15,6 +16,7 @@ __all__ = [
     *statistics.__all__,
     *rounding.__all__,
     *layers.__all__,
+    *models.__all__,
     *training.__all__,
     *rotations.__all__,
 ]

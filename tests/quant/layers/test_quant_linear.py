@@ -160,6 +160,7 @@ def test_autocast_computes_as_a_linear_layer_does() -> None:
         assert torch.equal(layer(x), F.linear(x, layer.weight))
 
 
+@pytest.mark.untyped
 def test_refusals() -> None:
     with pytest.raises(TypeError, match=r"^QuantLinear: quantized must be quantized weights"):
         QuantLinear(torch.rand(2, 3))  # type: ignore[arg-type]

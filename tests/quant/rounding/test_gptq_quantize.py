@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from quant.rounding.problems import damped, drawn, eliminated
 from torch import Tensor
 
 from tilework.quant import fit_grid, gptq_quantize, hessian_loss, rtn_quantize
+
+from quant.rounding.problems import damped, drawn, eliminated
 
 SCALES = ("fresh", "stale", "static")
 SCHEMES = ("asymmetric", "symmetric", "restricted", "minmax")

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from quant.rounding.problems import damped, drawn
 from torch import Tensor
 
 from tilework.quant import fit_grid, gptq_quantize, hessian_loss, ldlq_quantize, rtn_quantize
+
+from quant.rounding.problems import damped, drawn
 
 
 def factors(hessian: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ class QuantLinear(nn.Module):
             _checks.shape(name, "bias", bias, (self.out_features,))
             bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         self.register_parameter("bias", bias)
-        buffers, self._form = quantized.taken_apart()
+        buffers, self.form = quantized.taken_apart()
         for key, value in buffers.items():
             self.register_buffer(key, value)
 
@@ -87,7 +87,7 @@ class QuantLinear(nn.Module):
     @property
     def quantized(self) -> Any:
         """The quantized weights, which share memory with the buffers where they can."""
-        return self._form.put_together(self._buffers)  # type: ignore[arg-type]
+        return self.form.put_together(self._buffers)  # type: ignore[arg-type]
 
     @property
     def weight(self) -> Tensor:
@@ -115,5 +115,5 @@ class QuantLinear(nn.Module):
         """The sizes, and the form of the weights."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {self._form}"
+            f"bias={self.bias is not None}, {self.form}"
         )

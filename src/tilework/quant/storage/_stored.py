@@ -67,6 +67,12 @@ class StoredWeights(Stored):
         """The weights, in the dtype that they had or another one."""
         raise NotImplementedError
 
+    @property
+    def code_bits(self) -> int | float:
+        """Bits of a code, for each weight that it stands for."""
+        bits: int | float = self.bits  # type: ignore[attr-defined]
+        return bits
+
     def limits(self) -> dict[str, int]:
         """The bounds of tensors of indices by name, which are kept in as few bytes as they need."""
         return {}
