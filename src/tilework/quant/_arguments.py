@@ -33,6 +33,16 @@ def check_finite(name: str, argument: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: {argument} must be finite everywhere")
 
 
+def check_broadcastable(
+    name: str, argument: str, tensor: Any, shape: torch.Size | tuple[int, ...]
+) -> None:
+    """Refuse what is not of a real floating dtype, or does not broadcast to a shape."""
+    _checks.floating(name, argument, tensor)
+    sizes = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    if tensor.dim() > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+        raise _checks.bad_value(name, argument, f"broadcastable to shape {tuple(shape)}", tensor)
+
+
 def check_hessian(name: str, hessian: Any, columns: int) -> None:
     """Refuse what is not a finite symmetric matrix with a row for each input column."""
     _checks.floating(name, "hessian", hessian)

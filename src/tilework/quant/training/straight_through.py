@@ -4,7 +4,7 @@ from torch import Tensor
 
 from tilework import _checks
 from tilework.catalog import without_paper
-from tilework.quant._arguments import check_bits, computed
+from tilework.quant._arguments import check_bits, check_broadcastable, computed
 
 __all__ = ["fake_quantize", "straight_through"]
 
@@ -116,11 +116,7 @@ def fake_quantize(
     _checks.one_of(name, "gradient", gradient, GRADIENTS)
     _checks.floating(name, "input", input)
     for argument, tensor in (("scale", scale), ("zero_point", zero_point)):
-        _checks.floating(name, argument, tensor)
-        sizes = zip(reversed(tensor.shape), reversed(input.shape), strict=False)
-        if tensor.dim() > input.dim() or any(size not in (1, whole) for size, whole in sizes):
-            accepted = f"broadcastable to shape {tuple(input.shape)}"
-            raise _checks.bad_value(name, argument, accepted, tensor)
+        check_broadcastable(name, argument, tensor, input.shape)
     dtype = computed(input, scale, zero_point)
     scale, zero_point = scale.detach().to(dtype), zero_point.detach().to(dtype)
     codes = (input.detach().to(dtype) / scale + zero_point).round()
