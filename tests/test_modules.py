@@ -57,6 +57,9 @@ ARGUMENTS: dict[type[nn.Module], Callable[[], tuple[tuple[Any, ...], dict[str, A
     norms.ScaledStdConv2d: lambda: ((2, 4, 3), {"gamma": 1.5, "gain_init": 0.5}),
     quant.QuantLinear: lambda: ((quant.rtn_quantize(torch.rand(2, 3)),), {}),
     optim.WTACRSLinear: lambda: ((4, 3), {"sample_ratio": 0.5, "min_samples": 2}),
+    quant.OneBitLinear: lambda: ((4, 3), {"bias": True}),
+    quant.ReSTEConv2d: lambda: ((2, 4, 3), {"threshold": 1.0, "interval": 0.2}),
+    quant.ReSTELinear: lambda: ((4, 3), {"binarize_input": False, "threshold": 2.0}),
 }
 
 

@@ -342,6 +342,7 @@ def test_formats_that_are_none(
         MinifloatFormat(*arguments, **options)
 
 
+@pytest.mark.untyped
 def test_scalars_of_numpy_are_numbers() -> None:
     form = MinifloatFormat(np.int64(4), np.int32(3), bias=np.int64(7), specials="fn")
     assert form == quant.E4M3_FN

@@ -166,7 +166,7 @@ class MinifloatFormat:
             return math.nan if mantissa else math.inf
         if exponent:
             mantissa += 2**self.mantissa_bits
-        return mantissa * math.ldexp(1.0, max(exponent, 1) - self.bias - self.mantissa_bits)
+        return math.ldexp(mantissa, max(exponent, 1) - self.bias - self.mantissa_bits)
 
 
 E2M1 = MinifloatFormat(2, 1)
@@ -393,14 +393,14 @@ def minifloat_encode(input: Tensor, format: MinifloatFormat) -> Tensor:
 @_PAPER
 @torch.no_grad()
 def minifloat_decode(
-    codes: Tensor, format: MinifloatFormat, *, dtype: torch.dtype = torch.float32
+    codes: Tensor, format: MinifloatFormat, *, dtype: torch.dtype | None = None
 ) -> Tensor:
     """The numbers that codes of a format stand for.
 
     Args:
         codes: Codes as of :func:`minifloat_encode`, of an integer dtype and any shape.
         format: The format.
-        dtype: Of the result.
+        dtype: Of the result, by default float32.
 
     Returns:
         Numbers, infinities and nan of the shape of ``codes``.
@@ -423,6 +423,7 @@ def minifloat_decode(
     _check_format(name, format)
     if not isinstance(codes, Tensor) or not is_integer(codes):
         raise _checks.bad_type(name, "codes", "an integer tensor", codes)
+    dtype = torch.float32 if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise _checks.bad_type(name, "dtype", "a floating dtype", dtype)
     if _checks.has_values(codes) and codes.numel():
