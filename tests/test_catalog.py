@@ -18,9 +18,9 @@ TWINS = [entry for entry in ENTRIES if catalog.function_of(entry.object)]
 TESTS = Path(__file__).parent
 
 
-def public_names() -> set[str]:
+def public() -> dict[str, Any]:
     return {
-        f"tilework.{family}.{name}"
+        f"tilework.{family}.{name}": getattr(getattr(tilework, family), name)
         for family in tilework.FAMILIES
         for name in importlib.import_module(f"tilework.{family}").__all__
     }
@@ -29,7 +29,10 @@ def public_names() -> set[str]:
 def test_every_public_name_has_one_entry() -> None:
     names = [entry.name for entry in ENTRIES]
     assert len(set(names)) == len(names)
-    assert set(names) == public_names()
+    constants = {name for name, value in public().items() if not callable(value)}
+    assert set(names) == public().keys() - constants
+    kinds = {entry.object for entry in ENTRIES}
+    assert all(type(public()[name]) in kinds for name in constants)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quant.refusals import WEIGHTS
 from torch import Tensor, nn
 
 from tilework.quant import OneBitLinear, sign_ste, svid_decompose, unpack_codes
@@ -14,6 +13,7 @@ from tilework.quant import OneBitLinear, sign_ste, svid_decompose, unpack_codes
 import samples
 from calls import Call, draw
 from helpers import FLOATING
+from quant.refusals import WEIGHTS
 
 
 @samples.of(Call)

@@ -2,6 +2,13 @@
 
 from tilework.quant.grids.fit_grid import dequantize_affine, fit_grid, quantize_affine
 from tilework.quant.grids.minifloat_quantize import (
+    E2M1,
+    E2M3,
+    E3M2,
+    E3M4_IEEE,
+    E4M3_FN,
+    E4M3_IEEE,
+    E5M2_IEEE,
     MinifloatFormat,
     minifloat_decode,
     minifloat_encode,
@@ -16,6 +23,13 @@ __all__ = [
     "quantize_affine",
     "rtn_quantize",
     "MinifloatFormat",
+    "E2M1",
+    "E2M3",
+    "E3M2",
+    "E3M4_IEEE",
+    "E4M3_FN",
+    "E4M3_IEEE",
+    "E5M2_IEEE",
     "minifloat_quantize",
     "minifloat_scale",
     "minifloat_encode",

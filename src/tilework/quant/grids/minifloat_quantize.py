@@ -14,6 +14,13 @@ from tilework.quant._arguments import check_broadcastable, computed, is_integer
 from tilework.quant.training.straight_through import straight_through
 
 __all__ = [
+    "E2M1",
+    "E2M3",
+    "E3M2",
+    "E3M4_IEEE",
+    "E4M3_FN",
+    "E4M3_IEEE",
+    "E5M2_IEEE",
     "MinifloatFormat",
     "minifloat_decode",
     "minifloat_encode",
