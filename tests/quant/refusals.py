@@ -41,6 +41,19 @@ HESSIANS: tuple[Refusal, ...] = (
     ("damp must be a finite number of at least 0", ValueError, {"damp": -0.1}),
     ("damp must be a number", TypeError, {"damp": "0.1"}),
 )
+INPUTS: tuple[Refusal, ...] = (
+    (r"input must be non-empty of shape \(..., 3\)", ValueError, {"input": torch.ones(2, 2)}),
+    (r"input must be non-empty of shape \(..., 3\)", ValueError, {"input": torch.ones(0, 3)}),
+    (r"input must be non-empty of shape \(..., 3\)", ValueError, {"input": torch.tensor(1.0)}),
+    ("input must be a floating-point tensor", TypeError, {"input": torch.ones(2, 3).long()}),
+    ("input must be finite", ValueError, {"input": torch.full((2, 3), torch.nan)}),
+    ("input must be finite", ValueError, {"input": torch.full((2, 3), torch.inf)}),
+)
+
+
+def weight_and_input() -> dict[str, Any]:
+    """Arguments that are accepted."""
+    return {"weight": torch.ones(2, 3), "input": torch.ones(2, 3)}
 
 
 def weight_and_hessian() -> dict[str, Any]:

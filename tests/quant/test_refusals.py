@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from tilework.quant import (
+    adadim_quantize,
+    awq_quantize,
+    awq_search_clip,
+    awq_search_scale,
     dequantize_affine,
     fit_grid,
     gptq_quantize,
@@ -15,7 +19,15 @@ from tilework.quant import (
 )
 
 import samples
-from quant.refusals import AXES, GRIDS, HESSIANS, WEIGHTS, weight_and_hessian
+from quant.refusals import (
+    AXES,
+    GRIDS,
+    HESSIANS,
+    INPUTS,
+    WEIGHTS,
+    weight_and_hessian,
+    weight_and_input,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,31 @@ _SHAPES: samples.Refusals = (
     (r"zero_point must be of shape \(2, 1\)", ValueError, {"zero_point": torch.ones(1, 2)}),
     ("scale must be a floating-point tensor", TypeError, {"scale": torch.ones(2, 1).long()}),
     (r"scale must be of shape \(2, 2\)", ValueError, {"group_size": 2}),
+)
+_SEARCH: samples.Refusals = (
+    ("grid must be an int of at least 1", ValueError, {"grid": 0}),
+    ("grid must be an int", TypeError, {"grid": 2.5}),
+)
+_TOKENS: samples.Refusals = (
+    ("max_tokens must be an int of at least 1", ValueError, {"max_tokens": 0}),
+)
+_SHRINK: samples.Refusals = (
+    ("max_shrink must be a number above 0 and at most 1", ValueError, {"max_shrink": 0.0}),
+    ("max_shrink must be a number above 0 and at most 1", ValueError, {"max_shrink": 1.5}),
+)
+_NO_FORWARD: samples.Refusals = (
+    ("weight must be at least one tensor", ValueError, {"weight": []}),
+    (
+        r"weight must be of shape \(2, 3\)",
+        ValueError,
+        {"weight": [torch.ones(2, 3), torch.ones(2, 4)]},
+    ),
+    ("forward must be a function that returns a tensor", TypeError, {"forward": lambda w: 0.0}),
+    (
+        "input must have finite outputs",
+        ValueError,
+        {"forward": lambda w: torch.full((2,), torch.nan)},
+    ),
 )
 
 
@@ -70,6 +107,19 @@ def quantizers() -> list[Quantizer]:
                 ("scales must be one of 'fresh'", ValueError, {"scales": "new"}),
                 ("block_size must be an int of at least 1", ValueError, {"block_size": 0}),
             ),
+        ),
+        *(
+            Quantizer(
+                function,
+                accepts=weight_and_input(),
+                refuses=(*WEIGHTS, *GRIDS, *INPUTS, *more),
+            )
+            for function, more in (
+                (adadim_quantize, ()),
+                (awq_quantize, _SEARCH + _TOKENS),
+                (awq_search_scale, _SEARCH + _NO_FORWARD),
+                (awq_search_clip, _SEARCH + _TOKENS + _SHRINK),
+            )
         ),
         Quantizer(
             ldlq_quantize,

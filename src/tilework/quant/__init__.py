@@ -1,11 +1,22 @@
 """Quantization: grids, rounding algorithms, layers, calibration."""
 
-from tilework.quant import grids, layers, models, rotations, rounding, statistics, storage, training
+from tilework.quant import (
+    grids,
+    layers,
+    models,
+    rotations,
+    rounding,
+    smoothing,
+    statistics,
+    storage,
+    training,
+)
 from tilework.quant.grids import *
 from tilework.quant.layers import *
 from tilework.quant.models import *
 from tilework.quant.rotations import *
 from tilework.quant.rounding import *
+from tilework.quant.smoothing import *
 from tilework.quant.statistics import *
 from tilework.quant.storage import *
 from tilework.quant.training import *
@@ -15,6 +26,7 @@ __all__ = [
     *storage.__all__,
     *statistics.__all__,
     *rounding.__all__,
+    *smoothing.__all__,
     *layers.__all__,
     *models.__all__,
     *training.__all__,

@@ -43,6 +43,15 @@ def check_broadcastable(
         raise _checks.bad_value(name, argument, f"broadcastable to shape {tuple(shape)}", tensor)
 
 
+def rows_of(name: str, input: Tensor, columns: int) -> Tensor:
+    """The rows of a layer's inputs, of which there is one at least, of shape (n, in)."""
+    _checks.floating(name, "input", input)
+    if not input.dim() or input.shape[-1] != columns or not input.numel():
+        raise _checks.bad_value(name, "input", f"non-empty of shape (..., {columns})", input)
+    check_finite(name, "input", input)
+    return input.detach().reshape(-1, columns)
+
+
 def check_hessian(name: str, hessian: Any, columns: int) -> None:
     """Refuse what is not a finite symmetric matrix with a row for each input column."""
     _checks.floating(name, "hessian", hessian)

@@ -9,7 +9,13 @@ from tilework import quant
 from tilework.quant.models import configs
 
 CONFIGS = [getattr(configs, name) for name in configs.__all__]
-FUNCTIONS = {"RTN": quant.rtn_quantize, "GPTQ": quant.gptq_quantize, "LDLQ": quant.ldlq_quantize}
+FUNCTIONS = {
+    "AWQ": quant.awq_quantize,
+    "AdaDim": quant.adadim_quantize,
+    "GPTQ": quant.gptq_quantize,
+    "LDLQ": quant.ldlq_quantize,
+    "RTN": quant.rtn_quantize,
+}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
@@ -23,6 +29,8 @@ def test_fields_are_the_options(config: type) -> None:
     }
     if name == "RTN":
         del options["grid"]
+    if name == "AdaDim":
+        options["max_tokens"] = 512
     if name in ("RTN", "GPTQ"):
         options["group_size"] = 128
     assert fields == options
@@ -34,3 +42,4 @@ def test_names() -> None:
     assert quant.RTNConfig(3, None).group_size is None
     assert quant.GPTQConfig(3, 64, "symmetric", True).act_order
     assert quant.LDLQConfig().algorithm == "LDLQ"
+    assert quant.AWQConfig().max_tokens == quant.AdaDimConfig().max_tokens == 512

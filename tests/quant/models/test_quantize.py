@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,11 +13,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tilework.quant import (
+    AdaDimConfig,
+    AWQConfig,
     GPTQConfig,
     LDLQConfig,
     QuantizationReport,
     QuantLinear,
     RTNConfig,
+    adadim_quantize,
+    awq_quantize,
     gptq_quantize,
     hessian_loss,
     quantize_,
@@ -61,6 +66,41 @@ def test_later_layers_see_quantized_inputs() -> None:
         assert_codes(layer, before.weight.detach(), inputs_of(other, name, ids()))
         with torch.no_grad():
             before.weight.copy_(layer.weight)
+
+
+@pytest.mark.parametrize("tokens", [5, 30, 1000])
+def test_algorithms_that_need_rows_get_the_first_ones(tokens: int) -> None:
+    for config, function in (
+        (AWQConfig(**OPTIONS, max_tokens=tokens), partial(awq_quantize, max_tokens=tokens)),
+        (AdaDimConfig(**OPTIONS, max_tokens=tokens), adadim_quantize),
+    ):
+        model, other = network(), network()
+        report = quantize(model, config, ids())
+        assert list(report.quantized) == ORDER
+        for name in ORDER:
+            before, layer = other.get_submodule(name), model.get_submodule(name)
+            rows = inputs_of(other, name, ids())[:tokens]
+            expected = function(before.weight.detach(), rows, **OPTIONS)
+            assert torch.equal(layer.weight, expected.dequantize())
+            H = hessian(rows)
+            loss = hessian_loss(before.weight.detach(), layer.weight, H.float())
+            assert report.quantized[name].loss == pytest.approx(loss.item(), rel=1e-4)
+            with torch.no_grad():
+                before.weight.copy_(layer.weight)
+
+
+def test_no_more_batches_run_than_rows_are_needed() -> None:
+    model, calls = network(), []
+    model.embedding.register_forward_pre_hook(lambda *_: calls.append(1))
+    quantize(model, AWQConfig(**OPTIONS, max_tokens=24), ids(5), sequential=False)
+    assert len(calls) == 5  # the layer that is never called is waited for
+    del model.unused
+    calls.clear()
+    model = network()
+    del model.unused
+    model.embedding.register_forward_pre_hook(lambda *_: calls.append(1))
+    quantize(model, AWQConfig(**OPTIONS, max_tokens=24), ids(5), sequential=False)
+    assert len(calls) == 1
 
 
 def test_what_is_not_quantized_and_why() -> None:

@@ -1,11 +1,13 @@
 """Whole models: their layers quantized one after another, and kept in files."""
 
-from tilework.quant.models.configs import GPTQConfig, LDLQConfig, RTNConfig
+from tilework.quant.models.configs import AdaDimConfig, AWQConfig, GPTQConfig, LDLQConfig, RTNConfig
 from tilework.quant.models.quantize import quantize_
 from tilework.quant.models.report import LayerReport, QuantizationReport
 from tilework.quant.models.save_quantized import load_quantized_, save_quantized
 
 __all__ = [
+    "AWQConfig",
+    "AdaDimConfig",
     "GPTQConfig",
     "LDLQConfig",
     "LayerReport",

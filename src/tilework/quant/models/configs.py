@@ -1,7 +1,8 @@
 """How the layers of a model are quantized: a class for each algorithm, with its options."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -10,8 +11,10 @@ from tilework.quant.grids.rtn_quantize import rtn_quantize
 from tilework.quant.models._config import Config
 from tilework.quant.rounding.gptq_quantize import gptq_quantize
 from tilework.quant.rounding.ldlq_quantize import ldlq_quantize
+from tilework.quant.smoothing.adadim_quantize import adadim_quantize
+from tilework.quant.smoothing.awq_quantize import awq_quantize
 
-__all__ = ["GPTQConfig", "LDLQConfig", "RTNConfig"]
+__all__ = ["AWQConfig", "AdaDimConfig", "GPTQConfig", "LDLQConfig", "RTNConfig"]
 
 
 @without_paper("rounding to nearest, which every algorithm is compared with")
@@ -135,3 +138,94 @@ class LDLQConfig(Config):
     greedy_passes: int = 0
     damp: float = 0.01
     generator: torch.Generator | None = None
+
+
+@implements(
+    "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
+    year=2023,
+    arxiv="2306.00978",
+)
+@dataclass(frozen=True)
+class AWQConfig(Config):
+    """AWQ, for :func:`quantize_`, with the factors of inputs in the layer itself.
+
+    Args:
+        bits: As of :func:`awq_quantize`, and so are the others.
+        group_size: Weights of a group; None is a whole row.
+        scheme: ``"asymmetric"``, ``"symmetric"``, ``"restricted"`` or ``"minmax"``.
+        grid: The number of exponents that are tried, and of steps of a magnitude.
+        clip: Whether ranges are narrowed.
+        max_tokens: The number of rows that are used, the first that reach the layer.
+
+    Raises:
+        ValueError: By :func:`quantize_`: an option is not one that the function takes.
+
+    Example:
+        >>> from tilework.quant import AWQConfig
+        >>> AWQConfig(bits=3).grid
+        20
+
+    Reference:
+        Ji Lin, Jiaming Tang, Haotian Tang, Shang Yang, Wei-Ming Chen, Wei-Chen Wang, Guangxuan
+        Xiao, Xingyu Dang, Chuang Gan, Song Han. AWQ: Activation-aware Weight Quantization for LLM
+        Compression and Acceleration. 2023. arXiv:2306.00978.
+    """
+
+    function = staticmethod(awq_quantize)
+    statistics: ClassVar[Literal["rows"]] = "rows"
+
+    bits: int = 4
+    group_size: int | None = 128
+    scheme: str = "asymmetric"
+    grid: int = 20
+    clip: bool = True
+    max_tokens: int = 512
+
+
+@implements(
+    "Rethinking Channel Dimensions to Isolate Outliers for Low-bit Weight Quantization of Large "
+    "Language Models",
+    year=2023,
+    arxiv="2309.15531",
+)
+@dataclass(frozen=True)
+class AdaDimConfig(Config):
+    """AdaDim, for :func:`quantize_`.
+
+    Args:
+        bits: As of :func:`adadim_quantize`, and so are the others but the last.
+        group_size: Weights of a group; None is a whole row or column.
+        scheme: ``"asymmetric"``, ``"symmetric"``, ``"restricted"`` or ``"minmax"``.
+        mse: Whether ranges may be narrowed for a smaller error.
+        forward: The output of a layer for its weights; None is its outputs on the rows.
+        max_tokens: The number of rows that are used, the first that reach the layer.
+
+    Raises:
+        ValueError: By :func:`quantize_`: an option is not one that the function takes.
+
+    Example:
+        >>> from tilework.quant import AdaDimConfig
+        >>> AdaDimConfig(bits=3).max_tokens
+        512
+
+    Reference:
+        Jung Hwan Heo, Jeonghoon Kim, Beomseok Kwon, Byeongwook Kim, Se Jung Kwon, Dongsoo Lee.
+        Rethinking Channel Dimensions to Isolate Outliers for Low-bit Weight Quantization of Large
+        Language Models. 2023. arXiv:2309.15531.
+    """
+
+    function = staticmethod(adadim_quantize)
+    statistics: ClassVar[Literal["rows"]] = "rows"
+
+    bits: int = 4
+    group_size: int | None = 128
+    scheme: str = "asymmetric"
+    mse: bool = False
+    forward: Callable[[torch.Tensor], torch.Tensor] | None = None
+    max_tokens: int = 512
+
+    def options(self) -> dict[str, Any]:
+        """Those of the function, which takes all rows that it gets."""
+        options = super().options()
+        del options["max_tokens"]
+        return options
