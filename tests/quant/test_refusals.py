@@ -13,9 +13,12 @@ from tilework.quant import (
     dequantize_affine,
     fit_grid,
     gptq_quantize,
+    incoherence_preprocess,
     ldlq_quantize,
     quantize_affine,
+    quip_quantize,
     rtn_quantize,
+    spqr_quantize,
 )
 
 import samples
@@ -67,6 +70,10 @@ _NO_FORWARD: samples.Refusals = (
         ValueError,
         {"forward": lambda w: torch.full((2,), torch.nan)},
     ),
+)
+_KINDS: samples.Refusals = (
+    ("kind must be one of 'kronecker', 'hadamard'", ValueError, {"kind": "random"}),
+    ("weight must be of sizes that are powers of two", ValueError, {"kind": "hadamard"}),
 )
 
 
@@ -120,6 +127,43 @@ def quantizers() -> list[Quantizer]:
                 (awq_search_scale, _SEARCH + _NO_FORWARD),
                 (awq_search_clip, _SEARCH + _TOKENS + _SHRINK),
             )
+        ),
+        Quantizer(
+            incoherence_preprocess,
+            accepts=weight_and_hessian(),
+            refuses=(*WEIGHTS, *HESSIANS[:4], *_KINDS),
+        ),
+        Quantizer(
+            quip_quantize,
+            accepts=weight_and_hessian(),
+            refuses=(
+                *WEIGHTS,
+                *HESSIANS[:4],
+                *HESSIANS[5:],
+                *_KINDS,
+                ("hessian must be positive definite", ValueError, {"hessian": -torch.eye(3)}),
+                ("bits must be an int from 1 to 8", ValueError, {"bits": 0}),
+                ("bits must be an int", TypeError, {"bits": 2.0}),
+                ("rho must be a finite number above 0", ValueError, {"rho": 0.0}),
+                ("greedy_passes must be an int of at least 0", ValueError, {"greedy_passes": -1}),
+            ),
+        ),
+        Quantizer(
+            spqr_quantize,
+            accepts=weight_and_hessian(),
+            refuses=(
+                *WEIGHTS,
+                *GRIDS,
+                *HESSIANS,
+                ("outlier_threshold must be at least 0", ValueError, {"outlier_threshold": -0.1}),
+                ("outlier_threshold must be at", ValueError, {"outlier_threshold": float("nan")}),
+                ("outlier_threshold must be a number", TypeError, {"outlier_threshold": None}),
+                ("scale_bits must be an int from 1 to 8", ValueError, {"scale_bits": 9}),
+                ("zero_bits must be an int from 1 to 8", ValueError, {"zero_bits": 0}),
+                ("zero_bits must be an int", TypeError, {"zero_bits": True}),
+                ("statistics_group_size must be an int", ValueError, {"statistics_group_size": 0}),
+                ("block_size must be an int of at least 1", ValueError, {"block_size": 0}),
+            ),
         ),
         Quantizer(
             ldlq_quantize,

@@ -63,11 +63,11 @@ def check_hessian(name: str, hessian: Any, columns: int) -> None:
             raise ValueError(f"{name}: hessian must be symmetric")
 
 
-def check_bits(name: str, bits: Any, minimum: int = 1) -> int:
+def check_bits(name: str, bits: Any, minimum: int = 1, argument: str = "bits") -> int:
     """The bits of a code, an int from a minimum to 8."""
-    result = _checks.integer(name, "bits", bits)
+    result = _checks.integer(name, argument, bits)
     if not minimum <= result <= 8:
-        raise _checks.bad_value(name, "bits", f"an int from {minimum} to 8", bits)
+        raise _checks.bad_value(name, argument, f"an int from {minimum} to 8", bits)
     return result
 
 

@@ -2,8 +2,19 @@
 
 from tilework.quant.rounding.gptq_quantize import gptq_quantize
 from tilework.quant.rounding.ldlq_quantize import ldlq_quantize
+from tilework.quant.rounding.quip_quantize import (
+    IncoherenceTransform,
+    incoherence_preprocess,
+    quip_quantize,
+)
+from tilework.quant.rounding.spqr_quantize import SpQRTensor, spqr_quantize
 
 __all__ = [
+    "IncoherenceTransform",
+    "SpQRTensor",
     "gptq_quantize",
+    "incoherence_preprocess",
     "ldlq_quantize",
+    "quip_quantize",
+    "spqr_quantize",
 ]

@@ -30,14 +30,14 @@ class GridRounding:
         columns = problem.columns
         count, rows = columns.shape
         self._is_of_all = grid is not None and grid[0].numel() == 1
-        self._problem = problem
+        self.problem = problem
         self._bits = bits
         self._group_size = group_size
         self._codes = torch.empty_like(columns, dtype=torch.uint8)
-        self._range = lowest_code(scheme), 2**bits - 1
+        self.range = lowest_code(scheme), 2**bits - 1
         self._rounded = rounded
         self._fitting = scales if group_size is not None and grid is None else "static"
-        self._options = {"bits": bits, "scheme": scheme, "mse": mse}
+        self.options = {"bits": bits, "scheme": scheme, "mse": mse}
         self._size = min(group_size or count, count)
         if self._fitting != "static":
             shape = -(-count // self._size), rows
@@ -45,7 +45,7 @@ class GridRounding:
         else:
             if grid is None:
                 weight = problem.restored(columns)
-                grid = fit_grid(weight, group_size=group_size, **self._options)  # type: ignore[arg-type]
+                grid = fit_grid(weight, group_size=group_size, **self.options)  # type: ignore[arg-type]
             self._scale, self._zero_point = (one.to(columns).mT.contiguous() for one in grid)
         places = list(range(count))
         if problem.order is not None and self._fitting == "static":
@@ -66,9 +66,12 @@ class GridRounding:
 
     def _fit(self, position: int, columns: Tensor) -> None:
         group = position // self._size
-        grid = fit_grid(columns.mT, **self._options)  # type: ignore[arg-type]
-        for kept, fitted in zip((self._scale, self._zero_point), grid, strict=True):
-            kept[group] = fitted.squeeze(1)
+        self._scale[group], self._zero_point[group] = self.fitted(position, columns.mT)
+
+    def fitted(self, position: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The grids of the rows of a group that begins at a position."""
+        scale, zero_point = fit_grid(weight, **self.options)  # type: ignore[arg-type]
+        return scale.squeeze(1), zero_point.squeeze(1)
 
     def column(self, position: int, following: Tensor) -> Tensor:
         """Round a column, and keep its codes."""
@@ -81,12 +84,13 @@ class GridRounding:
 
     def round(self, position: int, column: Tensor) -> Tensor:
         """The same, with the grid that the column has."""
-        scale, zero_point = self._grid(position)
-        codes = self._rounded((column / scale).add_(zero_point)).clamp_(*self._range)
+        scale, zero_point = self.grid(position)
+        codes = self._rounded((column / scale).add_(zero_point)).clamp_(*self.range)
         self._codes[position] = codes
         return codes.sub_(zero_point).mul_(scale)
 
-    def _grid(self, position: int) -> tuple[Tensor, Tensor]:
+    def grid(self, position: int) -> tuple[Tensor, Tensor]:
+        """The scales and zero-points of a column."""
         group = self._groups[position]
         return self._scale[group], self._zero_point[group]
 
@@ -103,12 +107,12 @@ class GridRounding:
 
     def result(self, dtype: torch.dtype) -> QuantizedTensor:
         """The quantized weights."""
-        order, group_index = self._problem.order, None
+        order, group_index = self.problem.order, None
         if order is not None and self._fitting != "static":
             group_index = torch.empty_like(order)
             group_index[order] = torch.tensor(self._groups, device=order.device)
         scale, zero_point = self._scale.mT.contiguous(), self._zero_point.mT.contiguous()
-        codes = self._problem.restored(self._codes)
+        codes = self.problem.restored(self._codes)
         return QuantizedTensor(
             codes,
             scale,

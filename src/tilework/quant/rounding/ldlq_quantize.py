@@ -117,6 +117,36 @@ def ldlq_quantize(
         check_grid(name, *grid, tuple(weight.shape), group_size, "out")
     elif grid is not None:
         check_grid(name, *grid, tuple(weight.shape), None, "tensor")
+    return rounded_with_feedback(
+        name,
+        weight,
+        hessian,
+        bits=bits,
+        group_size=group_size,
+        scheme=scheme,
+        grid=grid,
+        rounding=rounding,
+        greedy_passes=greedy_passes,
+        damp=damp,
+        generator=generator,
+    )
+
+
+def rounded_with_feedback(
+    name: str,
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    scheme: str = "asymmetric",
+    grid: tuple[Tensor, Tensor] | None = None,
+    rounding: str = "nearest",
+    greedy_passes: int,
+    damp: float,
+    generator: torch.Generator | None = None,
+) -> QuantizedTensor:
+    """The same of arguments that are as they must be, for a function of a name."""
 
     def drawn(values: Tensor) -> Tensor:
         noise = torch.rand(
