@@ -57,6 +57,10 @@ ARGUMENTS: dict[type[nn.Module], Callable[[], tuple[tuple[Any, ...], dict[str, A
     norms.ScaledStdConv2d: lambda: ((2, 4, 3), {"gamma": 1.5, "gain_init": 0.5}),
     quant.QuantLinear: lambda: ((quant.rtn_quantize(torch.rand(2, 3)),), {}),
     optim.WTACRSLinear: lambda: ((4, 3), {"sample_ratio": 0.5, "min_samples": 2}),
+    quant.LowRankLinear: lambda: (
+        (quant.rtn_quantize(torch.rand(2, 3)), torch.rand(2, 1), torch.rand(1, 3)),
+        {},
+    ),
     quant.OneBitLinear: lambda: ((4, 3), {"bias": True}),
     quant.ReSTEConv2d: lambda: ((2, 4, 3), {"threshold": 1.0, "interval": 0.2}),
     quant.ReSTELinear: lambda: ((4, 3), {"binarize_input": False, "threshold": 2.0}),
@@ -78,9 +82,9 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def given(module: nn.Module) -> set[str]:
-    """Buffers that are the caller's, which torch's rules hold for."""
+    """Tensors that are the caller's, which torch's rules hold for."""
     if isinstance(module, quant.QuantLinear):
-        return {name for name, _ in module.named_buffers()}
+        return set(tensors(module))
     if not dataclasses.is_dataclass(module):
         return set()
     fields = dataclasses.fields(module)

@@ -19,6 +19,7 @@ from tilework.quant import (
     quip_quantize,
     rtn_quantize,
     spqr_quantize,
+    vptq_quantize,
 )
 
 import samples
@@ -163,6 +164,26 @@ def quantizers() -> list[Quantizer]:
                 ("zero_bits must be an int", TypeError, {"zero_bits": True}),
                 ("statistics_group_size must be an int", ValueError, {"statistics_group_size": 0}),
                 ("block_size must be an int of at least 1", ValueError, {"block_size": 0}),
+            ),
+        ),
+        Quantizer(
+            vptq_quantize,
+            accepts=weight_and_hessian(),
+            refuses=(
+                *WEIGHTS,
+                *HESSIANS,
+                ("vector_length must be an int of at least 1", ValueError, {"vector_length": 0}),
+                ("num_centroids must be an int of at least 1", ValueError, {"num_centroids": 0}),
+                ("residual_centroids must be an int", TypeError, {"residual_centroids": 2.0}),
+                (r"initial must be of shape \(256, 8\)", ValueError, {"initial": torch.ones(2, 8)}),
+                (
+                    "residual_initial must be None",
+                    ValueError,
+                    {"residual_initial": torch.ones(256, 8)},
+                ),
+                ("block_size must be an int of at least 1", ValueError, {"block_size": 0}),
+                ("iterations must be an int of at least 0", ValueError, {"iterations": -1}),
+                ("tol must be a finite number of at least 0", ValueError, {"tol": -1.0}),
             ),
         ),
         Quantizer(

@@ -14,7 +14,10 @@ FUNCTIONS = {
     "AdaDim": quant.adadim_quantize,
     "GPTQ": quant.gptq_quantize,
     "LDLQ": quant.ldlq_quantize,
+    "QuIP": quant.quip_quantize,
     "RTN": quant.rtn_quantize,
+    "SpQR": quant.spqr_quantize,
+    "VPTQ": quant.vptq_quantize,
 }
 
 
@@ -42,4 +45,6 @@ def test_names() -> None:
     assert quant.RTNConfig(3, None).group_size is None
     assert quant.GPTQConfig(3, 64, "symmetric", True).act_order
     assert quant.LDLQConfig().algorithm == "LDLQ"
+    assert quant.SpQRConfig(3).bits == quant.QuIPConfig(3).bits == 3
+    assert quant.VPTQConfig(4).vector_length == 4
     assert quant.AWQConfig().max_tokens == quant.AdaDimConfig().max_tokens == 512

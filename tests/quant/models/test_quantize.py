@@ -19,13 +19,18 @@ from tilework.quant import (
     LDLQConfig,
     QuantizationReport,
     QuantLinear,
+    QuIPConfig,
     RTNConfig,
+    SpQRConfig,
+    VPTQConfig,
     adadim_quantize,
     awq_quantize,
     gptq_quantize,
     hessian_loss,
+    load_quantized_,
     quantize_,
     rtn_quantize,
+    save_quantized,
 )
 
 from quant.models.networks import ORDER, hessian, ids, inputs_of, network
@@ -319,6 +324,41 @@ def test_the_same_call_has_the_same_result() -> None:
         quantize(model, CONFIG, ids())
         states.append(model.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LDLQConfig(bits=3, group_size=4, greedy_passes=1),
+        SpQRConfig(group_size=4, statistics_group_size=3),
+        QuIPConfig(bits=3),
+        VPTQConfig(vector_length=2, num_centroids=16, residual_centroids=4, normalize=True),
+    ],
+    ids=lambda config: config.algorithm,
+)
+def test_layers_of_every_form(config: Any, tmp_path: Any) -> None:
+    model, other = network(), network()
+    torch.manual_seed(3)
+    report = quantize(model, config, ids(), checkpoint=tmp_path)
+    assert list(report.quantized) == ORDER
+    one = report.quantized["up"]
+    if config.algorithm == "VPTQ":
+        assert one.bits == (4 + 2) / 2
+        assert one.rtn_loss is None
+    else:
+        assert one.bits == 3
+        assert one.rtn_loss > 0
+    again = quantize(other, config, ids(), checkpoint=tmp_path)
+    assert again.quantized["up"] == one
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    save_quantized(model, tmp_path / "model")
+    third = network()
+    load_quantized_(third, tmp_path / "model")
+    x = ids()[0]
+    assert torch.equal(third.eval()(x), model.eval()(x))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2"])

@@ -16,6 +16,7 @@ from tilework.quant.grids.minifloat_quantize import (
     minifloat_scale,
 )
 from tilework.quant.grids.rtn_quantize import rtn_quantize
+from tilework.quant.grids.weighted_kmeans import weighted_kmeans
 
 __all__ = [
     "dequantize_affine",
@@ -34,4 +35,5 @@ __all__ = [
     "minifloat_scale",
     "minifloat_encode",
     "minifloat_decode",
+    "weighted_kmeans",
 ]

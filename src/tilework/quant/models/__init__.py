@@ -1,6 +1,15 @@
 """Whole models: their layers quantized one after another, and kept in files."""
 
-from tilework.quant.models.configs import AdaDimConfig, AWQConfig, GPTQConfig, LDLQConfig, RTNConfig
+from tilework.quant.models.configs import (
+    AdaDimConfig,
+    AWQConfig,
+    GPTQConfig,
+    LDLQConfig,
+    QuIPConfig,
+    RTNConfig,
+    SpQRConfig,
+    VPTQConfig,
+)
 from tilework.quant.models.quantize import quantize_
 from tilework.quant.models.report import LayerReport, QuantizationReport
 from tilework.quant.models.save_quantized import load_quantized_, save_quantized
@@ -11,8 +20,11 @@ __all__ = [
     "GPTQConfig",
     "LDLQConfig",
     "LayerReport",
+    "QuIPConfig",
     "QuantizationReport",
     "RTNConfig",
+    "SpQRConfig",
+    "VPTQConfig",
     "load_quantized_",
     "quantize_",
     "save_quantized",

@@ -8,6 +8,7 @@ from tilework.quant.rounding.quip_quantize import (
     quip_quantize,
 )
 from tilework.quant.rounding.spqr_quantize import SpQRTensor, spqr_quantize
+from tilework.quant.rounding.vptq_quantize import vptq_quantize
 
 __all__ = [
     "IncoherenceTransform",
@@ -17,4 +18,5 @@ __all__ = [
     "ldlq_quantize",
     "quip_quantize",
     "spqr_quantize",
+    "vptq_quantize",
 ]

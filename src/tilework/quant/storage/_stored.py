@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -54,14 +54,14 @@ class Stored:
         return replace(self, **moved)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class StoredWeights(Stored):
     """Weights of a layer in another form; ``codes``, if it has them, are of ``bits`` bits."""
 
-    @property
-    def shape(self) -> torch.Size:
-        """Of the weights: (out, in)."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        @property
+        def shape(self) -> torch.Size:
+            """Of the weights: (out, in); a field, or a property of its own."""
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weights, in the dtype that they had or another one."""
