@@ -1,5 +1,7 @@
 """Lloyd's rounds against plain loops."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor

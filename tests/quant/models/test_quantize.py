@@ -326,6 +326,7 @@ def test_the_same_call_has_the_same_result() -> None:
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     "config",
     [

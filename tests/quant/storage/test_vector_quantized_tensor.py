@@ -45,6 +45,7 @@ def test_values(length: int, without: tuple[str, ...]) -> None:
     assert found.bits_per_weight == found.code_bits == pytest.approx(bits / length)
 
 
+@pytest.mark.untyped
 def test_dtypes_devices_and_layers() -> None:
     found = VectorQuantizedTensor(**parts())
     assert found.dequantize().dtype == torch.float32
