@@ -122,7 +122,10 @@ class Call(samples.Sample):
         }
 
 
-ONCE = tuple(f"tilework.quant.{theme}." for theme in ("grids", "rounding", "statistics", "storage"))
+ONCE = tuple(
+    f"tilework.quant.{theme}."
+    for theme in ("grids", "layers", "models", "rounding", "smoothing", "statistics", "storage")
+)
 """Modules of functions that run once on trained weights, and not in a forward pass."""
 
 

@@ -1,6 +1,7 @@
 """Quantization: grids, rounding algorithms, layers, calibration."""
 
 from tilework.quant import (
+    activations,
     grids,
     layers,
     models,
@@ -11,6 +12,7 @@ from tilework.quant import (
     storage,
     training,
 )
+from tilework.quant.activations import *
 from tilework.quant.grids import *
 from tilework.quant.layers import *
 from tilework.quant.models import *
@@ -27,6 +29,7 @@ __all__ = [
     *statistics.__all__,
     *rounding.__all__,
     *smoothing.__all__,
+    *activations.__all__,
     *layers.__all__,
     *models.__all__,
     *training.__all__,

@@ -102,7 +102,36 @@ def gptq_quantize(
         Elias Frantar, Saleh Ashkboos, Torsten Hoefler, Dan Alistarh. GPTQ: Accurate Post-Training
         Quantization for Generative Pre-trained Transformers. 2022. arXiv:2210.17323.
     """
-    name = "gptq_quantize"
+    return rounded_with_compensation(
+        "gptq_quantize",
+        weight,
+        hessian,
+        bits=bits,
+        group_size=group_size,
+        scheme=scheme,
+        act_order=act_order,
+        scales=scales,
+        block_size=block_size,
+        damp=damp,
+        mse=mse,
+    )
+
+
+def rounded_with_compensation(
+    name: str,
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    bits: int,
+    group_size: int | None,
+    scheme: str,
+    scales: str,
+    block_size: int,
+    damp: float,
+    act_order: bool = False,
+    mse: bool = False,
+) -> QuantizedTensor:
+    """The same for a function of a name."""
     check_weight(name, weight)
     check_hessian(name, hessian, weight.shape[1])
     check_grid_options(name, bits=bits, group_size=group_size, scheme=scheme)
