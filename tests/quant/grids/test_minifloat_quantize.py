@@ -7,6 +7,7 @@ from fractions import Fraction
 from itertools import pairwise, product
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -167,6 +168,37 @@ def test_named_formats(name: str) -> None:
     assert hash(form) == hash(copy.deepcopy(form))
     assert pickle.loads(pickle.dumps(form)) == form
     assert form != MinifloatFormat(exponent, mantissa, bias=9, specials=specials)
+
+
+ML_DTYPES = {
+    "E2M1": ml_dtypes.float4_e2m1fn,
+    "E2M3": ml_dtypes.float6_e2m3fn,
+    "E3M2": ml_dtypes.float6_e3m2fn,
+    "E3M4_IEEE": ml_dtypes.float8_e3m4,
+    "E4M3_FN": ml_dtypes.float8_e4m3fn,
+    "E4M3_IEEE": ml_dtypes.float8_e4m3,
+    "E5M2_IEEE": ml_dtypes.float8_e5m2,
+}
+
+
+@pytest.mark.parametrize(("name", "theirs"), ML_DTYPES.items(), ids=list(ML_DTYPES))
+def test_agrees_with_ml_dtypes(name: str, theirs: type) -> None:
+    form = getattr(quant, name)
+    assert NAMED.keys() == ML_DTYPES.keys()
+    assert name in quant.__all__
+    codes = torch.arange(2**form.bits, dtype=torch.uint8)
+    values = torch.from_numpy(codes.numpy().view(theirs).astype(np.float32))
+    decoded = minifloat_decode(codes, form)
+    torch.testing.assert_close(decoded, values, rtol=0, atol=0, equal_nan=True)
+    finite = decoded[decoded.isfinite()].sort().values
+    middles = (finite[1:] + finite[:-1]) / 2
+    input = torch.cat([form.max * torch.randn(3000) / 2, form.min_normal * torch.randn(500)])
+    input = torch.cat([input, finite, middles])
+    input = input[input.abs() <= form.max]
+    expected = input.numpy().astype(theirs)
+    found = minifloat_quantize(input, form)
+    assert found.tolist() == expected.astype(np.float32).tolist()
+    assert minifloat_encode(found, form).tolist() == expected.view(np.uint8).tolist()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """What training with quantized values rests on: values of one tensor, gradients of another."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from tilework import _checks
@@ -9,6 +12,28 @@ from tilework.quant._arguments import check_bits, check_broadcastable, computed
 __all__ = ["fake_quantize", "straight_through"]
 
 GRADIENTS = ("clipped", "straight_through")
+
+
+class _Zero(torch.autograd.Function):
+    """Zeros with the gradient of the input, which no operation has where that is not finite."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor) -> Tensor:
+        return torch.zeros_like(input)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
+        return tangent.clone()
 
 
 @without_paper("the estimator that quantized training rests on")
@@ -41,7 +66,7 @@ def straight_through(input: Tensor, quantized: Tensor, mask: Tensor | None = Non
 
     Deviations:
         The usual ``input + (quantized - input).detach()`` rounds, and is nan where ``input`` is
-        infinite. An entry of ``input`` that is not finite has no gradient here.
+        infinite. Compiled and exported, an entry of ``input`` that is not finite has no gradient.
 
     Reference:
         Yoshua Bengio, Nicholas Leonard, Aaron Courville. Estimating or Propagating Gradients
@@ -55,9 +80,13 @@ def straight_through(input: Tensor, quantized: Tensor, mask: Tensor | None = Non
     if mask is not None:
         _checks.shape(name, "mask", mask, input.shape)
         moving = moving * mask.detach().to(moving.dtype)
-    moving = moving.where(moving.isfinite(), 0.0)
+    finite = moving.isfinite()
+    inside = moving.where(finite, 0.0)
     # The difference is a zero that keeps the sign of a zero which it is taken from.
-    return quantized.detach() - (moving.detach() - moving)
+    result = quantized.detach() - (inside.detach() - inside)
+    if torch.compiler.is_compiling():  # which has no functions with a forward mode of their own
+        return result
+    return result - _Zero.apply(-moving.masked_fill(finite, 0.0))  # type: ignore[no-untyped-call, no-any-return]
 
 
 @without_paper("an affine grid in training")

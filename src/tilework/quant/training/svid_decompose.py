@@ -59,8 +59,8 @@ def sign_ste(input: Tensor) -> Tensor:
         tensor([0.0717, 1.0010])
 
     Deviations:
-        The sign of 0 is 1; the released code has 0 for it, a third value. An infinite entry
-        has no gradient, as of :func:`straight_through`.
+        The sign of 0 is 1; the released code has 0 for it, a third value. Compiled, an infinite
+        entry has no gradient, as of :func:`straight_through`.
 
     Reference:
         Yuzhuang Xu, Xu Han, Zonghan Yang, Shuo Wang, Qingfu Zhu, Zhiyuan Liu, Weidong Liu, Wanxiang
