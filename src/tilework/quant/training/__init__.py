@@ -1,5 +1,6 @@
 """Quantization in training: values of grids, with gradients."""
 
+from tilework.quant.training.quest_quantize import QuestLinear, QuestQuantizer, quest_quantize
 from tilework.quant.training.reste_sign import (
     ReSTEConv2d,
     ReSTELinear,
@@ -12,6 +13,9 @@ from tilework.quant.training.svid_decompose import OneBitLinear, sign_ste, svid_
 __all__ = [
     "fake_quantize",
     "straight_through",
+    "quest_quantize",
+    "QuestQuantizer",
+    "QuestLinear",
     "sign_ste",
     "svid_decompose",
     "OneBitLinear",
