@@ -1,5 +1,6 @@
 """Grids of levels, and rounding to the nearest."""
 
+from tilework.quant.grids.allocate_bits import allocate_bits, size_aware_score
 from tilework.quant.grids.fit_grid import dequantize_affine, fit_grid, quantize_affine
 from tilework.quant.grids.minifloat_quantize import (
     E2M1,
@@ -43,4 +44,6 @@ __all__ = [
     "minifloat_encode",
     "minifloat_decode",
     "weighted_kmeans",
+    "size_aware_score",
+    "allocate_bits",
 ]
