@@ -62,6 +62,7 @@ ARGUMENTS: dict[type[nn.Module], Callable[[], tuple[tuple[Any, ...], dict[str, A
         {},
     ),
     quant.OneBitLinear: lambda: ((4, 3), {"bias": True}),
+    quant.QuestLinear: lambda: ((8, 3), {"block_size": 4, "weight_bits": 2}),
     quant.ReSTEConv2d: lambda: ((2, 4, 3), {"threshold": 1.0, "interval": 0.2}),
     quant.ReSTELinear: lambda: ((4, 3), {"binarize_input": False, "threshold": 2.0}),
 }

@@ -37,9 +37,9 @@ def calls() -> list[Call]:
     return [
         Call(
             quest_quantize,
-            lambda: {"input": draw(3, 8)},
+            lambda: {"input": draw(3, 16)},
             differentiable=("input",),
-            sizes={8: 16},
+            sizes={16: 32},
             options=({"block_size": 4}, {"bits": 1.585, "block_size": 8, "rotate_back": False}),
         )
     ]

@@ -225,11 +225,11 @@ class QuestLinear(nn.Linear):
         in_features: Features of the input, a multiple of ``block_size``.
         out_features: Features of the output.
         bias: Whether there is a bias.
+        device: Device of the parameters.
+        dtype: Their dtype.
         weight_bits: Bits of the weight, each row with a grid; None rotates it alone.
         activation_bits: Bits of the input, each token with a grid; None rotates it alone.
         block_size: A power of two; None is no rotation.
-        device: Device of the parameters.
-        dtype: Their dtype.
 
     Raises:
         ValueError: An option is not one of those above.
@@ -251,12 +251,12 @@ class QuestLinear(nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         *,
         weight_bits: float | None = 4,
         activation_bits: float | None = 4,
         block_size: int | None = 128,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         name, plain = type(self).__name__, _checks.plain
         _check_options(name, weight_bits, block_size, "weight_bits")
