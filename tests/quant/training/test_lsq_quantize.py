@@ -80,7 +80,7 @@ def test_a_number_is_a_step_without_a_gradient() -> None:
     found = lsq_quantize(input, 0.25, lower=-2, upper=1)
     assert torch.equal(found, lsq_quantize(input, torch.tensor(0.25), lower=-2, upper=1))
     found.sum().backward()
-    scale = np.float32(0.25)
+    scale = np.float64(0.25)
     assert torch.equal(found, lsq_quantize(input, scale, lower=-2, upper=1))
 
 

@@ -30,7 +30,7 @@ def _check_positive(name: str, argument: str, tensor: Any) -> None:
 
 @_PAPER
 @torch.no_grad()
-def size_aware_score(error: Tensor, size: Tensor | float, *, eta: float = 0.3) -> Tensor:
+def size_aware_score(error: Tensor, size: Tensor | int | float, *, eta: float = 0.3) -> Tensor:
     r"""Errors of layers with a discount for large ones.
 
     .. math::
@@ -85,7 +85,7 @@ def allocate_bits(
     sizes: Tensor,
     *,
     candidates: Sequence[int] = (1, 2, 3),
-    budget: float = 1.99,
+    budget: int | float = 1.99,
 ) -> tuple[Tensor, float]:
     r"""Bits of layers by one threshold for the scores of all.
 

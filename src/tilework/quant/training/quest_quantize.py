@@ -68,7 +68,7 @@ def _rotated(name: str, input: Tensor, block_size: int | None) -> Tensor:
 def quest_quantize(
     input: Tensor,
     *,
-    bits: float = 4,
+    bits: int | float = 4,
     block_size: int | None = 128,
     rotate_back: bool = True,
     trust: float | None = None,
@@ -189,7 +189,7 @@ class QuestQuantizer(OptionsModule):
         As :func:`quest_quantize`.
     """
 
-    bits: float = field(default=4, kw_only=False)
+    bits: int | float = field(default=4, kw_only=False)
     block_size: int | None = 128
     rotate_back: bool = True
     trust: float | None = None
@@ -254,8 +254,8 @@ class QuestLinear(nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        weight_bits: float | None = 4,
-        activation_bits: float | None = 4,
+        weight_bits: int | float | None = 4,
+        activation_bits: int | float | None = 4,
         block_size: int | None = 128,
     ) -> None:
         name, plain = type(self).__name__, _checks.plain
@@ -265,11 +265,11 @@ class QuestLinear(nn.Linear):
             accepted = f"a multiple of block_size={block_size}"
             raise _checks.bad_value(name, "in_features", accepted, in_features)
         super().__init__(plain(in_features), plain(out_features), bias, device, dtype)
-        self.weight_bits: float | None = plain(weight_bits)
-        self.activation_bits: float | None = plain(activation_bits)
+        self.weight_bits: int | float | None = plain(weight_bits)
+        self.activation_bits: int | float | None = plain(activation_bits)
         self.block_size: int | None = plain(block_size)
 
-    def _operand(self, tensor: Tensor, bits: float | None) -> Tensor:
+    def _operand(self, tensor: Tensor, bits: int | float | None) -> Tensor:
         if bits is None:
             return _rotated(type(self).__name__, tensor, self.block_size)
         return quest_quantize(tensor, bits=bits, block_size=self.block_size, rotate_back=False)
