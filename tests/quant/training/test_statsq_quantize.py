@@ -90,14 +90,14 @@ def test_zeros() -> None:
 
 
 @every_bits
-def test_gradients(bits: int) -> None:
+@pytest.mark.parametrize("reach", [0.125, 1.25])
+def test_gradients(bits: int, reach: float) -> None:
     input = draw(3, 200).requires_grad_()
     with torch.no_grad():
         input[0, 0] = 30
     upstream = draw(3, 200)
     (plain,) = torch.autograd.grad(statsq_quantize(input, bits=bits), input, upstream)
     assert torch.equal(plain, upstream)
-    reach = 0.125
     result = statsq_quantize(input, bits=bits, boundary_range=reach)
     assert torch.equal(result, statsq_quantize(input, bits=bits))
     (masked,) = torch.autograd.grad(result, input, upstream)

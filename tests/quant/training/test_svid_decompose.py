@@ -67,6 +67,8 @@ def test_what_is_not_finite() -> None:
     assert input.grad is not None
     assert input.grad[0].isnan()
     assert input.grad[1:3].tolist() == pytest.approx([0.001, 0.001])
+    _, tangents = torch.func.jvp(sign_ste, (input.detach(),), (torch.ones(4),))
+    assert tangents[1:3].tolist() == pytest.approx([0.001, 0.001])
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5), (1, 6), (6, 1), (1, 1), (63, 100)])

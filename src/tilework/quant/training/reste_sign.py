@@ -78,7 +78,7 @@ def reste_sign(
         tensor([0.0000, 0.5000, 5.0000, 1.0000])
 
     Deviations:
-        The sign of 0 is 1; the released code has 0 for it.
+        The sign of 0 is 1; the released code has 0 for it. That of nan is nan, so that it shows.
 
     Reference:
         Xiao-Ming Wu, Dian Zheng, Zuhao Liu, Wei-Shi Zheng. Estimator Meets Equilibrium Perspective:
