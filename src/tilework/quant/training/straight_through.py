@@ -86,6 +86,7 @@ def straight_through(input: Tensor, quantized: Tensor, mask: Tensor | None = Non
     result = quantized.detach() - (inside.detach() - inside)
     if torch.compiler.is_compiling():  # which has no functions with a forward mode of their own
         return result
+    # For what is not finite alone: forward mode within forward mode takes _Zero for a constant.
     return result - _Zero.apply(-moving.masked_fill(finite, 0.0))  # type: ignore[no-untyped-call, no-any-return]
 
 
