@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from quant.refusals import WEIGHTS
 
 from tilework.quant import balanced_quantize, balanced_scale_init
 
 import samples
 from calls import Call, draw
 from helpers import FLOATING
+from quant.refusals import WEIGHTS
 
 
 @samples.of(Call)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from quant.training.samples import FUNCTIONS, LAYERS, Layer, StraightThrough
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +13,7 @@ from tilework.quant import training
 
 from calls import Tensors
 from helpers import FLOATING
+from quant.training.samples import FUNCTIONS, LAYERS, Layer, StraightThrough
 
 every_function = pytest.mark.parametrize("sample", FUNCTIONS, ids=lambda sample: sample.label)
 every_layer = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.label)
