@@ -61,6 +61,8 @@ ARGUMENTS: dict[type[nn.Module], Callable[[], tuple[tuple[Any, ...], dict[str, A
         (quant.rtn_quantize(torch.rand(2, 3)), torch.rand(2, 1), torch.rand(1, 3)),
         {},
     ),
+    quant.OrthoScaleTransform: lambda: ((4,), {}),
+    quant.SmoothSiLU: lambda: ((torch.rand(3),), {}),
     quant.OneBitLinear: lambda: ((4, 3), {"bias": True}),
     quant.QuestLinear: lambda: ((8, 3), {"block_size": 4, "weight_bits": 2}),
     quant.ReSTEConv2d: lambda: ((2, 4, 3), {"threshold": 1.0, "interval": 0.2}),

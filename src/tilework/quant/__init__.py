@@ -4,6 +4,7 @@ from tilework.quant import (
     activations,
     grids,
     layers,
+    matching,
     models,
     rotations,
     rounding,
@@ -15,6 +16,7 @@ from tilework.quant import (
 from tilework.quant.activations import *
 from tilework.quant.grids import *
 from tilework.quant.layers import *
+from tilework.quant.matching import *
 from tilework.quant.models import *
 from tilework.quant.rotations import *
 from tilework.quant.rounding import *
@@ -34,4 +36,5 @@ __all__ = [
     *models.__all__,
     *training.__all__,
     *rotations.__all__,
+    *matching.__all__,
 ]
