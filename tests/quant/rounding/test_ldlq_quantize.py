@@ -114,7 +114,7 @@ def greedy(weight: Tensor, values: Tensor, hessian: Tensor, scale: Tensor, zero:
 
 
 def test_greedy_passes() -> None:
-    weight, hessian = drawn(4, 9)
+    weight, hessian = drawn(6, 30)
     full = damped(hessian, 0.01)
     scale, zero_point = fit_grid(weight, bits=3)
     values = ldlq_quantize(weight, hessian, bits=3).dequantize()

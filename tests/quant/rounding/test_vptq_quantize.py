@@ -131,8 +131,8 @@ def test_a_diagonal_hessian_rounds_to_the_nearest() -> None:
 
 def test_errors_made_up_for_cost_less_than_nearest_vectors() -> None:
     ours, nearest = 0.0, 0.0
-    for _ in range(5):
-        weight, hessian = drawn(8, 24)
+    for _ in range(8):
+        weight, hessian = drawn(12, 32)
         found = vptq_quantize(weight, hessian, vector_length=2, num_centroids=16)
         ours += hessian_loss(weight, found.dequantize(), hessian).item()
         columns = [
@@ -140,7 +140,7 @@ def test_errors_made_up_for_cost_less_than_nearest_vectors() -> None:
             for column in weight.T
         ]
         nearest += hessian_loss(weight, torch.stack(columns, 1), hessian).item()
-    assert ours < 0.8 * nearest
+    assert ours < 0.9 * nearest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
