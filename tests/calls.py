@@ -122,10 +122,8 @@ class Call(samples.Sample):
         }
 
 
-ONCE = tuple(
-    f"tilework.quant.{theme}."
-    for theme in ("grids", "layers", "models", "rounding", "smoothing", "statistics", "storage")
-)
+_THEMES = "grids layers layouts models rounding smoothing statistics storage"
+ONCE = tuple(f"tilework.quant.{theme}." for theme in _THEMES.split())
 """Modules of functions that run once on trained weights, and not in a forward pass."""
 
 

@@ -4,6 +4,7 @@ from tilework.quant import (
     activations,
     grids,
     layers,
+    layouts,
     matching,
     models,
     rotations,
@@ -16,6 +17,7 @@ from tilework.quant import (
 from tilework.quant.activations import *
 from tilework.quant.grids import *
 from tilework.quant.layers import *
+from tilework.quant.layouts import *
 from tilework.quant.matching import *
 from tilework.quant.models import *
 from tilework.quant.rotations import *
@@ -34,6 +36,7 @@ __all__ = [
     *activations.__all__,
     *layers.__all__,
     *models.__all__,
+    *layouts.__all__,
     *training.__all__,
     *rotations.__all__,
     *matching.__all__,

@@ -110,7 +110,7 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
         (lambda model: setattr(model, "up", nn.Linear(8, 16, bias=False)), "up has a bias in one"),
         (lambda model: delattr(model, "unused"), r"it has no unused\.weight"),
         (lambda model: setattr(model, "unused", nn.Linear(8, 9)), r"unused\.weight is of shape"),
-        (lambda model: setattr(model, "more", nn.Linear(1, 1)), r"the file has no more\.weight"),
+        (lambda model: setattr(model, "more", nn.Linear(1, 1)), r"there is no more\.weight"),
     ]:
         model = fresh()
         change(model)

@@ -10,6 +10,7 @@ from tilework.quant.models.configs import (
     SpQRConfig,
     VPTQConfig,
 )
+from tilework.quant.models.export_quantized import export_quantized, import_quantized_
 from tilework.quant.models.quantize import quantize_
 from tilework.quant.models.report import LayerReport, QuantizationReport
 from tilework.quant.models.save_quantized import load_quantized_, save_quantized
@@ -25,6 +26,8 @@ __all__ = [
     "RTNConfig",
     "SpQRConfig",
     "VPTQConfig",
+    "export_quantized",
+    "import_quantized_",
     "load_quantized_",
     "quantize_",
     "save_quantized",

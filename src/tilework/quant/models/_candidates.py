@@ -69,7 +69,8 @@ def shape_of(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _linear(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All that are not quantized, and their names."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or is_transposed(module):
             yield name, module
@@ -97,7 +98,7 @@ def candidates(
     )
     places = places_of(model)
     found, skipped = {}, {}
-    for name, layer in _linear(model):
+    for name, layer in linear_layers(model):
         reason = _reason(name, layer, holders, filter_fn)
         if reason is None:
             found[name] = Candidate(name, layer, places[id(layer)])

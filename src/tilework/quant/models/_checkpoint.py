@@ -10,7 +10,7 @@ from torch import Tensor
 from tilework.quant.layers.quant_linear import QuantLinear
 from tilework.quant.models._candidates import Candidate
 from tilework.quant.models._config import Config
-from tilework.quant.models._files import described, layer_of, read, write
+from tilework.quant.models._files import described, form_of, read, write
 from tilework.quant.models.report import LayerReport
 
 
@@ -37,7 +37,7 @@ class Checkpoint:
             )
         device = layer.weight.device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        new = layer_of(header["form"], tensors, layer.bias)
+        new = QuantLinear(form_of(header["form"]).put_together(tensors), layer.bias)
         return new, LayerReport(**header["report"])
 
     def save(self, layer: Candidate, new: QuantLinear, report: LayerReport) -> None:

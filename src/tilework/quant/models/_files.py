@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tilework import quant
-from tilework.quant.layers.quant_linear import QuantLinear
 from tilework.quant.storage._stored import Form
 
 KEY = "tilework.quant"
@@ -54,13 +53,6 @@ def form_of(description: Mapping[str, Any]) -> Form:
         transform=None if transform is None else getattr(quant, transform),
         moved=tuple(description["moved"]),
     )
-
-
-def layer_of(
-    description: Mapping[str, Any], tensors: Mapping[str, Tensor], bias: Tensor | None
-) -> QuantLinear:
-    """The layer that was described, of its tensors."""
-    return QuantLinear(form_of(description).put_together(tensors), bias)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

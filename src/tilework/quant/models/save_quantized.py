@@ -1,15 +1,14 @@
 """A quantized model in one file, and from it."""
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from tilework import _checks
 from tilework.catalog import without_paper
 from tilework.quant.layers.quant_linear import QuantLinear
-from tilework.quant.models._candidates import places_of, replace, shape_of
-from tilework.quant.models._files import described, layer_of, read, write
+from tilework.quant.models._files import described, form_of, read, write
+from tilework.quant.models._fit import Layer, put, taken
 
 __all__ = ["load_quantized_", "save_quantized"]
 
@@ -103,55 +102,9 @@ def load_quantized_(model: nn.Module, path: str | Path) -> None:
     if not isinstance(model, nn.Module):
         raise _checks.bad_type(name, "model", "a module", model)
     tensors, header = read(name, Path(path))
-    modules, places = dict(model.named_modules()), places_of(model)
-    misfits: list[str] = []
-    layers: list[tuple[nn.Module, QuantLinear]] = []
+    layers: dict[str, Layer] = {}
     for layer, description in header["forms"].items():
-        parts = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{layer}.")}
-        shape = tuple(description["shape"])
-        old = modules.get(layer)
-        if old is None or shape_of(old) != shape:
-            misfits.append(f"it has no linear layer {layer} of shape {shape}")
-        elif (old._parameters["bias"] is None) != (f"{layer}.bias" not in parts):
-            misfits.append(f"{layer} has a bias in one of them alone")
-        else:
-            own = {key.removeprefix(f"{layer}."): value for key, value in parts.items()}
-            layers.append((old, _layer(old, description, own)))
-    replaced = {id(value) for old, _ in layers for value in old.state_dict(keep_vars=True).values()}
-    targets = model.state_dict(keep_vars=True)
-    targets = {key: value for key, value in targets.items() if id(value) not in replaced}
-    values: dict[int, Tensor] = {}
-    for key, value in tensors.items():
-        if key not in targets:
-            misfits.append(f"it has no {key}")
-        elif targets[key].shape != value.shape:
-            shapes = f"{tuple(targets[key].shape)}, in the file {tuple(value.shape)}"
-            misfits.append(f"{key} is of shape {shapes}")
-        else:
-            values[id(targets[key])] = _like(targets[key], value)
-    misfits += [f"the file has no {key}" for key, own in targets.items() if id(own) not in values]
-    if misfits:
-        raise ValueError(f"{name}: {path} does not fit the model: {'; '.join(misfits)}")
-    for old, new in layers:
-        replace(old, new, places[id(old)])
-    state = {key: values[id(own)] for key, own in targets.items()}
-    on_meta = any(own.is_meta for own in targets.values())
-    model.load_state_dict(state, strict=False, assign=on_meta)
-
-
-def _layer(old: nn.Module, description: dict[str, Any], tensors: dict[str, Tensor]) -> QuantLinear:
-    """The layer of a file that is to take the place of another, on its device."""
-    device = next(tensor.device for tensor in (*old.parameters(), *old.buffers()))
-    if device.type != "meta":
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    bias, before = tensors.pop("bias", None), old._parameters["bias"]
-    if bias is not None and before is not None:
-        bias = nn.Parameter(bias, requires_grad=before.requires_grad)
-    return layer_of(description, tensors, bias)
-
-
-def _like(target: Tensor, value: Tensor) -> Tensor:
-    """A value as a parameter, if it is to be one."""
-    if isinstance(target, nn.Parameter):
-        return nn.Parameter(value, requires_grad=target.requires_grad)
-    return value
+        own = taken(tensors, layer)
+        bias = own.pop("bias", None)
+        layers[layer] = form_of(description).put_together(own), bias
+    put(name, str(path), model, layers, tensors)
