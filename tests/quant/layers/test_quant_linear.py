@@ -183,3 +183,81 @@ def test_a_transform_without_tensors_is_refused() -> None:
     weights = QuantizedTensor(codes, one, one, bits=2, transform=Unknown())
     with pytest.raises(TypeError, match=r"transform must be one of tilework\.quant"):
         QuantLinear(weights)
+
+
+def of_four_bits(rows: int = 32, columns: int = 128, **options: Any) -> QuantLinear:
+    weight = torch.randn(rows, columns) + 0.1
+    given = {"bits": 4, "group_size": 32, **options}
+    return QuantLinear(rtn_quantize(weight, **given), torch.randn(rows).bfloat16())
+
+
+def relative_error(output: Tensor, exact: Tensor) -> float:
+    return float((output.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "minmax"])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_the_product_of_torch_is_as_exact_as_dequantized_weights(
+    size: int, scheme: str, rows: int
+) -> None:
+    layer = of_four_bits(group_size=size, scheme=scheme)
+    for x in (torch.randn(rows, 128), torch.rand(2, rows, 128)):
+        x = x.bfloat16()
+        output = layer(x)
+        assert layer._prepared is not None
+        assert (output.shape, output.dtype) == ((*x.shape[:-1], 32), torch.bfloat16)
+        exact = x.double() @ layer.quantized.dequantize(torch.float64).mT + layer.bias.double()
+        plain = F.linear(x, layer.quantized.dequantize(torch.bfloat16), layer.bias)
+        assert relative_error(output, exact) <= 2 * relative_error(plain, exact) + 2**-8
+
+
+def test_the_product_of_torch_follows_the_buffers() -> None:
+    layer, other = of_four_bits(), of_four_bits()
+    x = torch.randn(2, 128).bfloat16()
+    first = layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+    assert not torch.equal(layer(x), first)
+    layer.load_state_dict(of_four_bits().state_dict(), assign=True)
+    changed = layer(x)
+    assert not torch.equal(changed, other(x))
+    layer.scale.mul_(2)
+    assert not torch.equal(layer(x), changed)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert copied._prepared is None
+        assert torch.equal(copied(x), layer(x))
+    assert layer.to(torch.float16)._prepared is None
+    assert set(layer.state_dict()) == {"packed_codes", "scale", "zero_point", "bias"}
+
+
+def test_where_weights_are_dequantized() -> None:
+    x = torch.randn(3, 128).bfloat16()
+    for layer, input in [
+        (of_four_bits(), x.float()),
+        (of_four_bits(), x.clone().requires_grad_()),
+        (of_four_bits(), torch.randn(600, 128).bfloat16()),
+        (of_four_bits(), x[:0]),
+        (of_four_bits(bits=3), x),
+        (of_four_bits(group_size=16), x),
+        (of_four_bits(group_size=None), x),
+        (of_four_bits(axis="in"), x),
+        (of_four_bits(rows=24), x),
+        (of_four_bits(columns=144), torch.randn(3, 144).bfloat16()),
+    ]:
+        bias = None if layer.bias is None else layer.bias.to(input.dtype)
+        layer.bias = None if bias is None else nn.Parameter(bias)
+        expected = F.linear(input, layer.quantized.dequantize(input.dtype), bias)
+        assert torch.equal(layer(input), expected)
+        assert layer._prepared is None
+    layer = of_four_bits()
+    input = x.clone().requires_grad_()
+    layer(input).sum().backward()
+    exact = layer.quantized.dequantize(torch.bfloat16).sum(0).expand(3, 128)
+    torch.testing.assert_close(input.grad, exact, rtol=2**-6, atol=2**-4)
+    with torch.no_grad():
+        layer(input)
+    assert layer._prepared is not None
+    layer(x).sum().backward()
+    assert layer.bias is not None
+    assert torch.equal(layer.bias.grad, torch.full((32,), 6.0).bfloat16())

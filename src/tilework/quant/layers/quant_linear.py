@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tilework import _checks
 from tilework._options import unround
 from tilework.catalog import without_paper
+from tilework.quant.layers import _cpu_product
 from tilework.quant.storage._stored import StoredWeights
 
 __all__ = ["QuantLinear"]
@@ -29,6 +31,10 @@ class QuantLinear(nn.Module):
     them, ``scale``, ``zero_point`` and so on, by the names that the result of each algorithm has
     for its tensors; those of a transform too, and indices in as few bytes as they need. A cast of
     the module leaves grids and codebooks as they are.
+
+    The weights are made in each call, but for plain codes of 4 bits in groups on a CPU and bfloat16
+    inputs without a gradient: PyTorch's product then reads the codes, which are kept a second time
+    in its order from the first such call on.
 
     Args:
         quantized: What a function of :mod:`tilework.quant` made of weights of shape (out, in).
@@ -67,6 +73,7 @@ class QuantLinear(nn.Module):
             _checks.shape(name, "bias", bias, (self.out_features,))
             bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         self.register_parameter("bias", bias)
+        self._prepared: _cpu_product.Prepared | None = None
         buffers, self.form = quantized.taken_apart()
         for key, value in buffers.items():
             self.register_buffer(key, value)
@@ -103,12 +110,28 @@ class QuantLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Take the inputs of shape (..., in) to outputs of shape (..., out)."""
+        if _cpu_product.applies(input, self.form):
+            size = self.form.options["group_size"]
+            output = _cpu_product.product(input, self._codes(), size)
+            return output if self.bias is None else output + self.bias
         return F.linear(input, self.quantized.dequantize(input.dtype), self.bias)
+
+    def _codes(self) -> _cpu_product.Prepared:
+        """The codes in the order of PyTorch's product, made anew if the buffers have changed."""
+        sources = tuple(self.buffers())
+        if self._prepared is None or not self._prepared.is_of(sources):
+            with torch.no_grad():
+                self._prepared = _cpu_product.prepared(self.quantized, sources)
+        return self._prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": None}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         unround(self, before)
+        self._prepared = None
         return self
 
     def extra_repr(self) -> str:
