@@ -67,7 +67,8 @@ def write_api_pages(app: Sphinx) -> None:
         module = importlib.import_module(f"tilework.{family}")
         directives = [f".. automodule:: tilework.{family}\n   :no-members:"]
         for name in sorted(module.__all__, key=str.lower):  # a function before its module
-            kind = "class" if inspect.isclass(getattr(module, name)) else "function"
+            value = getattr(module, name)
+            kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
             directives.append(f".. auto{kind}:: {name}")
         if module.__all__:
             body = "\n\n".join(directives)
