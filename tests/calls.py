@@ -123,7 +123,11 @@ class Call(samples.Sample):
 
 
 _THEMES = "grids layers layouts models rounding smoothing statistics storage"
-ONCE = tuple(f"tilework.quant.{theme}." for theme in _THEMES.split())
+_ROTATIONS = "klt_rotation kurtail_rotation qsur"
+ONCE = (
+    *(f"tilework.quant.{theme}." for theme in _THEMES.split()),
+    *(f"tilework.quant.rotations.{module}" for module in _ROTATIONS.split()),
+)
 """Modules of functions that run once on trained weights, and not in a forward pass."""
 
 

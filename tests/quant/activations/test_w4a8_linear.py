@@ -11,9 +11,9 @@ from calls import Call, draw
 
 
 def product(input: Tensor) -> Tensor:
-    codes = torch.arange(15, dtype=torch.uint8).reshape(5, 3)
-    weights = W4A8Tensor(codes, None, torch.linspace(0.1, 2.0, 5, dtype=torch.float64).unsqueeze(1))
-    return w4a8_linear(input, weights)
+    codes = torch.arange(15, dtype=torch.uint8, device=input.device).reshape(5, 3)
+    scale = torch.linspace(0.1, 2.0, 5, dtype=torch.float64, device=input.device)
+    return w4a8_linear(input, W4A8Tensor(codes, None, scale.unsqueeze(1)))
 
 
 @samples.of(Call)

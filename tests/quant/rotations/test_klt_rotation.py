@@ -1,30 +1,11 @@
-"""Variances that a rotation levels, factors, and SiLU of scaled inputs."""
+"""Variances that a rotation levels, and factors."""
 
-import math
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from tilework.quant import SmoothSiLU, hadamard_matrix, klt_rotation, smooth_factors, smooth_silu
-
-import samples
-from calls import Call, draw
-
-
-@samples.of(Call)
-def calls() -> list[Call]:
-    return [
-        Call(klt_rotation, lambda: {"input": draw(6, 4)}, sizes={4: 8}),
-        Call(
-            smooth_silu,
-            lambda: {"input": draw(4, 3), "scale": draw(3)},
-            differentiable=("input", "scale"),
-        ),
-        Call(smooth_factors, lambda: {"input": draw(4, 3), "weight": draw(5, 3)}),
-    ]
+from tilework.quant import hadamard_matrix, klt_rotation, smooth_factors
 
 
 @pytest.mark.parametrize("center", [True, False])
@@ -61,28 +42,9 @@ def test_factors() -> None:
     torch.testing.assert_close(smooth_factors(x, w), smooth_factors(x, w, alpha=0.5))
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.3, -2.0, "tensor"])
-def test_silu(scale: Any) -> None:
-    x = torch.randn(5, 4, dtype=torch.float64)
-    s = torch.rand(4, dtype=torch.float64) + 0.5 if scale == "tensor" else scale
-    found = smooth_silu(x, s)
-    for i in range(5):
-        for j in range(4):
-            factor = s[j].item() if isinstance(s, Tensor) else s
-            v = x[i, j].item()
-            assert found[i, j].item() == pytest.approx(v / (1 + math.exp(-factor * v)))
-    torch.testing.assert_close(found, F.silu(s * x) / s)
-    module = SmoothSiLU(s)
-    torch.testing.assert_close(module(x), found)
-    assert set(module.state_dict()) == {"scale"}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype: torch.dtype) -> None:
     x = torch.randn(6, 4).to(dtype)
-    assert smooth_silu(x, 2.0).dtype == dtype
-    torch.testing.assert_close(smooth_silu(x, 1.0), F.silu(x.float()).to(dtype))
-    assert SmoothSiLU(2.0)(x).dtype == dtype
     assert klt_rotation(x).dtype == torch.float32
     assert smooth_factors(x, x).dtype == torch.float32
 
@@ -97,9 +59,6 @@ def test_dtypes(dtype: torch.dtype) -> None:
         (klt_rotation, {"input": torch.ones(2, 2).long()}, TypeError, "input must be a floating"),
         (smooth_factors, {"weight": torch.ones(2, 4)}, ValueError, "input must be non-empty of"),
         (smooth_factors, {"alpha": 1.5}, ValueError, "alpha must be a number from 0 to 1"),
-        (smooth_silu, {"scale": torch.ones(3)}, ValueError, "scale must be broadcastable"),
-        (smooth_silu, {"scale": math.inf}, ValueError, "scale must be a finite number"),
-        (smooth_silu, {"scale": torch.ones(2).long()}, TypeError, "scale must be a floating"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -107,15 +66,6 @@ def test_refusals(function: Any, given: Any, error: type[Exception], message: st
     defaults: dict[Any, dict[str, Any]] = {
         klt_rotation: {},
         smooth_factors: {"input": torch.ones(2, 2), "weight": torch.ones(2, 2)},
-        smooth_silu: {"input": torch.ones(2, 2)},
     }
     with pytest.raises(error, match=rf"^{function.__name__}: {message}"):
         function(**(defaults[function] | given))
-
-
-@pytest.mark.untyped
-def test_refusals_of_the_module() -> None:
-    with pytest.raises(TypeError, match=r"^SmoothSiLU: scale must be a number"):
-        SmoothSiLU("2")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^SmoothSiLU: scale must be a floating-point tensor"):
-        SmoothSiLU(torch.ones(2).long())

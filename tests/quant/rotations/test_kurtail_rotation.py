@@ -15,20 +15,6 @@ from tilework.quant import (
     rotate_linear_,
 )
 
-import samples
-from calls import Call, draw
-
-
-def rotation(input: torch.Tensor, steps: int) -> torch.Tensor:
-    return kurtail_rotation(input, steps=steps).rotation
-
-
-@samples.of(Call)
-def calls() -> list[Call]:
-    return [
-        Call(kurtail_rotation, lambda: {"input": draw(5, 4)}, by=rotation, options=({"steps": 2},))
-    ]
-
 
 def rows() -> torch.Tensor:
     x = torch.randn(40, 6, dtype=torch.float64)

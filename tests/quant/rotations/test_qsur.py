@@ -8,14 +8,6 @@ import torch
 
 from tilework.quant import qsur
 
-import samples
-from calls import Call, draw
-
-
-@samples.of(Call)
-def calls() -> list[Call]:
-    return [Call(qsur, lambda: {"input": draw(7, 3)})]
-
 
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_the_formula(width: int) -> None:

@@ -7,17 +7,13 @@ from tilework.quant.rotations.hadamard import (
     random_hadamard_matrix,
     random_orthogonal_matrix,
 )
-from tilework.quant.rotations.klt_rotation import (
-    SmoothSiLU,
-    klt_rotation,
-    smooth_factors,
-    smooth_silu,
-)
+from tilework.quant.rotations.klt_rotation import klt_rotation, smooth_factors
 from tilework.quant.rotations.kurtail_rotation import RotationResult, kurtail_rotation
 from tilework.quant.rotations.kurtosis_loss import kurtosis, kurtosis_loss
 from tilework.quant.rotations.ortho_scale_transform import OrthoScaleTransform
 from tilework.quant.rotations.qsur import qsur
 from tilework.quant.rotations.rotate_linear import fold_norm_, rotate_linear_
+from tilework.quant.rotations.smooth_silu import SmoothSiLU, smooth_silu
 
 __all__ = [
     "hadamard_matrix",

@@ -1,18 +1,17 @@
-"""MambaQuant: rotations that level the variances of channels, and scales folded into SiLU."""
+"""MambaQuant: rotations that level the variances of channels, and factors for these."""
 
 import torch
 from torch import Tensor
 
 from tilework import _checks
 from tilework._operators import without_autocast
-from tilework._options import OptionsModule, buffer
 from tilework.catalog import implements
-from tilework.quant._arguments import check_broadcastable, check_weight, computed, rows_of
+from tilework.quant._arguments import check_weight, computed, rows_of
 from tilework.quant.rotations.hadamard import hadamard_transform
 
-__all__ = ["SmoothSiLU", "klt_rotation", "smooth_factors", "smooth_silu"]
+__all__ = ["klt_rotation", "smooth_factors"]
 
-_PAPER = implements(
+PAPER = implements(
     "MambaQuant: Quantizing the Mamba Family with Variance Aligned Rotation Methods",
     year=2025,
     arxiv="2501.13484",
@@ -20,7 +19,7 @@ _PAPER = implements(
 _LEAST = 1e-5
 
 
-@_PAPER
+@PAPER
 @torch.no_grad()
 @without_autocast
 def klt_rotation(input: Tensor, *, center: bool = True) -> Tensor:
@@ -82,7 +81,7 @@ def klt_rotation(input: Tensor, *, center: bool = True) -> Tensor:
     return hadamard_transform(vectors * torch.ones_like(largest).copysign(largest))
 
 
-@_PAPER
+@PAPER
 @torch.no_grad()
 def smooth_factors(input: Tensor, weight: Tensor, *, alpha: float = 0.5) -> Tensor:
     r"""What channels of inputs are divided by, and columns of weights multiplied.
@@ -122,94 +121,3 @@ def smooth_factors(input: Tensor, weight: Tensor, *, alpha: float = 0.5) -> Tens
     dtype = computed(input, weight)
     inputs, weights = (one.to(dtype).abs().amax(0) for one in (rows, weight))
     return (inputs**alpha / weights.clamp(min=_LEAST) ** (1 - alpha)).clamp(min=_LEAST)
-
-
-@_PAPER
-def smooth_silu(input: Tensor, scale: Tensor | float) -> Tensor:
-    r"""SiLU of inputs that have been divided by a factor, divided by that factor.
-
-    .. math::
-
-        y = x \, \sigma(s x)
-
-    with ``scale`` :math:`s`: it is :math:`\mathrm{SiLU}(s x) / s`, so that the rows of the layer
-    before may be divided by :math:`s`.
-
-    Args:
-        input: Values :math:`x`, of any shape.
-        scale: A number, or a tensor that broadcasts against ``input``.
-
-    Returns:
-        Values of the shape and dtype of ``input``, computed in float32 at least.
-
-    Raises:
-        ValueError: ``scale`` does not broadcast to the shape of ``input``, or is a number that is
-            not finite.
-        TypeError: A tensor is not of a real floating dtype, or ``scale`` no number.
-
-    Example:
-        >>> import torch
-        >>> from tilework.quant import smooth_silu
-        >>> x = torch.tensor([-1.0, 0.0, 2.0])
-        >>> torch.allclose(smooth_silu(x, 1.0), torch.nn.functional.silu(x))
-        True
-
-    Reference:
-        As :func:`klt_rotation`.
-    """
-    name = "smooth_silu"
-    _checks.floating(name, "input", input)
-    if not isinstance(scale, Tensor):
-        _checks.finite(name, "scale", scale)
-        values = input.to(computed(input))
-        return (values * torch.sigmoid(_checks.plain(scale) * values)).to(input.dtype)
-    check_broadcastable(name, "scale", scale, input.shape)
-    dtype = computed(input, scale)
-    values = input.to(dtype)
-    return (values * torch.sigmoid(scale.to(dtype) * values)).to(input.dtype)
-
-
-@_PAPER
-class SmoothSiLU(OptionsModule):
-    r"""The module of :func:`smooth_silu`.
-
-    .. math::
-
-        y = x \, \sigma(s x)
-
-    Args:
-        scale: As of :func:`smooth_silu`; it is a buffer.
-
-    Raises:
-        ValueError: ``scale`` is a number that is not finite.
-        TypeError: ``scale`` is neither a number nor a tensor of a real floating dtype.
-
-    Example:
-        >>> import torch
-        >>> from tilework.quant import SmoothSiLU
-        >>> SmoothSiLU(torch.tensor([1.0, 2.0]))(torch.zeros(3, 2)).shape
-        torch.Size([3, 2])
-
-    Reference:
-        As :func:`klt_rotation`.
-    """
-
-    scale: Tensor | float = buffer(kw_only=False)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.scale, Tensor):
-            _checks.finite(type(self).__name__, "scale", self.scale)
-            self.scale = torch.tensor(float(self.scale))
-        _checks.floating(type(self).__name__, "scale", self.scale)
-        super().__post_init__()
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the values.
-
-        Args:
-            input: Values of any shape.
-
-        Returns:
-            Values of the same shape and dtype.
-        """
-        return smooth_silu(input, self.scale)
