@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from tilework import _checks
-from tilework.norms import LayerNorm, PartialRMSNorm, RMSNorm
+from tilework.quant._norms import NORMS
 from tilework.quant.matching.distribution_loss import PAPER, distribution_loss
 
 __all__ = ["norm_tweaking_", "norm_tweaking_lr"]
 
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, LayerNorm, RMSNorm, PartialRMSNorm)
+TRAINED = (*NORMS, nn.GroupNorm)
 
 
 @PAPER
@@ -114,7 +114,7 @@ def norm_tweaking_(
         raise _checks.bad_value(name, "targets", accepted, len(targets))
     _checks.at_least(name, "lr", lr, 0)
     _checks.count(name, "iterations", iterations)
-    norms = [module for module in block.modules() if isinstance(module, _NORMS)]
+    norms = [module for module in block.modules() if isinstance(module, TRAINED)]
     trained = dict.fromkeys(p for norm in norms for p in norm.parameters(recurse=False))
     if not trained:
         raise ValueError(f"{name}: block must have norms with parameters, but has none")

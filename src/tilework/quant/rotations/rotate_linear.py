@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tilework import _checks
 from tilework.catalog import implements
-from tilework.norms import LayerNorm, PartialRMSNorm, RMSNorm
+from tilework.quant._norms import NORMS
 from tilework.quant.rotations.kurtail_rotation import check_rotation
 
 __all__ = ["fold_norm_", "rotate_linear_"]
@@ -17,7 +17,6 @@ _PAPER = implements(
     year=2024,
     arxiv="2407.08044",
 )
-_NORMS = (nn.LayerNorm, nn.RMSNorm, LayerNorm, RMSNorm, PartialRMSNorm)
 
 
 @_PAPER
@@ -118,7 +117,7 @@ def fold_norm_(norm: nn.Module, layers: Sequence[nn.Linear]) -> None:
         As :func:`rotate_linear_`.
     """
     name = "fold_norm_"
-    if not isinstance(norm, _NORMS):
+    if not isinstance(norm, NORMS):
         raise _checks.bad_type(name, "norm", "a norm of torch or tilework", norm)
     layers = list(layers)
     if not layers or len({id(layer) for layer in layers}) < len(layers):

@@ -7,12 +7,10 @@ from torch import Tensor, nn
 
 from tilework import _checks
 from tilework.catalog import implements
-from tilework.norms import LayerNorm, PartialRMSNorm, RMSNorm
 from tilework.quant._arguments import check_finite
+from tilework.quant._norms import NORMS
 
 __all__ = ["apply_scale_"]
-
-NORMS = (nn.LayerNorm, nn.RMSNorm, LayerNorm, RMSNorm, PartialRMSNorm)
 
 
 @implements(
