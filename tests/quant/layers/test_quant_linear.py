@@ -54,8 +54,8 @@ def quantized(form: str = "plain") -> Any:
     elif form == "turned":
         options["transform"] = Turned(torch.linalg.qr(torch.randn(6, 6))[0])
     elif form == "book":
-        indices = torch.tensor([0, 40_000, 299, 65_535, 32_768, 7])
-        return Book(indices, torch.randn(2**16, 10), 10)
+        indices = torch.tensor([0, 40_000, 299, 49_999, 32_768, 7])
+        return Book(indices, torch.randn(50_000, 10), 10)
     return QuantizedTensor(codes, **grid, **options)
 
 

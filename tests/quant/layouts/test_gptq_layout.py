@@ -109,6 +109,15 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     ]:
         with pytest.raises(error, match=rf"^from_gptq: {message}"):
             from_gptq(tensors | change, bits=4, group_size=32)
+    with pytest.raises(ValueError, match=r"^from_gptq: qzeros must not hold 15 in the format"):
+        from_gptq(tensors | {"qzeros": -torch.ones(2, 4).int()}, bits=4, group_size=32)
+    huge = drawn(32, 64, 4, 32, least=1)
+    huge.scale[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"^to_gptq: scale_dtype must hold all scales"):
+        to_gptq(huge)
+    huge.scale[0, 0] = 1e-9
+    with pytest.raises(ValueError, match=r"^to_gptq: scale_dtype must hold all scales"):
+        to_gptq(huge)
     with pytest.raises(ValueError, match=r"^from_gptq: tensors must be qweight"):
         from_gptq({}, bits=4, group_size=32)
     with pytest.raises(ValueError, match=r"^from_gptq: bits must be one of 2, 3, 4, 8"):

@@ -63,6 +63,13 @@ def test_ties_go_to_the_lowest_index() -> None:
     assert kl_top_loss(student, teacher, k=3).item() == pytest.approx(expected)
 
 
+def test_ties_of_a_large_vocabulary() -> None:
+    teacher = torch.zeros(2, 5000, dtype=torch.float64)
+    student = torch.randn(2, 5000, dtype=torch.float64)
+    first = (-math.log(5000) - student.log_softmax(-1)[:, :9]).sum(1) / 5000
+    torch.testing.assert_close(kl_top_loss(student, teacher, k=9, reduction="none"), first)
+
+
 def test_the_whole_vocabulary_is_the_divergence_of_torch() -> None:
     student, teacher = torch.randn(2, 4, 9, dtype=torch.float64)
     expected = F.kl_div(

@@ -256,7 +256,7 @@ class Twice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 24)
         self.calls = 0
 
     def forward(self, input: Tensor, times: int) -> Tensor:
@@ -270,7 +270,7 @@ class Twice(nn.Module):
 def test_all_calls_count(times: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = Twice()
-    batches = [(torch.randn(5, 4), n) for n in times]
+    batches = [(torch.randn(5, 24), n) for n in times]
     rows: list[Tensor] = []
     copied = copy.deepcopy(model)
     copied.first.register_forward_hook(lambda _, args, output: rows.append(args[0]))

@@ -13,7 +13,7 @@ from tilework.quant import SmoothResult, adaptive_smooth_search
 def drawn(rows: int = 9, columns: int = 6) -> tuple[Tensor, Tensor]:
     weight = torch.randn(4, columns, dtype=torch.float64)
     input = torch.randn(rows, columns, dtype=torch.float64)
-    input[:, 2] *= 30
+    input[:, 2] = input[:, 2].abs() * 90 + 40
     input[:, 4] = -input[:, 4].abs() * 12
     return weight, input
 

@@ -109,6 +109,9 @@ def test_equal_errors_take_the_smallest_exponent() -> None:
     assert (found.alpha, found.errors.tolist()) == (0.0, [0.0] * 5)
     clip = awq_search_clip(torch.zeros(2, 2), input)
     assert torch.equal(clip, torch.zeros(2, 1))
+    weight, input = drawn()
+    clip = awq_search_clip(weight, 0 * input, bits=2, group_size=None)
+    assert torch.equal(clip, weight.abs().amax(1, keepdim=True))
 
 
 def test_a_channel_that_is_never_on_has_a_finite_scale() -> None:

@@ -89,8 +89,12 @@ def in_groups(index: Tensor | None, columns: int, group_size: int | None) -> Ten
     return torch.arange(columns) // (group_size or columns)
 
 
-def check_scale_dtype(name: str, dtype: torch.dtype) -> None:
-    """Refuse what scales are not kept in."""
+def scales_in(name: str, quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """Scales in the dtype of a file, of shape (out, groups); refuse what it does not hold."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         accepted = "torch.float16, torch.bfloat16 or torch.float32"
         raise _checks.bad_type(name, "scale_dtype", accepted, dtype)
+    scale = quantized.scale.to(dtype)
+    if not (scale.isfinite() & (scale != 0)).all():
+        raise ValueError(f"{name}: scale_dtype must hold all scales, but {dtype} does not")
+    return scale

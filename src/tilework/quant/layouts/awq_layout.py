@@ -11,9 +11,9 @@ from tilework.quant._arguments import check_granularity
 from tilework.quant.layouts._words import (
     check_divides,
     check_quantized,
-    check_scale_dtype,
     check_tensors,
     codes_of,
+    scales_in,
     words,
 )
 from tilework.quant.storage.quantized_tensor import QuantizedTensor
@@ -79,14 +79,14 @@ def to_awq(
     """
     name = "to_awq"
     zero_point = check_quantized(name, quantized, (BITS,))
-    check_scale_dtype(name, scale_dtype)
+    scale = scales_in(name, quantized, scale_dtype)
     check_divides(name, quantized, outputs=quantized.shape[0])
     if quantized.group_index is not None:
         raise ValueError(f"{name}: quantized must have groups in order, without a group_index")
     return {
         "qweight": words(_ordered(quantized.codes.mT, ORDER), BITS),
         "qzeros": words(_ordered(zero_point.mT, ORDER), BITS),
-        "scales": quantized.scale.mT.to(scale_dtype).contiguous(),
+        "scales": scale.mT.contiguous(),
     }
 
 

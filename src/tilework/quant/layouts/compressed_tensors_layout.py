@@ -10,9 +10,9 @@ from tilework.catalog import without_paper
 from tilework.quant._arguments import check_bits, check_granularity
 from tilework.quant.layouts._words import (
     check_quantized,
-    check_scale_dtype,
     check_tensors,
     codes_of,
+    scales_in,
     words,
 )
 from tilework.quant.storage.quantized_tensor import QuantizedTensor
@@ -39,7 +39,8 @@ def to_compressed_tensors(
     - ``weight_zero_point``, int32 of shape (ceil(out · bits / 32), groups): the zero-points as such
       a stream along the outputs, if ``symmetric`` is False or, for None, one is not
       :math:`2^{b - 1}`;
-    - ``weight_g_idx``, int32 of shape (in,), if groups are not in order;
+    - ``weight_g_idx``, int32 of shape (in,), if groups are not in order, which new versions of the
+      package do not read;
     - ``weight_shape``, int64: (out, in).
 
     Args:
@@ -74,11 +75,11 @@ def to_compressed_tensors(
     """
     name = "to_compressed_tensors"
     zero_point = check_quantized(name, quantized, BITS)
-    check_scale_dtype(name, scale_dtype)
+    scale = scales_in(name, quantized, scale_dtype)
     bits = quantized.bits
     tensors = {
         "weight_packed": words(quantized.codes, bits),
-        "weight_scale": quantized.scale.to(scale_dtype),
+        "weight_scale": scale,
         "weight_shape": torch.tensor(quantized.shape),
     }
     in_middle = bool((zero_point == 2 ** (bits - 1)).all())

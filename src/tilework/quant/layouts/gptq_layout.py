@@ -11,10 +11,10 @@ from tilework.quant._arguments import check_bits, check_granularity
 from tilework.quant.layouts._words import (
     check_divides,
     check_quantized,
-    check_scale_dtype,
     check_tensors,
     codes_of,
     in_groups,
+    scales_in,
     words,
 )
 from tilework.quant.storage.quantized_tensor import QuantizedTensor
@@ -80,7 +80,7 @@ def to_gptq(
     name = "to_gptq"
     zero_point = check_quantized(name, quantized, BITS)
     _checks.one_of(name, "checkpoint_format", checkpoint_format, FORMATS)
-    check_scale_dtype(name, scale_dtype)
+    scale = scales_in(name, quantized, scale_dtype)
     rows, columns = quantized.shape
     check_divides(name, quantized, outputs=rows, inputs=columns)
     if checkpoint_format == "gptq":
@@ -95,7 +95,7 @@ def to_gptq(
     return {
         "qweight": words(quantized.codes, bits).mT.contiguous(),
         "qzeros": words(zero_point.mT, bits),
-        "scales": quantized.scale.mT.to(scale_dtype).contiguous(),
+        "scales": scale.mT.contiguous(),
         "g_idx": groups.to(quantized.device, torch.int32),
     }
 
@@ -156,6 +156,11 @@ def from_gptq(
     zero_point = codes_of(qzeros, bits, rows).mT.float()
     if checkpoint_format == "gptq":
         zero_point = zero_point + 1
+        if (zero_point == 2**bits).any():
+            raise ValueError(
+                f"{name}: qzeros must not hold {2**bits - 1} in the format 'gptq', which some take "
+                f"for the zero-point 0 and others for {2**bits}"
+            )
     index = index.long()
     in_order = torch.equal(index, in_groups(None, columns, group_size).to(index.device))
     return QuantizedTensor(
