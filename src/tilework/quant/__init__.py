@@ -7,6 +7,7 @@ from tilework.quant import (
     layouts,
     matching,
     models,
+    products,
     rotations,
     rounding,
     smoothing,
@@ -20,6 +21,7 @@ from tilework.quant.layers import *
 from tilework.quant.layouts import *
 from tilework.quant.matching import *
 from tilework.quant.models import *
+from tilework.quant.products import *
 from tilework.quant.rotations import *
 from tilework.quant.rounding import *
 from tilework.quant.smoothing import *
@@ -30,6 +32,7 @@ from tilework.quant.training import *
 __all__ = [
     *grids.__all__,
     *storage.__all__,
+    *products.__all__,
     *statistics.__all__,
     *rounding.__all__,
     *smoothing.__all__,
