@@ -40,6 +40,8 @@ from tilework.norms import layer_norm, rms_norm
 from tilework.norms._row_norm import tiled as norm_tiled
 from tilework.optim import AdamW, Lion
 from tilework.optim._optimizer import step
+from tilework.quant import packed_linear
+from tilework.quant.products.packed_linear import common as packed_common
 
 from helpers import HALF, assert_exact, dtype_name
 
@@ -198,6 +200,23 @@ def normalized(function: Callable[..., Any], **options: Any) -> Callable[..., An
     return call
 
 
+def of_codes(input: Tensor, implementation: str) -> Tensor:
+    """The product with weights of 4 bits in groups, and a bias."""
+    columns = input.shape[1]
+    codes = torch.arange(23 * -(-columns // 2)) * 37 % 251
+    scale, zero_point = (1 + torch.arange(23 * -(-columns // 8)) % n for n in (5, 13))
+    return packed_linear(
+        input,
+        codes.view(23, -1).to(torch.uint8),
+        scale.view(23, -1) / 16,
+        zero_point.view(23, -1) + 0.25,
+        torch.arange(23).to(input) / 8,
+        bits=4,
+        group_size=8,
+        implementation=implementation,
+    )
+
+
 def stepped(kind: Any, **options: Any) -> Callable[..., list[Tensor]]:
     """A step of parameters and gradients, and the states after it."""
 
@@ -261,6 +280,7 @@ CALLS: dict[str, KernelCall] = {
     "layer_norm": KernelCall(
         lambda: normal((21, 37), (21, 37), (37,), (37,)), normalized(layer_norm)
     ),
+    "packed_linear": KernelCall(lambda: normal((21, 37)), of_codes),
     "adamw": KernelCall(lambda: normal((94,)), stepped(AdamW, amsgrad=True), differentiable=False),
     "lion": KernelCall(lambda: normal((94,)), stepped(Lion), differentiable=False),
 }
@@ -399,6 +419,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         (sparse_tiled, {"SCORES": 2 * 16 * 16}),
         (decode_tiled, {"ELEMENTS": 256, "PLACES": 4}),
         (norm_tiled, {"TILE": 64}),
+        (packed_common, {"ELEMENTS": 256}),
     ):
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
@@ -499,6 +520,14 @@ def first_is_nothing(dtype: torch.dtype) -> list[Tensor]:
     return [input, weight]
 
 
+def product_sums(input: Tensor, upstream: Tensor, implementation: str) -> list[Tensor]:
+    """With weights of ones."""
+    grids = torch.ones(64, 1), torch.zeros(64, 1)
+    codes = torch.full((64, 32), 17, dtype=torch.uint8)
+    output = packed_linear(input, codes, *grids, bits=4, implementation=implementation)
+    return [output, *gradients(output, [input], upstream)]
+
+
 def signs(rows: int, columns: int) -> Tensor:
     """Columns of ones and of minus ones."""
     return (1 - 2.0 * (torch.arange(columns) % 2)).repeat(rows, 1)
@@ -527,6 +556,10 @@ SUMS: dict[str, tuple[Callable[..., list[Tensor]], Callable[[torch.dtype], list[
     "_row_norm": (
         norm_sums,
         lambda dtype: [signs(64, 8), torch.ones(8), torch.ones(8), swing(dtype, 32, 8)],
+    ),
+    "packed_linear": (
+        product_sums,
+        lambda dtype: [swing(dtype, 3, 32, dim=1), swing(dtype, 3, 32, dim=1)],
     ),
 }
 
@@ -599,6 +632,7 @@ def test_launches_are_what_compilers_take(
     calls: list[tuple[Callable[[], list[Tensor]], KernelCall]] = [
         *((draws[name], CALLS["block_sparse_attention"]) for name in draws if "attended" in name),
         *((draws[name], CALLS[f"block_sparse_decode {name}"]) for name in ("one", "several")),
+        (lambda: normal((features, 256)), CALLS["packed_linear"]),
         *((draws["head"], call) for name, call in CALLS.items() if name.startswith("linear")),
         *(
             (partial(attended, features), call)
@@ -642,7 +676,7 @@ def check_launch(
     constants = {
         name: value
         for name, value in given.items()
-        if name.isupper() and type(value) is int and name not in ("PACK", "GROUP")
+        if name.isupper() and type(value) is int and name not in ("PACK", "GROUP", "BITS", "UNIT")
     }
     for name, value in constants.items():
         assert value >= 16, f"{kernel}: a product takes no {name} of {value}"

@@ -23,6 +23,7 @@ HOMES = {
     "attention.BlockLayout": ("attention/block_layout",),
     "attention.block_sparse_attention": ("attention/block_sparse",),
     "attention.block_sparse_decode": ("attention/block_sparse_decode",),
+    "quant.packed_linear": ("quant/products/packed_linear",),
 }
 # What belongs to no implementation, and would make the contract or the operators too long.
 MORE = {

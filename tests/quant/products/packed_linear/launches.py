@@ -7,11 +7,13 @@ import torch
 from tilework.quant.products.packed_linear import triton
 from tilework.quant.products.packed_linear.common import Backward, Product
 
+OUTPUTS = 128  # few, so that there are parts
+
 
 def _weights(columns: int, bits: int, group_size: int | None) -> tuple[torch.Tensor, ...]:
     groups = 1 if group_size is None else -(-columns // group_size)
-    packed = torch.zeros(512, -(-columns * bits // 8), dtype=torch.uint8)
-    return packed, torch.ones(512, groups), torch.ones(512, groups)
+    packed = torch.zeros(OUTPUTS, -(-columns * bits // 8), dtype=torch.uint8)
+    return packed, torch.ones(OUTPUTS, groups), torch.ones(OUTPUTS, groups)
 
 
 def forward(
@@ -19,14 +21,14 @@ def forward(
 ) -> None:
     """The product, of parts where the rows are few."""
     input = torch.ones(rows, columns, dtype=dtype)
-    bias = torch.ones(512, dtype=dtype)
+    bias = torch.ones(OUTPUTS, dtype=dtype)
     weights = _weights(columns, bits, group_size)
     triton.forward(Product(input, *weights, bias, columns, bits, group_size, "triton"))
 
 
 def backward(dtype: torch.dtype, bits: int, group_size: int | None, columns: int = 1024) -> None:
     """The gradient of the input."""
-    grad = torch.ones(300, 512, dtype=dtype)
+    grad = torch.ones(300, OUTPUTS, dtype=dtype)
     weights = _weights(columns, bits, group_size)
     triton.backward(Backward(grad, *weights, columns, bits, group_size, "triton"))
 

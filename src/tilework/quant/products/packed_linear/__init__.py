@@ -96,7 +96,7 @@ def packed_linear(
     _checks.floating(name, "input", input)
     if not input.dim():
         raise _checks.bad_value(name, "input", "of at least one dimension", input)
-    bits = check_bits(name, bits)
+    bits = range(9)[check_bits(name, bits)]  # a constant where torch.compile keeps numbers open
     check_granularity(name, group_size)
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
         raise _checks.bad_type(name, "packed", "a tensor of uint8", packed)
@@ -118,7 +118,7 @@ def packed_linear(
     )
     chosen = _implementations.choose(name, IMPLEMENTATIONS, implementation, input, bits=bits)
     given = Product(
-        input.reshape(-1, columns) if columns else input.new_empty(input.shape[:-1].numel(), 0),
+        torch.atleast_2d(input).flatten(0, -2),
         packed,
         scale,
         zero_point,

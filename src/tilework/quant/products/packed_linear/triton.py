@@ -24,12 +24,11 @@ from tilework.quant.products.packed_linear.common import (
     empty_output,
 )
 
-BITS = (1, 2, 4, 8)
-_FEW = 16
-# For up to so many rows, and for more.
+FEW = 16
+"""Rows up to which ``DECODE`` holds."""
 DECODE = Tuned(
     {
-        "sm_80": Config(16, 64, 128, num_warps=4, num_stages=3),
+        "sm_80": Config(16, 64, 64, num_warps=4, num_stages=4),
         "sm_90": Config(16, 64, 128, num_warps=4, num_stages=4),
         "sm_100": Config(16, 64, 128, num_warps=4, num_stages=4),
         "gfx942": Config(16, 64, 128, num_warps=4, num_stages=2),
@@ -48,8 +47,10 @@ PREFILL = DECODE | {
 GRADIENT = PREFILL | {
     "sm_80": Config(64, 64, 64, num_warps=4, num_stages=3),
     "sm_90": Config(128, 64, 64, num_warps=8, num_stages=3),
-    "sm_100": Config(128, 64, 64, num_warps=8, num_stages=3),
+    "sm_100": Config(128, 64, 64, num_warps=4, num_stages=3),
     "gfx942": Config(64, 64, 64, num_warps=4, num_stages=2),
+    # From 64 rows on, Triton takes sm_100's instructions for TF32 whatever the precision.
+    "float32": Config(32, 32, 32, num_warps=4, num_stages=2),
 }
 
 
@@ -208,13 +209,14 @@ def gradient_kernel(
 
 def forward(given: Product) -> Output:
     """See ``reference``."""
-    input, bias = given.input, given.bias
+    input = given.input
+    bias = None if given.bias is None else given.bias.contiguous()
     output = empty_output(given).output
     if output.numel() == 0:
         return Output(output)
     num_rows, num_outputs = output.shape
     arch = _triton.architecture(input.device)
-    config = (DECODE if num_rows <= _FEW else PREFILL).choose(arch, input.dtype)
+    config = (DECODE if num_rows <= FEW else PREFILL).choose(arch, input.dtype)
     programs = triton.cdiv(num_rows, config.block_rows)
     programs *= triton.cdiv(num_outputs, config.block_columns)
     steps = triton.cdiv(given.columns, config.block_inner)
