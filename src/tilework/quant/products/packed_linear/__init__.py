@@ -16,6 +16,8 @@ from tilework.quant.products.packed_linear.common import Product
 __all__ = ["packed_linear"]
 
 _BITS = (1, 2, 4, 8)
+# By themselves: a look here makes a constant of a number that torch.compile keeps open.
+_CONSTANTS = tuple(range(9))
 
 
 def _refusal(_: Tensor, bits: int) -> str | None:
@@ -96,7 +98,7 @@ def packed_linear(
     _checks.floating(name, "input", input)
     if not input.dim():
         raise _checks.bad_value(name, "input", "of at least one dimension", input)
-    bits = range(9)[check_bits(name, bits)]  # a constant where torch.compile keeps numbers open
+    bits = _CONSTANTS[check_bits(name, bits)]
     check_granularity(name, group_size)
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
         raise _checks.bad_type(name, "packed", "a tensor of uint8", packed)
@@ -118,7 +120,7 @@ def packed_linear(
     )
     chosen = _implementations.choose(name, IMPLEMENTATIONS, implementation, input, bits=bits)
     given = Product(
-        torch.atleast_2d(input).flatten(0, -2),
+        (input if input.dim() > 1 else input[None]).flatten(0, -2),
         packed,
         scale,
         zero_point,
