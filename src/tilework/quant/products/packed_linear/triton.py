@@ -277,10 +277,8 @@ def _weights(given: Product | Backward, config: Config) -> Weights:
     packed, scale, zero_point = (
         tensor.contiguous() for tensor in (given.packed, given.scale, given.zero_point)
     )
-    size = max(1, given.columns)
-    if given.group_size is not None:
-        size = min(given.group_size, size)
-    units = triton.cdiv(size, _unit(given, config))
+    size = given.columns if given.group_size is None else given.group_size
+    units = max(1, triton.cdiv(size, _unit(given, config)))
     return Weights(packed, scale, zero_point, packed.shape[1], scale.shape[1], units)
 
 
