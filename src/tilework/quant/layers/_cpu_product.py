@@ -8,7 +8,6 @@ from torch import Tensor
 from tilework import _checks
 from tilework._operators import is_autocast
 from tilework.quant.storage._stored import Form
-from tilework.quant.storage.quantized_tensor import QuantizedTensor
 
 GROUPS = (32, 64, 128, 256)
 ROWS = 512
@@ -45,11 +44,8 @@ def applies(input: Tensor, form: Form) -> bool:
         and not (input.requires_grad and torch.is_grad_enabled())
         and not is_autocast("cpu")
         and 0 < input.numel() <= ROWS * form.shape[1]
-        and form.kind is QuantizedTensor
-        and set(form.tensors) == {"codes", "scale", "zero_point"}
-        and form.transform is None
+        and form.is_plain
         and options["bits"] == 4
-        and options["axis"] == "out"
         and size in GROUPS
         and form.shape[1] % size == 0
         and form.shape[0] % 16 == 0

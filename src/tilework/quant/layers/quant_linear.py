@@ -11,6 +11,7 @@ from tilework import _checks
 from tilework._options import unround
 from tilework.catalog import without_paper
 from tilework.quant.layers import _cpu_product
+from tilework.quant.products.packed_linear import packed_linear
 from tilework.quant.storage._stored import StoredWeights
 
 __all__ = ["QuantLinear"]
@@ -32,9 +33,10 @@ class QuantLinear(nn.Module):
     for its tensors; those of a transform too, and indices in as few bytes as they need. A cast of
     the module leaves grids and codebooks as they are.
 
-    The weights are made in each call, but for plain codes of 4 bits in groups on a CPU and bfloat16
-    inputs without a gradient: PyTorch's product then reads the codes, which are kept a second time
-    in its order from the first such call on.
+    Plain codes in groups of columns are read by :func:`packed_linear`, so that their weights never
+    exist all at once. On a CPU, those of 4 bits are read by PyTorch's own product where inputs are
+    of bfloat16 and have no gradient; it has the codes in another order, which is kept beside them
+    from the first such call on. Other weights, and those for float64, are made in each call.
 
     Args:
         quantized: What a function of :mod:`tilework.quant` made of weights of shape (out, in).
@@ -60,6 +62,9 @@ class QuantLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    packed_codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
 
     def __init__(self, quantized: StoredWeights, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -114,6 +119,10 @@ class QuantLinear(nn.Module):
             size = self.form.options["group_size"]
             output = _cpu_product.product(input, self._codes(), size)
             return output if self.bias is None else output + self.bias
+        if self.form.is_plain and input.dtype != torch.float64:
+            options = {name: self.form.options[name] for name in ("bits", "group_size")}
+            grids = self.scale, self.zero_point
+            return packed_linear(input, self.packed_codes, *grids, self.bias, **options)
         return F.linear(input, self.quantized.dequantize(input.dtype), self.bias)
 
     def _codes(self) -> _cpu_product.Prepared:

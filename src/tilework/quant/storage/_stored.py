@@ -116,6 +116,12 @@ class Form:
     transform: type[Stored] | None
     moved: tuple[str, ...]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is of codes and grids of groups of columns, in order, and nothing else."""
+        names = {"codes", "scale", "zero_point"}
+        return set(self.tensors) == names and not self.moved and self.options["axis"] == "out"
+
     def put_together(self, tensors: Mapping[str, Tensor]) -> Any:
         """The value again; its tensors share memory with these where they can."""
         values: dict[str, Any] = dict(self.options)
