@@ -239,14 +239,17 @@ def test_the_entry_is_printed_as_it_is_written() -> None:
     )
 
 
-# No suite has a case of moments, of rows side by side, of gradients through attention's map, or of
-# several query tokens of a sequence.
+# No suite has a case of moments, of rows side by side, of gradients through attention's map, of
+# several query tokens of a sequence, or of a layer that is called by an implementation's name.
 UNSERVED = {
     "losses._classes.linear.triton.statistics: FORWARD_MORE",
     "losses._classes.logits.triton: APART",
     "attention._attention_map.triton: TILES.query",
     "attention._attention_map.triton: TILES.key",
     "attention.block_sparse_decode.triton: SEVERAL",
+    "quant.products.packed_linear.triton: DECODE",
+    "quant.products.packed_linear.triton: GRADIENT",
+    "quant.products.packed_linear.triton: PREFILL",
 }
 
 
