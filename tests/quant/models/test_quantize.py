@@ -393,6 +393,7 @@ def test_models_of_transformers(kind: str) -> None:
     assert output.shape[1] <= 7
 
 
+@pytest.mark.untyped
 def test_a_compiled_model_is_calibrated_and_compiles_again() -> None:
     model, expected = network(), network()
     quantize(expected, CONFIG, ids())
